@@ -1,0 +1,147 @@
+"""The command line: each verb is one call. Imports nothing heavy, so that `validate` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from azrecipe import __version__
+from azrecipe.errors import DONE, FAILED, SIGINT, WRONG, AzrecipeError, CannotRun, did_you_mean
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. A user's mistake ends in a message, never in a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0].endswith((".yaml", ".yml")):
+            return _worker(arguments)  # the form that accelerate launch and torchrun use
+        parsed = _parser().parse_args(_spelled(arguments))
+        return VERBS[parsed.verb](parsed)
+    except AzrecipeError as error:
+        print(f"azrecipe: {error}" if error.exit_code != WRONG else str(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("azrecipe: interrupted", file=sys.stderr)
+        return SIGINT
+    except BrokenPipeError:
+        return FAILED
+
+
+def _worker(arguments: list[str]) -> int:
+    from azrecipe.launch import worker
+
+    parser = argparse.ArgumentParser(prog="python -m azrecipe", description="One process of a run.")
+    parser.add_argument("recipe", help="a recipe (YAML)")
+    _add_recipe_options(parser)
+    parsed = parser.parse_args(arguments)
+    return worker.start(parsed.recipe, parsed.set, parsed.runs_dir, parsed.step)
+
+
+def _spelled(arguments: list[str]) -> list[str]:
+    """The same arguments; an unknown verb ends the command with the nearest one."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        near = did_you_mean(arguments[0], VERBS)
+        print(f"azrecipe: there is no command '{arguments[0]}'{near} Commands: {', '.join(VERBS)}", file=sys.stderr)
+        raise SystemExit(WRONG)
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="azrecipe", description="Teach a language model a new language by editing YAML.")
+    parser.add_argument("--version", action="version", version=f"azrecipe {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    run = verbs.add_parser("run", help="run a recipe or a pipeline", description="Run a recipe or a pipeline. Running it again resumes it.")
+    run.add_argument("recipe", help="a recipe (YAML)")
+    _add_recipe_options(run)
+    run.add_argument("--accelerate-config", metavar="NAME", help="a file in accelerate_configs/ by name (ddp, fsdp, …) or a path")
+    run.add_argument("--num-processes", type=_positive, metavar="N", help="processes to start on this machine")
+    run.add_argument("--quiet", action="store_true", help="no table at the end")
+
+    validate = verbs.add_parser("validate", help="every problem of every recipe, no torch, no network")
+    validate.add_argument("paths", nargs="+", type=Path, metavar="RECIPE", help="recipes, or folders of recipes")
+    validate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key before checking")
+
+    show = verbs.add_parser("show", help="the resolved recipe: inheritance, variables and defaults put in")
+    show.add_argument("recipe", help="a recipe (YAML)")
+    show.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    show.add_argument("--step", metavar="STEP", help="one step of a pipeline, as the pipeline changes it")
+    show.add_argument("--json", action="store_true", help="as JSON")
+
+    copy = verbs.add_parser("copy", help="write the shipped recipes, schemas and accelerate configs into a folder, to edit")
+    copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
+    return parser
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Options that `azrecipe run` and a worker share."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; STEP.yaml:KEY=VALUE in a pipeline")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories go (default: runs)")
+    parser.add_argument("--step", metavar="STEP", help="run only this step of a pipeline")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _verb(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    VERBS[function.__name__.lstrip("_")] = function
+    return function
+
+
+@_verb
+def _run(arguments: argparse.Namespace) -> int:
+    from azrecipe import pipeline
+
+    return pipeline.run(arguments)
+
+
+@_verb
+def _validate(arguments: argparse.Namespace) -> int:
+    from azrecipe.recipe import parse_overrides, resources
+    from azrecipe.recipe.validate import validate
+
+    report = validate([resources.find(str(path)) for path in arguments.paths], parse_overrides(arguments.set))
+    for problem in report.problems:
+        print(problem)
+    if report.problems:
+        count = len(report.problems)
+        print(f"{count} problem{'s' if count > 1 else ''}, {len(report.valid)} valid", file=sys.stderr)
+        return WRONG
+    through = f", {len(report.fragments)} fragments through them" if report.fragments else ""
+    print(f"{len(report.valid)} recipe{'s' if len(report.valid) != 1 else ''} valid{through}")
+    return DONE
+
+
+@_verb
+def _show(arguments: argparse.Namespace) -> int:
+    from azrecipe.recipe import parse_overrides, resources
+    from azrecipe.recipe.steps import open_recipe
+    from azrecipe.recipe.write import to_yaml
+
+    recipe = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step)[0]
+    print(
+        json.dumps(recipe.data, indent=2, ensure_ascii=False) if arguments.json else to_yaml(recipe.data),
+        end="\n" if arguments.json else "",
+    )
+    return DONE
+
+
+@_verb
+def _copy(arguments: argparse.Namespace) -> int:
+    from azrecipe.recipe import resources
+
+    try:
+        written, kept = resources.copy(arguments.folder)
+    except OSError as error:
+        raise CannotRun(f"cannot write {error.filename or arguments.folder}: {error.strerror}") from None
+    print(f"{written} files written to {arguments.folder}" + (f", {kept} that were there left as they are" if kept else ""))
+    return DONE

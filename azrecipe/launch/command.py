@@ -1,0 +1,78 @@
+"""The command lines of launchers, run as children: signals passed on, and the worker's own exit code brought back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from azrecipe.errors import FAILED, CommandError, did_you_mean
+from azrecipe.launch.worker import EXIT_FILE
+from azrecipe.recipe import resources
+
+
+def config_file(name: str) -> Path:
+    """An accelerate config by its name in accelerate_configs/, or by path. Raises CommandError for an unknown one."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = resources.find(name)
+        if not path.is_file():
+            raise CommandError(f"no such accelerate config: {name}")
+        return path
+    folder = resources.root() / "accelerate_configs"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise CommandError(f"there is no accelerate config '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}; or give a path")
+    return folder / f"{name}.yaml"
+
+
+def launched(worker_arguments: Sequence[str], accelerate_config: str | None, num_processes: int | None) -> list[str] | None:
+    """The accelerate launch command for a worker, or None where one process needs no launcher."""
+    if accelerate_config is None and num_processes in (None, 1):
+        return None
+    if (accelerate_config in ("ddp", None) and num_processes == 1) or (accelerate_config == "cpu" and num_processes in (None, 1)):
+        return None
+    if accelerate_config == "cpu":
+        raise CommandError(f"accelerate_configs/cpu.yaml is one process: for {num_processes} say --accelerate-config ddp")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(accelerate_config or "ddp"))]
+    if num_processes is not None:
+        command += ["--num_processes", str(num_processes)]
+    return [*command, "--main_process_port", str(_free_port()), "-m", "azrecipe", *worker_arguments]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run_child(command: Sequence[str]) -> int:
+    """Run a command, pass SIGTERM on to it, and return the exit code that its main process left.
+
+    Ctrl-C reaches the child by itself; this process waits for it to save and end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        left = Path(folder) / "exit_code"
+        environment = os.environ | {
+            EXIT_FILE: str(left),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"),
+        }
+        child = subprocess.Popen(command, env=environment)
+
+        def forward(number: int, _frame: Any) -> None:
+            child.send_signal(number)
+
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward), signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if left.exists():
+            return int(left.read_text(encoding="utf-8"))
+        return code if code in range(256) and code != 0 else FAILED if code else 0

@@ -1,0 +1,91 @@
+"""One process of a run: what accelerate launch and torchrun start, and what `azrecipe run` is for a single process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from azrecipe.errors import DONE, FAILED, SIGINT, AzrecipeError, CommandError, RunFailed
+from azrecipe.parts.failures import explain
+from azrecipe.recipe import Recipe, parse_overrides, resources
+from azrecipe.recipe.steps import open_recipe
+
+EXIT_FILE = "AZRECIPE_EXIT_FILE"  # where the main process leaves its exit code: launchers turn every failure into 1
+
+
+def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None) -> int:
+    """Run one recipe in this process, whatever launched it. Returns the exit code; a failure has been told."""
+    main = os.environ.get("RANK", "0") == "0"
+    try:
+        _work(_open(path, sets, step), runs_dir)
+        code = DONE
+    except KeyboardInterrupt:
+        code = SIGINT
+        _tell("azrecipe: interrupted before training began; nothing to save", main)
+    except Exception as error:
+        known = explain(error)
+        code = known.exit_code if known else FAILED
+        if known is None:
+            traceback.print_exc()
+        _tell(_message(known or RunFailed(f"{type(error).__name__}: {error}")), main or isinstance(known, RunFailed))
+    if main and EXIT_FILE in os.environ:
+        Path(os.environ[EXIT_FILE]).write_text(str(code), encoding="utf-8")
+    return code
+
+
+def _open(path: str, sets: Sequence[str], step: str | None) -> Recipe:
+    recipe, _ = open_recipe(resources.find(path), parse_overrides(sets), step)
+    if recipe.stage == "pipeline":
+        raise CommandError(
+            f"{recipe.path} is a pipeline, which starts its own processes: azrecipe run {recipe.path}\n"
+            "  or one of its steps in these processes: accelerate launch -m azrecipe … --step NAME.yaml"
+        )
+    return recipe
+
+
+def _work(recipe: Recipe, runs_dir: Path) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from azrecipe.parts import backend, run_dir
+
+    launched = backend.set_up()
+    if run_dir.already_complete(recipe, runs_dir):
+        _tell(f"already complete: {run_dir.locate(recipe, runs_dir).path}", launched.main)
+        return
+    stage = importlib.import_module(f"azrecipe.stages.{recipe.stage}")
+    if launched.main:
+        where = run_dir.locate(recipe, runs_dir).path
+        _tell(f"{recipe.path}: {recipe.stage} → {where}", True)
+    _quiet()
+    stage.run(recipe, runs_dir, launched)
+    _tell(f"complete: {run_dir.locate(recipe, runs_dir).path}", launched.main)
+    if launched.world > 1:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress: the libraries' bars and notices go."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _message(error: AzrecipeError) -> str:
+    from azrecipe.errors import RecipeError
+
+    return str(error) if isinstance(error, RecipeError) else f"azrecipe: {error}"
+
+
+def _tell(text: str, main: bool) -> None:
+    if main:
+        print(text, file=sys.stderr, flush=True)

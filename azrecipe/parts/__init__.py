@@ -1,0 +1,1 @@
+"""The nouns that stages are made of. A part never imports a stage."""

@@ -1,0 +1,177 @@
+"""What the launcher asked for, whether this machine can honour it, and the proof that it did.
+
+Accelerate and torchrun leave their wishes in environment variables. On a machine without an accelerator some of them
+are dropped without a word (a sharded job then trains a full replica in each process), so they are read here first and
+refused where they cannot be real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from azrecipe.errors import CannotRun, CommandError, RunFailed
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+SHARDED_ON_CPU = (
+    "This machine has no accelerator, and {kind} would be dropped without a word on CPU. "
+    "What runs here: --accelerate-config ddp (accelerate launch --config_file accelerate_configs/ddp.yaml), or one process"
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How the processes of a run share the work. kind: single, ddp, fsdp2, hsdp or zero1/2/3."""
+
+    kind: str
+    world: int
+    rank: int
+    replicate: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        return self.kind not in ("single", "ddp")
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def asked(environment: Mapping[str, str]) -> Backend:
+    """Read the launcher's wish from a worker's environment. Raises CommandError for what was not really started."""
+    if "MASTER_ADDR" in environment and "RANK" not in environment:
+        raise CommandError(
+            "several processes were asked for and one was started: accelerate's --cpu (and --num_processes without a GPU) only reaches "
+            "further processes through mpirun.\n"
+            "  Use --config_file accelerate_configs/ddp.yaml, --multi_gpu (it works on CPU too), torchrun, or azrecipe run --num-processes N"
+        )
+    if "RANK" in environment and "LOCAL_RANK" not in environment:
+        raise CommandError("RANK is set and LOCAL_RANK is not: start with accelerate launch, torchrun or azrecipe run")
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", ""):
+        raise CommandError(
+            f"the launcher sets mixed_precision: {precision}, and the recipe's training.precision decides that: say mixed_precision: 'no'"
+        )
+    world, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
+    if _flag(environment, "ACCELERATE_USE_MEGATRON_LM"):
+        raise CommandError("Megatron-LM is not a backend of azrecipe: use ddp, fsdp, hsdp, zero2 or zero3")
+    if _flag(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return Backend(f"zero{_zero_stage(environment)}", world, rank)
+    if _flag(environment, "ACCELERATE_USE_FSDP"):
+        return _fsdp(environment, world, rank)
+    return Backend("ddp" if world > 1 else "single", world, rank, replicate=world)
+
+
+def _fsdp(environment: Mapping[str, str], world: int, rank: int) -> Backend:
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise CommandError("only FSDP 2 is supported: say fsdp_version: 2 in the accelerate config")
+    if not _flag(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if "HYBRID" in environment.get("FSDP_SHARDING_STRATEGY", ""):
+            raise CommandError("HYBRID_SHARD belongs to FSDP 1 and FSDP 2 ignores it: use accelerate_configs/hsdp.yaml")
+        return Backend("fsdp2", world, rank)
+    size = {key: int(environment.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1")) for key in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
+    if size["TP"] * size["CP"] * size["SP"] != 1:
+        raise CommandError("tensor, context and sequence parallelism are not supported")
+    if size["DP_REPLICATE"] * size["DP_SHARD"] != world:
+        raise CommandError(
+            f"the accelerate config replicates over {size['DP_REPLICATE']} and shards over {size['DP_SHARD']} processes, and {world} were started"
+        )
+    return Backend("hsdp" if size["DP_REPLICATE"] > 1 else "fsdp2", world, rank, replicate=size["DP_REPLICATE"])
+
+
+def _zero_stage(environment: Mapping[str, str]) -> int:
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path not in ("none", ""):
+        return int(json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
+    return int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a GPU or its like, and the user has not turned it off."""
+    import torch
+
+    return torch.accelerator.is_available() and not _flag(os.environ, "ACCELERATE_USE_CPU")
+
+
+def set_up() -> Backend:
+    """Read the launcher's wish and prepare this process for it. Call before transformers is imported.
+
+    Raises CommandError or CannotRun.
+    """
+    backend = asked(os.environ)
+    import torch
+
+    if has_accelerator():
+        return backend
+    if backend.sharded:
+        raise CannotRun(SHARDED_ON_CPU.format(kind=backend.kind))
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate's own gloo path
+    # accelerate launch sets OMP_NUM_THREADS=1, which leaves the other cores of a laptop idle
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return backend
+
+
+def check_precision(precision: str, use_liger_kernel: bool) -> str:
+    """Raise CannotRun, naming everything asked for that this machine lacks and what would run; returns a warning or ""."""
+    import torch
+
+    problems, instead = [], []
+    slow = precision.startswith("bf16") and not has_accelerator()
+    if use_liger_kernel and not torch.cuda.is_available():
+        problems.append("use_liger_kernel: true needs a GPU (its kernels are Triton's)")
+        instead.append("--set training.use_liger_kernel=false")
+    if precision.startswith("bf16") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        problems.append(f"precision: {precision} needs a GPU with bfloat16 (Ampere or newer), and this is {torch.cuda.get_device_name()}")
+        instead.append("--set training.precision=float32")
+    if problems and slow:
+        problems.append(f"precision: {precision} would run on this CPU, many times slower than float32")
+        instead.append("--set training.precision=float32")
+    if problems:
+        raise CannotRun(
+            "this machine cannot run the recipe as it stands:\n  "
+            + "\n  ".join(problems)
+            + f"\n  What would run here: the same command with {' '.join(instead)}; whether a model of this size is worth waiting for is another question"
+        )
+    return f"precision: {precision} on a CPU is many times slower than float32" if slow else ""
+
+
+def verify(backend: Backend, trainer: Trainer) -> str:
+    """Prove that the live objects are what was asked for; returns a line that says so. Raises RunFailed."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    problems = []
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world != backend.world or trainer.accelerator.num_processes != backend.world:
+        problems.append(f"{world} processes are connected, {backend.world} were asked for")
+    model: Any = trainer.model_wrapped
+    if backend.kind == "ddp" and not isinstance(model, DistributedDataParallel):
+        problems.append(f"the model is a {type(model).__name__}, not DistributedDataParallel")
+    if backend.kind in ("fsdp2", "hsdp"):
+        parameters = list(model.parameters())
+        if not all(isinstance(p, DTensor) for p in parameters):
+            problems.append("its parameters are not sharded")
+        else:
+            shape = tuple(parameters[0].device_mesh.shape)
+            wanted = (backend.replicate, backend.world // backend.replicate) if backend.kind == "hsdp" else (backend.world,)
+            if shape != wanted:
+                problems.append(f"the device mesh is {shape}, not {wanted}")
+    if backend.kind.startswith("zero"):
+        stage = getattr(model, "zero_optimization_stage", lambda: None)()
+        if stage != int(backend.kind[4:]):
+            problems.append(f"DeepSpeed runs ZeRO stage {stage}, not {backend.kind[4:]}")
+    if problems:
+        raise RunFailed(f"{backend.kind} was asked for and is not what runs: {'; '.join(problems)}")
+    return f"{backend.kind}, {backend.world} process{'es' if backend.world > 1 else ''}, device {trainer.args.device}"

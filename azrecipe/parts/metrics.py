@@ -1,0 +1,113 @@
+"""Bits per byte: how well a model predicts text, in a unit that does not depend on its tokenizer.
+
+BPB = (sum of -ln p over the tokens of the text) / (ln 2 x UTF-8 bytes of the text), sums over the whole set. A
+document is scored whole: BOS (or, where there is none, EOS) is context and not scored, no EOS is asked for. A
+document longer than the model's window is scored in windows that overlap by half, each token once, with at least half
+a window before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from azrecipe.errors import CannotRun
+from azrecipe.parts.tokens import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document: token ids, and how many of the first are context only."""
+
+    ids: list[int]
+    context: int
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A sum over a set of documents: nats of all scored tokens, bytes of UTF-8 text, tokens scored."""
+
+    nats: float
+    bytes: int
+    tokens: int
+
+    @property
+    def per_byte(self) -> float:
+        return self.nats / (math.log(2) * self.bytes)
+
+
+def windows(ids: list[int], first: int, max_length: int) -> Iterator[Window]:
+    """Cut one document into windows of at most `max_length` tokens; `first` is the token that precedes it."""
+    whole = [first, *ids]
+    yield Window(whole[:max_length], 1)
+    stride = max(max_length // 2, 1)
+    scored = max_length
+    while scored < len(whole):
+        end = min(scored + stride, len(whole))
+        start = max(end - max_length, 0)
+        yield Window(whole[start:end], scored - start)
+        scored = end
+
+
+def bits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int) -> Bits:
+    """Score documents with a model. In a distributed run the processes share the work and all get the sum.
+
+    Every process runs the same number of forward passes, as sharded models need. The model's mode is kept.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise CannotRun("the tokenizer has neither a BOS nor an EOS token: the first token of a document cannot be scored")
+    limit = getattr(model.config, "max_position_embeddings", None) or max_length
+    pieces = [window for ids in encode(tokenizer, texts) for window in windows(ids, first, min(max_length, limit))]
+    pieces.sort(key=lambda window: len(window.ids))  # less padding; the sum does not depend on the order
+    rank, world = _position()
+    batches = [pieces[i : i + batch_size] for i in range(0, len(pieces), batch_size)]
+    rounds = math.ceil(len(batches) / world)
+    was_training = model.training
+    model.eval()
+    nats = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for i in range(rounds):
+            nth = i * world + rank
+            score = _score(model, batches[nth if nth < len(batches) else 0])
+            if nth < len(batches):
+                nats += score
+    model.train(was_training)
+    total = _sum(nats.to(model.device) if model.device.type == "cuda" else nats)
+    return Bits(float(total), sum(len(t.encode()) for t in texts), sum(len(w.ids) - w.context for w in pieces))
+
+
+def _score(model: PreTrainedModel, batch: list[Window]) -> torch.Tensor:
+    """Sum of -ln p over the scored tokens of a batch, in float64. Padding stands at the end, where it is seen by nothing."""
+    longest = max(len(window.ids) for window in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    labels = torch.full((len(batch), longest), -100)
+    for row, window in enumerate(batch):
+        ids[row, : len(window.ids)] = torch.tensor(window.ids)
+        labels[row, window.context : len(window.ids)] = torch.tensor(window.ids[window.context :])
+    ids, labels = ids.to(model.device), labels.to(model.device)
+    positions = torch.arange(longest, device=ids.device).expand_as(ids)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    # a row at a time: float32 logits of a whole batch at a large vocabulary would not fit
+    losses = [F.cross_entropy(logits[row, :-1].float(), labels[row, 1:], reduction="sum").double().cpu() for row in range(len(batch))]
+    return torch.stack(losses).sum()
+
+
+def _position() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _sum(value: torch.Tensor) -> torch.Tensor:
+    if _position()[1] > 1:
+        torch.distributed.all_reduce(value)
+    return value

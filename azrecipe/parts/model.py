@@ -1,0 +1,88 @@
+"""Models: opened or built, and written so that plain transformers opens them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from azrecipe.errors import CommandError, allowed, did_you_mean
+from azrecipe.parts.embeddings import adopt_special_tokens
+from azrecipe.parts.files import whole_folder
+from azrecipe.parts.hub import opening
+from azrecipe.parts.vocabulary import save_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS = {"float32": torch.float32, "bf16_mixed": torch.float32, "bf16_pure": torch.bfloat16, "bfloat16": torch.bfloat16}
+
+
+def load_model(path: str, precision: str, attn_implementation: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
+    """A causal language model from a folder or the hub, its weights in what `precision` keeps them in."""
+    from transformers import AutoModelForCausalLM
+
+    with opening("model", path):
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=WEIGHTS[precision], attn_implementation=attn_implementation, revision=revision or "main"
+        )
+
+
+def build_model(
+    config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str, attn_implementation: str, seed: int
+) -> PreTrainedModel:
+    """A new model of a transformers configuration, with the tokenizer's vocabulary. Raises CommandError for a key it lacks."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = dict(config)
+    kind = given.pop("model_type")
+    try:
+        known = AutoConfig.for_model(kind)
+    except ValueError:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        raise CommandError(
+            f"model.config.model_type: transformers has no model '{kind}'{did_you_mean(kind, CONFIG_MAPPING.keys())}"
+        ) from None
+    names = known.to_dict()
+    unknown = [key for key in given if key not in names]
+    if unknown:
+        lines = [f"model.config: a {kind} has no field '{key}'{did_you_mean(key, names)}" for key in unknown]
+        raise CommandError("\n".join([*lines, f"Fields: {allowed(names)}"]))
+    built = AutoConfig.for_model(
+        kind,
+        **given,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(built, dtype=WEIGHTS[precision], attn_implementation=attn_implementation)
+    adopt_special_tokens(model, tokenizer)
+    return model
+
+
+def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise CommandError for a model that lacks rows for its tokenizer's tokens (padding rows beyond them are fine)."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CommandError(
+            f"{path}: its tokenizer has {len(tokenizer):,} tokens and its embeddings {rows:,} rows: they do not belong together"
+        )
+
+
+def count(model: torch.nn.Module) -> int:
+    """Parameters, a tied matrix counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write model and tokenizer into a folder that appears whole or not at all. `state` where the live one is sharded."""
+    with whole_folder(folder) as aside:
+        model.save_pretrained(aside, state_dict=state)
+        save_tokenizer(tokenizer, aside)

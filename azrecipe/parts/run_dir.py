@@ -1,0 +1,257 @@
+"""The run directory: what happened, for people and for the next run. Knows its layout and when it may be gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import azrecipe
+from azrecipe.errors import FAILED, SIGINT, CannotRun, CommandError, Interrupted
+from azrecipe.parts.failures import explain
+from azrecipe.parts.files import read_json, write_json, write_text
+from azrecipe.recipe import Recipe, schema
+from azrecipe.recipe.load import is_local_data, is_local_model
+from azrecipe.recipe.overrides import dotted
+from azrecipe.recipe.write import to_yaml
+from azrecipe.recipe.yaml_tree import Key, Node, parse
+
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "datasets", "liger-kernel", "deepspeed")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder. Only the main process writes; every process may read."""
+
+    path: Path
+    main: bool
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def cache(self) -> Path:
+        """Tokenised text, shared by all runs below one runs directory."""
+        return self.path.parent.parent / ".cache"
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """status.json: state, run_id, inputs, started, finished, exit_code, message. Empty before the first run."""
+        return read_json(self.path / "status.json") or {}
+
+    @property
+    def complete(self) -> bool:
+        return self.status.get("state") == "complete"
+
+    def update(self, **changes: Any) -> None:
+        """Change keys of status.json."""
+        if self.main:
+            write_json(self.path / "status.json", {**self.status, **changes})
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json and mark the run complete: the last thing that a stage does."""
+        if self.main:
+            write_json(self.path / "result.json", result)
+        self.update(state="complete", exit_code=0, message="", finished=now())
+
+    def fail(self, state: str, exit_code: int, message: str) -> None:
+        """Record how a run ended that did not complete. A full disk must not hide the reason of the failure."""
+        with contextlib.suppress(OSError):
+            self.update(state=state, exit_code=exit_code, message=message, finished=now())
+
+    def need(self, size: int, what: str) -> None:
+        """Refuse to start when the disk has less than `size` bytes free for `what`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            raise CannotRun(
+                f"{self.path}: {what} needs about {_gigabytes(size)} of disk and {_gigabytes(free)} are free. Free some, or use --runs-dir"
+            )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def now() -> str:
+    """The time, to the second, with its zone."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def locate(recipe: Recipe, runs_dir: Path, main: bool = True) -> RunDir:
+    """The folder of a recipe's run: <runs_dir>/<project>/<recipe's name>. Touches nothing."""
+    return RunDir(runs_dir / recipe.project / recipe.name, main)
+
+
+def upstream(recipe: Recipe, runs_dir: Path, output_of: str, *keys: Key) -> RunDir:
+    """The complete run that an `output_of` takes from. Raises RecipeError, at its place, where there is none."""
+    run = RunDir(runs_dir / recipe.project / Path(output_of).stem, main=False)
+    if not run.complete:
+        state = run.status.get("state")
+        why = f"its run in {run.path} is not complete ({state})" if state else f"it has not been run: there is no {run.path}"
+        raise recipe.problem(f"takes the output of {output_of}, but {why}. Run it first: azrecipe run {output_of}", *keys)
+    return run
+
+
+@contextlib.contextmanager
+def opened(recipe: Recipe, run: RunDir, inputs: Mapping[str, str]) -> Iterator[None]:
+    """Take a run directory for this recipe, new or to go on with, and hold it against other processes.
+
+    `inputs` name what the run takes from elsewhere (run ids of other recipes, hashes of files). Raises CommandError
+    when the folder holds another recipe's run or the inputs have changed, CannotRun when another process is in it.
+    """
+    check_same(recipe, run, inputs)
+    if not run.main:
+        yield
+        return
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with (run.path / ".lock").open("a") as lock:
+            _take(lock, run.path)
+            status = run.status
+            write_text(run.path / "recipe.yaml", to_yaml(recipe.data))
+            write_json(run.path / "environment.json", environment())
+            run.update(state="running", run_id=status.get("run_id") or uuid.uuid4().hex, inputs=dict(inputs), recipe=str(recipe.path),
+                       started=status.get("started") or now(), resumed=status.get("resumed", -1) + 1, exit_code=None, message="", finished=None)  # fmt: skip
+            with _recorded(run):
+                yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise CannotRun(f"{error.filename}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _recorded(run: RunDir) -> Iterator[None]:
+    """Leave in status.json how the run ended if it ends by an exception."""
+    try:
+        yield
+    except BaseException as error:
+        told = explain(error)
+        state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        code = told.exit_code if told else SIGINT if isinstance(error, KeyboardInterrupt) else FAILED
+        run.fail(state, code, str(told or f"{type(error).__name__}: {error}"))
+        raise
+
+
+def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
+    """Whether this recipe's run is complete. Raises CommandError where the folder holds another recipe's, or a stale one."""
+    run = locate(recipe, runs_dir)
+    if not run.complete:
+        return False
+    check_same(recipe, run)
+    for key, run_id in run.status.get("inputs", {}).items():
+        if key.startswith("run of "):
+            other = RunDir(runs_dir / recipe.project / Path(key.removeprefix("run of ")).stem, main=False)
+            if other.complete and other.status.get("run_id") != run_id:
+                raise CommandError(
+                    f"{run.path} was made from an earlier {key.removeprefix('run of ')} than the one that is there now. Remove that folder to run it again"
+                )
+    return True
+
+
+def _take(lock: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CannotRun(f"{path}: another process is running this recipe") from None
+
+
+def check_same(recipe: Recipe, run: RunDir, inputs: Mapping[str, str] | None = None) -> None:
+    """Raise CommandError unless the folder is empty or holds this recipe's run, with these inputs."""
+    file = run.path / "recipe.yaml"
+    if not file.exists():
+        return
+    old = parse(file.read_text(encoding="utf-8"), str(file))
+    new = parse(to_yaml(recipe.data), "")
+    differing = sorted(_differences(old, new, schema.document(recipe.stage) if _stage(old) == recipe.stage else {}))
+    if differing:
+        raise CommandError(
+            f"{run.path} holds the run of another recipe. Keys that differ: {', '.join(differing)}\n"
+            "  Give this one a project or a --runs-dir of its own, or remove that folder"
+        )
+    before = run.status.get("inputs", {})
+    changed = sorted(key for key, value in (inputs or {}).items() if before.get(key, value) != value)
+    if changed:
+        raise CommandError(
+            f"{run.path} was made from inputs that have changed since: {', '.join(changed)}\n"
+            "  Remove that folder to run it again from the start, or give a --runs-dir of its own"
+        )
+
+
+def _stage(root: Node) -> Any:
+    node = root.get("stage")
+    return node.value if node else None
+
+
+def _differences(old: Node | None, new: Node | None, definition: schema.Schema, at: tuple[Key, ...] = ()) -> Iterator[str]:
+    """Keys whose values differ and can change the weights. Where a file stands does not matter, its content is an input."""
+    definition = schema.follow(definition)
+    if definition.get("x-changes-weights") is False:
+        return
+    a, b = (node.value if node else None for node in (old, new))
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in {*a, *b}:
+            yield from _differences(a.get(key), b.get(key), schema.below(definition, key) or {}, (*at, key))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(x, y, schema.below(definition, i) or {}, (*at, i))
+    elif a != b and not _moved(a, b, definition.get("x-path")):
+        yield dotted(at)
+
+
+def _moved(a: Any, b: Any, kind: str | None) -> bool:
+    """Whether two values are the same local file or folder seen from two places."""
+    if kind is None or not isinstance(a, str) or not isinstance(b, str):
+        return False
+    tests: dict[str, Callable[[str], bool]] = {"data": is_local_data, "model": is_local_model, "recipe": lambda _: True}
+    local = tests[kind]
+    return local(a) and local(b) and Path(a).name == Path(b).name
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for environment.json."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    import torch
+
+    gpus: list[str] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "azrecipe": azrecipe.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": versions,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of azrecipe's own checkout; None for an installed wheel."""
+    folder = Path(azrecipe.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,57 @@
+"""From a recipe to open things: where its tokenizers and models stand, its texts, and the hashes that name its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from azrecipe.parts.corpus import Located, files, texts
+from azrecipe.parts.files import sha256
+from azrecipe.parts.run_dir import RunDir, upstream
+from azrecipe.recipe import Recipe
+from azrecipe.recipe.load import is_local_data
+from azrecipe.recipe.types import ModelSource, Source, ValidationSource
+from azrecipe.recipe.yaml_tree import Key
+
+
+class Inputs:
+    """Collects what a run takes from elsewhere, so that a later resume can tell whether it has changed."""
+
+    def __init__(self, recipe: Recipe, runs_dir: Path) -> None:
+        self.recipe, self.runs_dir = recipe, runs_dir
+        self.found: dict[str, str] = {}
+
+    def run_of(self, output_of: str, *keys: Key) -> RunDir:
+        """The complete run behind an `output_of`. Raises RecipeError at its place."""
+        run = upstream(self.recipe, self.runs_dir, output_of, *keys)
+        self.found[f"run of {Path(output_of).name}"] = str(run.status.get("run_id"))
+        return run
+
+    def folder(self, source: ModelSource, *keys: Key) -> str:
+        """Where a model or tokenizer is: the final/ of a run, a folder, or a hub id."""
+        if source.output_of is not None:
+            return str(self.run_of(source.output_of, *keys, "output_of").final)
+        assert source.name_or_path is not None
+        return source.name_or_path
+
+    def located(self, source: Source, *keys: Key) -> Located:
+        """A dataset with its place in the recipe; local files are hashed."""
+        found = Located(source, self.recipe.place(*keys, "path"))
+        if is_local_data(source.path):
+            for file in files(found):
+                self.found[f"data {file.name}"] = sha256(file)
+        return found
+
+    def datasets(self, sources: list[Source]) -> list[Located]:
+        """The recipe's data.datasets."""
+        return [self.located(source, "data", "datasets", i) for i, source in enumerate(sources)]
+
+    def validation(self, sources: Mapping[str, ValidationSource]) -> dict[str, list[str]]:
+        """The held-out documents of each validation set, read into memory. Raises RecipeError for a set without text."""
+        found = {}
+        for name, source in sources.items():
+            located = self.located(source, "data", "validation", name)
+            found[name] = list(texts(located, held_out_side=True))
+            if not found[name]:
+                raise located.wrong(f"validation set '{name}': {located.title} holds no text")
+        return found

@@ -1,0 +1,136 @@
+"""From a recipe's `training:` to transformers' arguments, and one phase of training that resumes by itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from azrecipe.errors import CannotRun
+from azrecipe.parts import checkpoint
+from azrecipe.parts.backend import Backend
+from azrecipe.parts.batches import split
+from azrecipe.parts.watching import Meter, Watch, say, trim_metrics
+from azrecipe.recipe.types import Training
+
+# The package behind each tracker of report_to.
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One training loop: where it writes, how long it is, its peak learning rate."""
+
+    name: str
+    folder: Path
+    max_steps: int
+    learning_rate: float
+    seed: int
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """Raise CannotRun for trackers whose package is missing."""
+    missing = [name for name in report_to if importlib.util.find_spec(TRACKERS[name]) is None]
+    if missing:
+        raise CannotRun(
+            f"report_to: {', '.join(missing)} is not installed: pip install {' '.join(TRACKERS[name] for name in missing)}, or --set training.report_to=[]"
+        )
+
+
+def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any]:
+    """Keyword arguments for transformers.TrainingArguments (and trl.SFTConfig, which extends it).
+
+    The global batch is split over the processes; `precision` is applied by the weights' dtype and autocast, never by
+    the launcher. Raises CommandError where the batch does not divide.
+    """
+    batch = split(training.global_batch_size, training.per_device_train_batch_size, backend.world)
+    if training.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(loop.folder.parent.parent / "tensorboard"))
+    return {
+        "output_dir": str(loop.folder),
+        "max_steps": loop.max_steps,
+        "learning_rate": loop.learning_rate,
+        "per_device_train_batch_size": batch.per_device,
+        "gradient_accumulation_steps": batch.accumulation,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": round(training.warmup_ratio * loop.max_steps),
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.adam_beta1,
+        "adam_beta2": training.adam_beta2,
+        "adam_epsilon": training.adam_epsilon,
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": training.precision == "bf16_mixed",
+        "use_liger_kernel": training.use_liger_kernel,
+        "activation_checkpointing": training.activation_checkpointing,
+        "logging_steps": training.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would replace a NaN by an average and hide it
+        "save_strategy": "steps",
+        "save_steps": training.save_steps,
+        "save_total_limit": None,  # ours deletes only after the new one is whole
+        "eval_strategy": "steps" if training.eval_steps else "no",
+        "eval_steps": training.eval_steps,
+        "report_to": training.report_to or "none",
+        "seed": loop.seed,
+        "data_seed": loop.seed,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+        **training.trainer_arguments,
+    }
+
+
+def train(  # noqa: PLR0913
+    make: Callable[[list[Any]], Trainer], loop: Loop, run: Path, meter: Meter, backend: Backend, save_total_limit: int
+) -> tuple[Trainer, dict[str, Any]]:
+    """Run one loop, from its last complete checkpoint if there is one; returns the trainer and what happened.
+
+    `make` builds the Trainer with the callbacks given to it. Raises Interrupted after a signal, its checkpoint saved.
+    """
+    if backend.main:
+        loop.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_torn(loop.folder)
+    resume = checkpoint.last_complete(loop.folder)
+    if resume is not None:
+        say(f"{loop.name}: going on from {resume}", backend.main)
+    if backend.main:
+        trim_metrics(run, loop.name, checkpoint.step_of(resume) if resume else 0)
+    watch = Watch(backend, run, meter, save_total_limit)
+    trainer = make([watch])
+    watch.trainer = trainer
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    started = time.monotonic()
+    with watch:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    watch.raise_if_interrupted()
+    return trainer, {
+        "steps": trainer.state.global_step,
+        "last_loss": watch.losses[-1] if watch.losses else None,
+        "seconds": round(time.monotonic() - started, 1),
+        "resumed_from": checkpoint.step_of(resume) if resume else None,
+    }
+
+
+def whole_state(trainer: Trainer, backend: Backend) -> Mapping[str, torch.Tensor] | None:
+    """The full weights of a sharded model on the main process (every process must call); None where they are not sharded."""
+    if not backend.sharded:
+        return None
+    state: Mapping[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return state
+
+
+def unwrapped(trainer: Trainer) -> PreTrainedModel:
+    """The model below the backend's wrapping."""
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    return model

@@ -1,0 +1,148 @@
+"""What a schema cannot say: the few rules that look at two values, or at another file."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from azrecipe.errors import Place, Problem, allowed, did_you_mean
+from azrecipe.recipe import schema
+from azrecipe.recipe.yaml_tree import Node
+
+GROUPS = ("all", "embeddings", "head", "attention", "mlp", "norms")
+# Fields of TrainingArguments that follow from the recipe, the launcher or the run directory.
+OWNED = {
+    "output_dir", "num_train_epochs", "max_steps", "learning_rate", "gradient_accumulation_steps", "warmup_steps", "bf16", "fp16", "seed",
+    "data_seed", "use_cpu", "save_strategy", "eval_strategy", "logging_strategy", "train_sampling_strategy", "remove_unused_columns",
+    "label_names", "fsdp", "fsdp_config", "deepspeed", "enable_jit_checkpoint", "load_best_model_at_end", "do_train", "do_eval", "run_name",
+    "bf16_full_eval", "disable_tqdm", "average_tokens_across_devices", "overwrite_output_dir", "resume_from_checkpoint",
+}  # fmt: skip
+
+
+def check(root: Node, stage: str) -> list[Problem]:
+    """Problems of a merged tree, which may have failed its schema: only what still makes sense is said."""
+    found: list[Problem] = []
+    found += _recipes_exist(root, schema.document(stage))
+    if stage == "pretrain":
+        found += _phases(root)
+        found += _tokenizer_source(root)
+    if stage in ("pretrain", "sft"):
+        found += _trainer_arguments(root)
+    if stage == "tokenizer":
+        found += _candidates(root)
+    return found
+
+
+def _recipes_exist(node: Node, definition: schema.Schema) -> Iterator[Problem]:
+    """Every path of a recipe (`output_of`, `continue_from`, a pipeline's steps) is there."""
+    definition = schema.follow(definition)
+    if isinstance(node.value, dict):
+        for key, value in node.value.items():
+            if (inner := schema.below(definition, key)) is not None:
+                yield from _recipes_exist(value, inner)
+    elif isinstance(node.value, list):
+        if (inner := schema.below(definition, 0)) is not None:
+            for item in node.value:
+                yield from _recipes_exist(item, inner)
+    elif definition.get("x-path") == "recipe" and isinstance(node.value, str) and node.place.line:
+        file = Path(os.path.dirname(node.place.file), node.value)
+        if not file.is_file():
+            near = did_you_mean(file.name, (p.name for p in file.parent.glob("*.y*ml"))) if file.parent.is_dir() else ""
+            yield Problem(node.place, f"no such recipe: {os.path.normpath(file)}{near}")
+
+
+def _phases(root: Node) -> Iterator[Problem]:
+    phases = root.get("phases")
+    names: dict[object, Place] = {}
+    for phase in phases.value if phases and isinstance(phases.value, list) else []:
+        name = phase.get("name")
+        if name and isinstance(name.value, str):
+            if name.value in names:
+                yield Problem(name.place, f"two phases are called '{name.value}'; the other stands at {names[name.value]}")
+            names.setdefault(name.value, name.place)
+        patterns = phase.get("trainable_parameters")
+        for pattern in patterns.value if patterns and isinstance(patterns.value, list) else []:
+            if isinstance(pattern.value, str) and pattern.value not in GROUPS:
+                yield from _pattern(pattern, pattern.value)
+
+
+def _pattern(node: Node, text: str) -> Iterator[Problem]:
+    try:
+        re.compile(text)
+    except re.error as error:
+        yield Problem(node.place, f"'{text}' is no group ({', '.join(GROUPS)}) and no regular expression: {error}")
+        return
+    if text.isidentifier() and (near := did_you_mean(text, GROUPS)):
+        yield Problem(
+            node.place,
+            f"there is no group '{text}'{near} Groups: {', '.join(GROUPS)}; anything else is a regular expression over parameter names",
+        )
+
+
+def _tokenizer_source(root: Node) -> Iterator[Problem]:
+    tokenizer, model = root.get("tokenizer"), root.get("model")
+    if tokenizer is None or not isinstance(tokenizer.value, dict):
+        if model and model.get("config"):
+            yield Problem(
+                model.at,
+                "a model built from `config` has no tokenizer of its own: say `tokenizer:` (name_or_path, output_of, or family and vocab_size)",
+            )
+        return
+    sources = [key for key in ("name_or_path", "output_of", "family") if key in tokenizer.value]
+    if len(sources) > 1:
+        yield Problem(tokenizer.at, f"give at most one of name_or_path, output_of, family: there are {', '.join(sources)}")
+    if not sources and model and model.get("config"):
+        yield Problem(
+            tokenizer.at, "a model built from `config` has no tokenizer of its own: give name_or_path, output_of, or family and vocab_size"
+        )
+    if ("family" in tokenizer.value) != ("vocab_size" in tokenizer.value):
+        yield Problem(tokenizer.at, "family and vocab_size go together: they ask for a new tokenizer")
+
+
+def _candidates(root: Node) -> Iterator[Problem]:
+    candidates, select = root.get("candidates"), root.get("select")
+    entries = candidates.value if candidates and isinstance(candidates.value, dict) else {}
+    for name, candidate in entries.items():
+        kind = candidate.get("kind")
+        size = candidate.get("vocab_size")
+        if kind and kind.value == "custom" and size is None:
+            yield Problem(candidate.at, f"candidate '{name}': kind custom needs vocab_size")
+        if kind and kind.value == "baseline" and size is not None:
+            yield Problem(size.at, f"candidate '{name}': a baseline has the size that it has; leave vocab_size out")
+    if select and isinstance(select.value, str) and entries and select.value not in entries and select.value != "lowest_fertility":
+        known = [*entries, "lowest_fertility"]
+        yield Problem(
+            select.place, f"select names no candidate: '{select.value}'{did_you_mean(select.value, known)} Candidates: {allowed(known)}"
+        )
+
+
+def _trainer_arguments(root: Node) -> Iterator[Problem]:
+    given = root.get("training", "trainer_arguments")
+    if given is None or not isinstance(given.value, dict) or not given.value:
+        return
+    own = schema.below(schema.document(str(root.plain()["stage"])), "training") or {}
+    ours = set(own.get("properties", {})) - {"trainer_arguments"}
+    known = _training_arguments_fields()
+    for key, node in given.value.items():
+        if key in ours:
+            yield Problem(node.at, f"'{key}' is a key of training itself: write training.{key}")
+        elif key in OWNED:
+            yield Problem(node.at, f"'{key}' follows from the recipe, the launcher or the run directory and cannot be set")
+        elif known and key not in known:
+            yield Problem(node.at, f"transformers.TrainingArguments has no field '{key}'{did_you_mean(key, known)}")
+
+
+@cache
+def _training_arguments_fields() -> frozenset[str]:
+    """Field names of the installed TrainingArguments, read from its source: importing it would pull torch in."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    tree = ast.parse(Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8"))
+    classes = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
+    return frozenset(n.target.id for c in classes for n in c.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))

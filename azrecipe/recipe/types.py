@@ -1,0 +1,287 @@
+"""A checked recipe as frozen dataclasses: one class a schema object, one field a key (a test holds the two equal).
+
+Units and meanings stand in schema/; defaults are filled in from there, so no field has one here unless its key may be
+absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    fraction: float
+    by: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Common to every kind of dataset entry."""
+
+    path: str
+    split: str
+    name: str | None = None
+    data_files: str | list[str] | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ValidationSource(Source):
+    text_column: str = "text"
+    max_bytes: int | None = None
+    held_out: HeldOut | None = None
+
+
+@dataclass(frozen=True)
+class TextSource(ValidationSource):
+    weight: float = 1.0
+    max_epochs: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model or a tokenizer comes from: exactly one of name_or_path and output_of."""
+
+    name_or_path: str | None = None
+    revision: str | None = None
+    output_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Model(ModelSource):
+    attn_implementation: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class PretrainModel(Model):
+    config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PretrainTokenizer(ModelSource):
+    family: str | None = None
+    vocab_size: int | None = None
+    new_embeddings: str = "subtoken_mean"
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    max_length: int
+    datasets: list[TextSource]
+    validation: Mapping[str, ValidationSource]
+    continue_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    trainable_parameters: list[str]
+    learning_rate: float
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    max_bytes: int | None = None
+    num_train_epochs: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every training stage shares; names are transformers.TrainingArguments'."""
+
+    global_batch_size: int
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    lr_scheduler_type: str
+    warmup_ratio: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
+    precision: str
+    use_liger_kernel: bool
+    activation_checkpointing: bool
+    logging_steps: int
+    save_steps: int
+    save_total_limit: int
+    report_to: list[str]
+    trainer_arguments: dict[str, Any]
+    eval_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    stage: str
+    project: str
+    description: str
+    seed: int
+    model: PretrainModel
+    tokenizer: PretrainTokenizer
+    data: PretrainData
+    phases: list[Phase]
+    training: Training
+
+
+@dataclass(frozen=True)
+class Candidate:
+    kind: str
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerData:
+    datasets: list[TextSource]
+    validation: Mapping[str, ValidationSource]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    stage: str
+    project: str
+    description: str
+    seed: int
+    tokenizer: ModelSource
+    data: TokenizerData
+    candidates: Mapping[str, Candidate]
+    select: str
+    training_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ConversationSource(Source):
+    format: str = "messages"
+
+
+@dataclass(frozen=True)
+class SftHeldOut:
+    fraction: float
+
+
+@dataclass(frozen=True)
+class SftValidation:
+    held_out: SftHeldOut
+
+
+@dataclass(frozen=True)
+class SftData:
+    max_length: int
+    datasets: list[ConversationSource]
+    validation: SftValidation
+
+
+@dataclass(frozen=True)
+class Lora:
+    r: int
+    lora_alpha: int | float
+    lora_dropout: float
+    target_modules: str | list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftTraining(Training):
+    learning_rate: float
+    assistant_only_loss: bool
+    num_train_epochs: float | None = None
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Sft:
+    stage: str
+    project: str
+    description: str
+    seed: int
+    model: Model
+    chat_template: str
+    data: SftData
+    lora: Lora
+    training: SftTraining
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class EvaluateData:
+    max_length: int
+    validation: Mapping[str, ValidationSource]
+
+
+@dataclass(frozen=True)
+class Generation:
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    stage: str
+    project: str
+    description: str
+    seed: int
+    models: Mapping[str, ModelSource]
+    data: EvaluateData
+    prompts: list[str | Conversation]
+    generation: Generation
+    per_device_eval_batch_size: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    stage: str
+    project: str
+    description: str
+    steps: list[str]
+    set: Mapping[str, Mapping[str, Any]]
+
+
+STAGE_TYPES: Mapping[str, type[Any]] = {
+    "tokenizer": Tokenizer,
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "evaluate": Evaluate,
+    "pipeline": Pipeline,
+}
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], data: Mapping[str, Any]) -> T:
+    """A dataclass from checked plain data; every key must be a field."""
+    hints = get_type_hints(kind)
+    unknown = data.keys() - {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown:
+        raise TypeError(f"{kind.__name__} has no field for {sorted(unknown)}")
+    return kind(**{key: _convert(hints[key], value) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        options = [a for a in arguments if a is not NoneType]
+        if isinstance(value, dict):
+            return _convert(next(a for a in options if is_dataclass(a) or get_origin(a) is dict), value)
+        if isinstance(value, list):
+            return _convert(next(a for a in options if get_origin(a) is list), value)
+        return value if len(options) > 1 else _convert(options[0], value)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value)
+    if origin is list:
+        return [_convert(arguments[0], item) for item in value]
+    if origin is Mapping:
+        return {key: _convert(arguments[1], item) for key, item in value.items()}
+    return float(value) if hint is float else value

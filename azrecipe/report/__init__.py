@@ -1,0 +1,1 @@
+"""What happened, for people: run directories as terminal tables."""
