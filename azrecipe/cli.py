@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from azrecipe import __version__
-from azrecipe.errors import DONE, FAILED, SIGINT, WRONG, AzrecipeError, CannotRun, did_you_mean
+from azrecipe.errors import DONE, FAILED, SIGINT, WRONG, AzrecipeError, CannotRun, hint
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {}
 
@@ -45,8 +45,7 @@ def _worker(arguments: list[str]) -> int:
 def _spelled(arguments: list[str]) -> list[str]:
     """The same arguments; an unknown verb ends the command with the nearest one."""
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
-        near = did_you_mean(arguments[0], VERBS)
-        print(f"azrecipe: there is no command '{arguments[0]}'{near} Commands: {', '.join(VERBS)}", file=sys.stderr)
+        print(f"azrecipe: there is no command '{arguments[0]}'{hint(arguments[0], VERBS, 'Commands')}", file=sys.stderr)
         raise SystemExit(WRONG)
     return arguments
 
@@ -86,7 +85,10 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not '{text}'") from None
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value

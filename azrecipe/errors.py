@@ -87,6 +87,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
+def hint(word: str, known: Iterable[str], label: str) -> str:
+    """The end of a message about an unknown word: the nearest known one where there is one, then all, after a label."""
+    known = list(known)
+    return f"{did_you_mean(word, known) or '.'} {label}: {allowed(known)}"
+
+
 def allowed(known: Iterable[str]) -> str:
     """The known words, in a list that a message can end with."""
     return ", ".join(sorted(known))

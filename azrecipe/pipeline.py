@@ -67,8 +67,7 @@ def _check_order(recipe: Recipe, steps: Sequence[Step], runs_dir: Path) -> None:
     for step in steps:
         for keys, output_of in _taken(step.recipe.data):
             name = Path(output_of).stem
-            status = runs_dir / recipe.project / name / "result.json"
-            if name not in earlier and not status.exists():
+            if name not in earlier and not tables.complete(runs_dir / recipe.project / name):
                 message = f"takes the output of {Path(output_of).name}, which is no earlier step of {recipe.path.name} and has no finished run. Steps: {allowed(s.key for s in steps)}"
                 problems += step.recipe.problem(message, *keys).problems
         earlier.add(step.recipe.name)

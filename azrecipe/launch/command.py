@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import FAILED, CommandError, did_you_mean
+from azrecipe.errors import FAILED, CommandError, hint
 from azrecipe.launch.worker import EXIT_FILE
 from azrecipe.recipe import resources
 
@@ -27,7 +27,7 @@ def config_file(name: str) -> Path:
     folder = resources.root() / "accelerate_configs"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise CommandError(f"there is no accelerate config '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}; or give a path")
+        raise CommandError(f"there is no accelerate config '{name}'{hint(name, known, 'Known')}; or give a path")
     return folder / f"{name}.yaml"
 
 
@@ -39,7 +39,7 @@ def launched(worker_arguments: Sequence[str], accelerate_config: str | None, num
         return None
     if accelerate_config == "cpu":
         raise CommandError(f"accelerate_configs/cpu.yaml is one process: for {num_processes} say --accelerate-config ddp")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(accelerate_config or "ddp"))]
+    command = [sys.executable, "-m", "azrecipe.launch.launcher", "--config_file", str(config_file(accelerate_config or "ddp"))]
     if num_processes is not None:
         command += ["--num_processes", str(num_processes)]
     return [*command, "--main_process_port", str(_free_port()), "-m", "azrecipe", *worker_arguments]

@@ -74,8 +74,10 @@ def _work(recipe: Recipe, runs_dir: Path) -> None:
 
 def _quiet() -> None:
     """Leave the terminal to our own progress: the libraries' bars and notices go."""
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

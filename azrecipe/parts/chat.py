@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 
-from azrecipe.errors import CommandError, Problem, RecipeError, did_you_mean
+from azrecipe.errors import CommandError, Problem, RecipeError, hint
 from azrecipe.parts.corpus import Located, rows
 from azrecipe.recipe.types import ConversationSource
 
@@ -70,7 +71,7 @@ def read(located: Located) -> list[Messages]:
 
 def _messages(row: dict[str, Any]) -> Any:
     if "messages" not in row:
-        raise ValueError(f"no column 'messages'{did_you_mean('messages', row)} Columns: {', '.join(row)} (format: messages)")
+        raise ValueError(f"no column 'messages'{hint('messages', row, 'Columns')} (format: messages)")
     return row["messages"]
 
 
@@ -78,7 +79,8 @@ def _alpaca(row: dict[str, Any]) -> Any:
     missing = [key for key in ("instruction", "output") if key not in row]
     if missing:
         raise ValueError(f"no column {', '.join(missing)}; columns: {', '.join(row)} (format: alpaca)")
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    parts = [part for part in (row["instruction"], row.get("input")) if part not in (None, "")]
+    question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
     return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
@@ -89,10 +91,10 @@ def _checked(messages: Any) -> Messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {nth} has no role")
         if message["role"] not in ROLES:
-            raise ValueError(
-                f"message {nth}: unknown role '{message['role']}'{did_you_mean(message['role'], ROLES)} Roles: {', '.join(ROLES)}"
-            )
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise ValueError(f"message {nth}: unknown role '{message['role']}'{hint(message['role'], ROLES, 'Roles')}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {nth} ({message['role']}) is not text")
+        if not message["content"].strip():
             raise ValueError(f"message {nth} ({message['role']}) is empty")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message of the assistant: there is nothing to learn")
@@ -149,7 +151,11 @@ def has_marks(template: str) -> bool:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int, assistant_only: bool) -> Example:
     """Render and tokenise one conversation, cut to `max_length`, with labels on the assistant's tokens and end of turn."""
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=assistant_only)
+    try:
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=assistant_only)
+    except TemplateError as error:
+        begins = " ".join(messages[0]["content"].split())[:60]
+        raise CommandError(f"the chat template refuses the conversation that begins with '{begins}': {error}") from None
     ids = list(encoded["input_ids"])[:max_length]
     mask = list(encoded["assistant_masks"])[:max_length] if assistant_only else [1] * len(ids)
     return Example(ids, [token if on else -100 for token, on in zip(ids, mask, strict=True)])

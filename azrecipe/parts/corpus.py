@@ -6,12 +6,13 @@ import glob
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from azrecipe.errors import CannotRun, Place, Problem, RecipeError, allowed, did_you_mean
+from azrecipe.errors import CannotRun, Place, Problem, RecipeError, did_you_mean, hint
 from azrecipe.parts.files import sha256
 from azrecipe.recipe.load import DATA_SUFFIXES, is_local_data
 from azrecipe.recipe.types import HeldOut, Source, TextSource, ValidationSource
@@ -69,7 +70,7 @@ def is_held_out(key: str, held_out: HeldOut) -> bool:
 
 def _column(row: Row, column: str, key: str, where: Place, located: Located) -> Any:
     if column not in row:
-        raise located.wrong(f"{where}: no column '{column}'{did_you_mean(column, row)} Columns: {allowed(row)} (recipe key {key})")
+        raise located.wrong(f"{where}: no column '{column}'{hint(column, row, 'Columns')} (recipe key {key})")
     return row[column]
 
 
@@ -90,13 +91,14 @@ def rows(located: Located, text_column: str = "text") -> Iterator[tuple[Place, R
 def files(located: Located) -> list[Path]:
     """The local files that a source's path (a file, a folder or a glob) names, sorted."""
     path = located.source.path
-    if located.source.split != "train" and not located.source.split.startswith("train["):
+    if located.source.split != "train":
         raise located.wrong(f"a local file has no split '{located.source.split}': leave split out")
     matched = sorted(Path(p) for p in glob.glob(path, recursive=True))
     if len(matched) == 1 and matched[0].is_dir():
         matched = sorted(p for p in matched[0].rglob("*") if p.name.endswith(DATA_SUFFIXES))
         if not matched:
             raise located.wrong(f"{path}: no file in this folder ends in {', '.join(DATA_SUFFIXES)}")
+    matched = [file for file in matched if not file.is_dir()]
     if not matched:
         parent = Path(path).parent
         near = did_you_mean(Path(path).name, (p.name for p in parent.iterdir())) if parent.is_dir() else ""
@@ -104,6 +106,8 @@ def files(located: Located) -> list[Path]:
     for file in matched:
         if not file.name.endswith(DATA_SUFFIXES):
             raise located.wrong(f"{file}: not a kind of file that can be read. Known: {', '.join(DATA_SUFFIXES)}")
+        if not file.is_file():
+            raise located.wrong(f"{file}: {'a link to a file that is gone' if file.is_symlink() else 'not a regular file'}")
     return matched
 
 
@@ -118,7 +122,7 @@ def _lines(file: Path, located: Located) -> Iterator[tuple[int, str]]:
         raise located.wrong(
             f"{file}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line)"
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise located.wrong(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -129,11 +133,22 @@ def _json_rows(file: Path, located: Located) -> Iterator[tuple[Place, Row]]:
         where = Place(str(file), number, 1)
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise located.wrong(f"{where}: not a line of JSON: {error}") from None
         if not isinstance(row, dict):
             raise located.wrong(f"{where}: a line must be a JSON object, not {type(row).__name__}")
+        if "\\u" in line and not _whole_characters(row):
+            raise located.wrong(f"{where}: half a character: an escape from \\ud800 to \\udfff without the other of its pair")
         yield where, row
+
+
+def _whole_characters(row: Row) -> bool:
+    """Whether a row's text is Unicode: JSON's escapes can spell a surrogate that stands alone."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet_rows(file: Path, located: Located) -> Iterator[tuple[Place, Row]]:
@@ -147,7 +162,7 @@ def _parquet_rows(file: Path, located: Located) -> Iterator[tuple[Place, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Place(str(file), number, 1), row
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise located.wrong(f"{file}: not a Parquet file that can be read: {error}") from None
 
 

@@ -25,6 +25,13 @@ class Swap:
     method: str
 
 
+def check_swap(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
+    """Raise CannotRun unless both tokenizers are byte-level BPE, whose tokens can be matched byte by byte."""
+    for name, tokenizer in (("the model's", old), ("the new", new)):
+        if not is_byte_level_bpe(tokenizer):
+            raise CannotRun(f"{name} tokenizer is not a byte-level BPE (as Llama 3's is): its tokens cannot be matched byte by byte")
+
+
 def swap_vocabulary(model: PreTrainedModel, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, method: str, seed: int) -> Swap:
     """Give a model the new tokenizer's vocabulary, in place: input embeddings and output head, tied or not.
 
@@ -34,9 +41,7 @@ def swap_vocabulary(model: PreTrainedModel, old: PreTrainedTokenizerBase, new: P
     old column). config's and generation_config's special ids follow the new tokenizer. Raises CannotRun for
     tokenizers that are not byte-level BPE.
     """
-    for name, tokenizer in (("the model's", old), ("the new", new)):
-        if not is_byte_level_bpe(tokenizer):
-            raise CannotRun(f"{name} tokenizer is not a byte-level BPE (as Llama 3's is): its tokens cannot be matched byte by byte")
+    check_swap(old, new)
     pieces = _pieces(old, new)
     tied = model.config.tie_word_embeddings
     matrices = [model.get_input_embeddings().weight]

@@ -25,6 +25,6 @@ def explain(error: BaseException) -> AzrecipeError | None:
             "  Lower training.per_device_train_batch_size (the global batch and the result stay the same) or data.max_length, "
             "or set training.activation_checkpointing=true"
         )
-    if isinstance(error, PermissionError):
-        return CannotRun(f"{error.filename}: {error.strerror}")
+    if isinstance(error, (PermissionError, NotADirectoryError)) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        return CannotRun(f"{error.filename}: cannot be opened or written: {error.strerror}")
     return None

@@ -27,13 +27,15 @@ def opening(what: str, path: str) -> Iterator[None]:
 
     try:
         yield
+    except ImportError as error:  # flash attention, a quantised model
+        raise CannotRun(f"the {what} of {path} needs a package that is not here: {_first_line(error)}") from None
     except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
         chain: list[BaseException] = []
         link: BaseException | None = error
         while link is not None and link not in chain:
             chain.append(link)
             link = link.__cause__ or link.__context__
-        if is_local_model(path):
+        if is_local_model(path) or Path(path).is_dir():  # the final/ of a run has no leading ./
             raise CommandError(f"the folder {path} holds no {what} that transformers can open: {_first_line(error)}") from None
         if any(isinstance(e, GatedRepoError) for e in chain):
             raise CannotRun(

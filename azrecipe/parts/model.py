@@ -10,6 +10,7 @@ import torch
 
 from azrecipe.errors import CommandError, allowed, did_you_mean
 from azrecipe.parts.embeddings import adopt_special_tokens
+from azrecipe.parts.failures import explain
 from azrecipe.parts.files import whole_folder
 from azrecipe.parts.hub import opening
 from azrecipe.parts.vocabulary import save_tokenizer
@@ -30,10 +31,21 @@ def load_model(path: str, precision: str, attn_implementation: str = "sdpa", rev
         )
 
 
+def skeleton(path: str, attn_implementation: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
+    """The same without its weights, on PyTorch's meta device: enough to check names and shapes before anything is loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with opening("model", path), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(path, revision=revision or "main"), attn_implementation=attn_implementation
+        )
+
+
 def build_model(
     config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str, attn_implementation: str, seed: int
 ) -> PreTrainedModel:
     """A new model of a transformers configuration, with the tokenizer's vocabulary. Raises CommandError for a key it lacks."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     given = dict(config)
@@ -51,16 +63,22 @@ def build_model(
     if unknown:
         lines = [f"model.config: a {kind} has no field '{key}'{did_you_mean(key, names)}" for key in unknown]
         raise CommandError("\n".join([*lines, f"Fields: {allowed(names)}"]))
-    built = AutoConfig.for_model(
-        kind,
-        **given,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(built, dtype=WEIGHTS[precision], attn_implementation=attn_implementation)
+    try:
+        built = AutoConfig.for_model(
+            kind,
+            **given,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = AutoModelForCausalLM.from_config(built, dtype=WEIGHTS[precision], attn_implementation=attn_implementation)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        if explain(error) is not None:
+            raise
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise CommandError(f"model.config: transformers cannot build this {kind}: {reason}") from None
     adopt_special_tokens(model, tokenizer)
     return model
 

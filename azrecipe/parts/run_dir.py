@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import azrecipe
-from azrecipe.errors import FAILED, SIGINT, CannotRun, CommandError, Interrupted
+from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json, write_text
 from azrecipe.recipe import Recipe, schema
@@ -124,23 +124,27 @@ def opened(recipe: Recipe, run: RunDir, inputs: Mapping[str, str]) -> Iterator[N
         with (run.path / ".lock").open("a") as lock:
             _take(lock, run.path)
             status = run.status
+            fresh = not (run.path / "recipe.yaml").exists()
             write_text(run.path / "recipe.yaml", to_yaml(recipe.data))
             write_json(run.path / "environment.json", environment())
             run.update(state="running", run_id=status.get("run_id") or uuid.uuid4().hex, inputs=dict(inputs), recipe=str(recipe.path),
                        started=status.get("started") or now(), resumed=status.get("resumed", -1) + 1, exit_code=None, message="", finished=None)  # fmt: skip
-            with _recorded(run):
+            with _recorded(run, fresh):
                 yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise CannotRun(f"{error.filename}: cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
-def _recorded(run: RunDir) -> Iterator[None]:
-    """Leave in status.json how the run ended if it ends by an exception."""
+def _recorded(run: RunDir, fresh: bool) -> Iterator[None]:
+    """Leave in status.json how the run ended if it ends by an exception; a recipe that is refused leaves nothing."""
     try:
         yield
     except BaseException as error:
         told = explain(error)
+        if fresh and told and told.exit_code == WRONG and not any(run.path.rglob("*.safetensors")):
+            shutil.rmtree(run.path)  # or the recipe, once corrected, would find the run of another one in its way
+            raise
         state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         code = told.exit_code if told else SIGINT if isinstance(error, KeyboardInterrupt) else FAILED
         run.fail(state, code, str(told or f"{type(error).__name__}: {error}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from azrecipe.parts.files import sha256
 from azrecipe.parts.run_dir import RunDir, upstream
 from azrecipe.recipe import Recipe
 from azrecipe.recipe.load import is_local_data
+from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.types import ModelSource, Source, ValidationSource
 from azrecipe.recipe.yaml_tree import Key
 
@@ -38,8 +41,8 @@ class Inputs:
         """A dataset with its place in the recipe; local files are hashed."""
         found = Located(source, self.recipe.place(*keys, "path"))
         if is_local_data(source.path):
-            for file in files(found):
-                self.found[f"data {file.name}"] = sha256(file)
+            content = [[file.name, sha256(file)] for file in files(found)]
+            self.found[dotted(keys)] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return found
 
     def datasets(self, sources: list[Source]) -> list[Located]:

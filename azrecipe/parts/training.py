@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from azrecipe.errors import CannotRun
+from azrecipe.errors import CannotRun, CommandError
 from azrecipe.parts import checkpoint
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.batches import split
@@ -26,9 +26,10 @@ TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 @dataclass(frozen=True)
 class Loop:
-    """One training loop: where it writes, how long it is, its peak learning rate."""
+    """One training loop: its run directory, where its checkpoints go, how long it is, its peak learning rate."""
 
     name: str
+    run: Path
     folder: Path
     max_steps: int
     learning_rate: float
@@ -52,7 +53,7 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
     """
     batch = split(training.global_batch_size, training.per_device_train_batch_size, backend.world)
     if training.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(loop.folder.parent.parent / "tensorboard"))
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(loop.run / "tensorboard"))
     return {
         "output_dir": str(loop.folder),
         "max_steps": loop.max_steps,
@@ -89,8 +90,16 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
     }
 
 
-def train(  # noqa: PLR0913
-    make: Callable[[list[Any]], Trainer], loop: Loop, run: Path, meter: Meter, backend: Backend, save_total_limit: int
+def checked(kind: Callable[..., TrainingArguments], **given: Any) -> TrainingArguments:
+    """The arguments object; what it refuses (an optimizer that there is not) is told as the recipe's fault."""
+    try:
+        return kind(**given)
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"training: transformers refuses these arguments: {error}") from None
+
+
+def train(
+    make: Callable[[list[Any]], Trainer], loop: Loop, meter: Meter, backend: Backend, save_total_limit: int
 ) -> tuple[Trainer, dict[str, Any]]:
     """Run one loop, from its last complete checkpoint if there is one; returns the trainer and what happened.
 
@@ -103,8 +112,8 @@ def train(  # noqa: PLR0913
     if resume is not None:
         say(f"{loop.name}: going on from {resume}", backend.main)
     if backend.main:
-        trim_metrics(run, loop.name, checkpoint.step_of(resume) if resume else 0)
-    watch = Watch(backend, run, meter, save_total_limit)
+        trim_metrics(loop.run, loop.name, checkpoint.step_of(resume) if resume else 0)
+    watch = Watch(backend, loop.run, meter, save_total_limit)
     trainer = make([watch])
     watch.trainer = trainer
     from transformers.trainer_callback import PrinterCallback

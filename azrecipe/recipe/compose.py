@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from azrecipe.errors import Place, Problem, RecipeError, allowed, did_you_mean
+from azrecipe.errors import Place, Problem, RecipeError, did_you_mean, hint
 from azrecipe.recipe.overrides import Override
 from azrecipe.recipe.yaml_tree import Key, Node, decode, parse
 
@@ -22,11 +22,12 @@ _BELONGS = {"name_or_path": {"revision"}, "config": set(), "output_of": set(), "
 
 @dataclass(frozen=True)
 class Composed:
-    """A recipe after inheritance: its merged tree, the files it came from (itself first) and its variables."""
+    """A recipe after inheritance: its merged tree, the files it came from (itself first), its variables and which of them its values take."""
 
     root: Node
     files: tuple[Path, ...]
     variables: Mapping[str, Node]
+    used: frozenset[str]
     fragment: bool
 
 
@@ -81,17 +82,20 @@ def chain(path: Path) -> list[tuple[Path, Node]]:
         path = path.parent / at.value
 
 
-def merge(parent: Node, child: Node) -> Node:
-    """The child over the parent: mappings merge, lists and scalars replace, null removes."""
+def merge(parent: Node, child: Node, keep_nulls: bool = False) -> Node:
+    """The child over the parent: mappings merge, lists and scalars replace, null removes.
+
+    Below a pipeline's `set` a null is kept: it is the step's key that it removes.
+    """
     if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
         return child
     dropped = _dropped(child.value)
     merged = {key: node for key, node in parent.value.items() if key not in dropped}
     for key, node in child.value.items():
-        if node.value is None:
+        if node.value is None and not keep_nulls:
             merged.pop(key, None)
         elif key in merged:
-            merged[key] = merge(merged[key], node)
+            merged[key] = merge(merged[key], node, keep_nulls or key == "set")
         else:
             merged[key] = node
     return replace(child, value=merged)
@@ -113,7 +117,7 @@ def _dropped(chosen: Mapping[str, Node]) -> set[str]:
 def without_nulls(node: Node) -> Node:
     """The tree without keys whose value is null: they removed what they had to remove."""
     if isinstance(node.value, dict):
-        return replace(node, value={k: without_nulls(n) for k, n in node.value.items() if n.value is not None})
+        return replace(node, value={k: n if k == "set" else without_nulls(n) for k, n in node.value.items() if n.value is not None})
     if isinstance(node.value, list):
         return replace(node, value=[without_nulls(item) for item in node.value])
     return node
@@ -152,11 +156,13 @@ def compose(
     body = {k: substitution.apply(n) for k, n in merged.value.items() if k != "variables"}
     if "variables" in merged.value:
         body["variables"] = merged.value["variables"]
-    problems = substitution.problems + _undeclared(files, overrides, substitution.used)
+    problems = list(dict.fromkeys(substitution.problems)) + _undeclared(files, overrides, substitution.used)
     if problems:
         raise RecipeError(problems)
     fragment = files[0][1].get("fragment")
-    return Composed(replace(merged, value=body), tuple(p for p, _ in files), declared, bool(fragment and fragment.value))
+    return Composed(
+        replace(merged, value=body), tuple(p for p, _ in files), declared, frozenset(substitution.used), bool(fragment and fragment.value)
+    )
 
 
 def _variables(root: Node) -> dict[str, Node]:
@@ -176,10 +182,8 @@ def _undeclared(files: list[tuple[Path, Node]], overrides: Sequence[Override], u
     problems = []
     for name, place, known in sets:
         if name not in known and name not in used:
-            tail = f" Declared: {allowed(known)}" if known else ""
-            problems.append(
-                Problem(place, f"variable '{name}' is declared by nothing and used by nothing{did_you_mean(name, known)}{tail}")
-            )
+            tail = hint(name, known, "Declared") if known else ""
+            problems.append(Problem(place, f"variable '{name}' is declared by nothing and used by nothing{tail}"))
     return problems
 
 
@@ -227,16 +231,19 @@ class _Substitution:
             return node
         whole = re.fullmatch(r"\$\{([^}]*)\}", node.value)
         if whole:
-            return replace(node, value=self._take(whole[1], node))
+            found = self.variables.get(whole[1], node)  # a path is relative to where the variable was given its value
+            return replace(node, value=self._take(whole[1], node), place=found.place)
         return replace(node, value=self._PATTERN.sub(lambda m: "${" if m[1] is None else str(self._take(m[1], node)), node.value))
 
     def _take(self, name: str, node: Node) -> str | int | float | bool | None:
         self.used.add(name)
         found = self.variables.get(name)
         if found is None:
-            tail = f" Declared: {allowed(self.variables)}" if self.variables else " This recipe declares no variables."
-            self.problems.append(Problem(node.place, f"variable '{name}' is not defined{did_you_mean(name, self.variables)}{tail}"))
+            tail = hint(name, self.variables, "Declared") if self.variables else ". This recipe declares no variables"
+            self.problems.append(Problem(node.place, f"variable '{name}' is not defined{tail}"))
             return ""
         if isinstance(found.value, (dict, list)):
-            return ""  # the schema reports it where it is declared
+            kind = "a list" if isinstance(found.value, list) else "a mapping"
+            self.problems.append(Problem(found.place, f"variable '{name}' must be text, a number, true or false, not {kind}"))
+            return ""
         return found.value

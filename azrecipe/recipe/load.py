@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import Place, Problem, RecipeError, allowed, did_you_mean
+from azrecipe.errors import Place, Problem, RecipeError, hint
 from azrecipe.recipe import rules, schema
 from azrecipe.recipe.compose import Composed, compose, shown
 from azrecipe.recipe.overrides import Override
@@ -23,7 +23,7 @@ class Recipe:
     """A checked recipe.
 
     `data` is the resolved recipe as plain data, defaults filled in; `config` the same as a dataclass of
-    `recipe.types`; `tree` knows where each value was written.
+    `recipe.types`; `tree` knows where each value was written, `used` names the variables that values take.
     """
 
     path: Path
@@ -31,6 +31,7 @@ class Recipe:
     data: Mapping[str, Any]
     config: Any
     tree: Node
+    used: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -87,7 +88,7 @@ def from_composed(path: Path, composed: Composed) -> Recipe:
     data = schema.finish(tree, stage)
     for key in ("extends", "fragment", "variables"):
         data.pop(key, None)
-    return Recipe(path, stage, data, build(STAGE_TYPES[stage], data), tree)
+    return Recipe(path, stage, data, build(STAGE_TYPES[stage], data), tree, composed.used)
 
 
 def stage_of(root: Node) -> str:
@@ -103,8 +104,7 @@ def stage_of(root: Node) -> str:
             ]
         )
     if node.value not in schema.STAGES:
-        hint = did_you_mean(str(node.value), schema.STAGES)
-        raise RecipeError([Problem(node.place, f"there is no stage '{node.value}'{hint} Stages: {allowed(schema.STAGES)}")])
+        raise RecipeError([Problem(node.place, f"there is no stage '{node.value}'{hint(str(node.value), schema.STAGES, 'Stages')}")])
     return str(node.value)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from azrecipe.errors import Place, Problem, allowed, did_you_mean
+from azrecipe.errors import Place, Problem, did_you_mean, hint
 from azrecipe.recipe import schema
 from azrecipe.recipe.yaml_tree import Node
 
@@ -116,9 +116,7 @@ def _candidates(root: Node) -> Iterator[Problem]:
             yield Problem(size.at, f"candidate '{name}': a baseline has the size that it has; leave vocab_size out")
     if select and isinstance(select.value, str) and entries and select.value not in entries and select.value != "lowest_fertility":
         known = [*entries, "lowest_fertility"]
-        yield Problem(
-            select.place, f"select names no candidate: '{select.value}'{did_you_mean(select.value, known)} Candidates: {allowed(known)}"
-        )
+        yield Problem(select.place, f"select names no candidate: '{select.value}'{hint(select.value, known, 'Candidates')}")
 
 
 def _trainer_arguments(root: Node) -> Iterator[Problem]:

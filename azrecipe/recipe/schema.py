@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from azrecipe.errors import Problem, allowed, did_you_mean
+from azrecipe.errors import Problem, did_you_mean, hint
 from azrecipe.recipe import resources
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.yaml_tree import Key, Node
@@ -67,8 +67,7 @@ def _closed(validator: Any, extra: Any, instance: Any, schema: Schema) -> Iterat
     known = schema.get("properties", {})
     for key in [key for key in instance if key not in known] if isinstance(instance, dict) else []:
         if extra is False:
-            near = did_you_mean(key, known) or "."
-            message = f"unknown key '{key}'{near} Allowed here: {allowed(known)}"
+            message = f"unknown key '{key}'{hint(key, known, 'Allowed here')}"
             yield ValidationError(message, validator="additionalProperties", validator_value=key)
         elif isinstance(extra, dict):
             yield from validator.descend(instance[key], extra, path=key)
@@ -128,11 +127,7 @@ def _words(error: Any, keys: tuple[Key, ...]) -> str:
             return f"{name} must be {' or '.join(_TYPES[kind] for kind in kinds)}, not {shown if isinstance(value, (dict, list)) else f'{_type_of(value)} ({shown})'}"
         case "enum":
             near = did_you_mean(value, limit) if isinstance(value, str) else ""
-            return (
-                f"{name} = {shown} is not known{near} Allowed: {', '.join(limit)}"
-                if near
-                else f"{name} = {shown} is not known. Allowed: {', '.join(limit)}"
-            )
+            return f"{name} = {shown} is not known{near or '.'} Allowed: {', '.join(limit)}"
         case "const":
             return f"{name} must be {limit}, not {shown}"
         case "minimum":
@@ -149,7 +144,9 @@ def _words(error: Any, keys: tuple[Key, ...]) -> str:
             return f"{name} names something twice"
         case "pattern":
             if "propertyNames" in error.absolute_schema_path:
-                return f"'{value}' is no name to use here: letters, digits and _ only, a letter first"
+                narrow = "letters, digits and _ only, a letter first"
+                wide = "letters, digits, '-', '_' and '.' only, a letter or digit first"
+                return f"'{value}' is no name to use here: {wide if '.-' in limit else narrow}"
             hint = "the file name of a recipe, ending in .yaml" if "ya?ml" in limit else "letters, digits, '-', '_' and '.', no spaces"
             return f"{name} = {shown} must be {hint}"
         case _:

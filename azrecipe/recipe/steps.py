@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from azrecipe.errors import CommandError, Problem, RecipeError, allowed, did_you_mean
+from azrecipe.errors import CommandError, Problem, RecipeError, hint
 from azrecipe.recipe.compose import compose, shown
 from azrecipe.recipe.load import Recipe, load
 from azrecipe.recipe.overrides import Override, split_keys
@@ -35,10 +35,17 @@ def resolve(pipeline: Recipe, overrides: Sequence[Override] = ()) -> tuple[list[
     root = pipeline.tree
     node = root.get("steps")
     assert node is not None and isinstance(node.value, list)
-    files = {Path(str(item.value)).name: (Path(str(item.value)), item) for item in node.value}
-    problems = _not_unique(node, len(files)) + _unknown_step(root, overrides, set(files))
+    files: dict[str, tuple[Path, Node]] = {}
+    problems: list[Problem] = []
+    for item in node.value:
+        file = Path(str(item.value))
+        if file.name in files:
+            first = files[file.name][1].place
+            problems.append(Problem(item.place, f"a step is known by its file name, and '{file.name}' stands already at {first}"))
+        files.setdefault(file.name, (file, item))
+    problems += _unknown_step(root, overrides, set(files))
     variables = _variables(root)
-    used: set[str] = set()
+    used = set(pipeline.used)
     steps: list[Step] = []
     for key, (file, item) in files.items():
         changes, wrong = _changes(root, key)
@@ -54,22 +61,15 @@ def resolve(pipeline: Recipe, overrides: Sequence[Override] = ()) -> tuple[list[
             problems += error.problems
     for name, value in variables.items():
         if name not in used:
-            problems.append(
-                Problem(value.at, f"variable '{name}' is declared by no step{did_you_mean(name, used)} Declared: {allowed(used) or 'none'}")
-            )
+            problems.append(Problem(value.at, f"variable '{name}' is declared by no step{hint(name, used or ['none'], 'Declared')}"))
     return steps, problems
-
-
-def _not_unique(node: Node, found: int) -> list[Problem]:
-    assert isinstance(node.value, list)
-    return [Problem(node.at, "two steps have the same file name; a step is known by it")] if found < len(node.value) else []
 
 
 def _unknown_step(root: Node, overrides: Sequence[Override], known: set[str]) -> list[Problem]:
     node = root.get("set")
     named = [(key, n.at) for key, n in node.value.items()] if node and isinstance(node.value, dict) else []
     named += [(o.step, o.node.at) for o in overrides if o.step is not None]
-    return [Problem(at, f"'{key}' is no step{did_you_mean(key, known)} Steps: {allowed(known)}") for key, at in named if key not in known]
+    return [Problem(at, f"'{key}' is no step{hint(key, known, 'Steps')}") for key, at in named if key not in known]
 
 
 def _changes(root: Node, step: str) -> tuple[list[Override], list[Problem]]:
@@ -107,4 +107,4 @@ def open_recipe(path: str | Path, overrides: Sequence[Override] = (), step: str 
         if step in (each.key, str(each.recipe.path)):
             return each.recipe, []
     known = [each.key for each in steps]
-    raise CommandError(f"{shown(Path(path))}: there is no step '{step}'{did_you_mean(step, known)} Steps: {', '.join(known)}")
+    raise CommandError(f"{shown(Path(path))}: there is no step '{step}'{hint(step, known, 'Steps')}")

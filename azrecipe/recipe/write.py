@@ -9,6 +9,8 @@ import yaml
 
 from azrecipe.recipe.yaml_tree import scalar
 
+_BREAKS = "\r\x85\u2028\u2029"  # line ends to YAML, which reads them as \n or a space unless they are escaped
+
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
@@ -16,9 +18,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    """Quote text that our dialect would read as something else (PyYAML's own idea of that differs)."""
-    quote = '"' if not isinstance(scalar(value), str) else None
-    style = "|" if "\n" in value else quote
+    """Quote text that our dialect, or PyYAML itself, would not read back as it is."""
+    unsafe = not isinstance(scalar(value), str) or any(character in _BREAKS for character in value)
+    style = '"' if unsafe else "|" if "\n" in value else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from azrecipe.errors import Place, Problem, RecipeError
 Scalar: TypeAlias = "str | int | float | bool | None"
 Key: TypeAlias = "str | int"
 MAX_NODES = 20_000  # an alias bomb is larger, no recipe is
+MAX_DIGITS = 1_000  # Python refuses to read integers of a few thousand
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,15 @@ _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0
 
 
 def scalar(text: str) -> Scalar:
-    """What an unquoted YAML scalar means in a recipe. `.inf` and `.nan` stay text: no key of ours takes them."""
+    """What an unquoted YAML scalar means in a recipe. `.inf`, `.nan` and endless numbers stay text: no key of ours takes them."""
     if text in ("", "~", "null"):
         return None
     if text in ("true", "false"):
         return text == "true"
-    if _INTEGER.fullmatch(text):
+    if _INTEGER.fullmatch(text) and len(text) <= MAX_DIGITS:
         return int(text.replace("_", ""))
-    if _FLOAT.fullmatch(text):
-        return float(text.replace("_", ""))
+    if _FLOAT.fullmatch(text) and math.isfinite(number := float(text.replace("_", ""))):
+        return number
     return text
 
 

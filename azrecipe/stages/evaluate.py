@@ -30,7 +30,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     folders = {name: inputs.folder(source, "models", name) for name, source in config.models.items()}
     held_out = inputs.validation(config.data.validation)
     for name, folder in folders.items():
-        vocabulary.load_tokenizer(folder, config.models[name].revision)
+        revision = config.models[name].revision
+        model.check_sizes(model.skeleton(folder, revision=revision), vocabulary.load_tokenizer(folder, revision), folder)
 
     with run_dir.opened(recipe, place, inputs.found):
         found = {}
@@ -60,7 +61,6 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 def _measure(config: Evaluate, folder: str, revision: str | None, held_out: dict[str, list[str]]) -> dict[str, Any]:
     tokenizer = vocabulary.load_tokenizer(folder, revision)
     net = model.load_model(folder, config.precision, revision=revision).eval()
-    model.check_sizes(net, tokenizer, folder)
     if has_accelerator():
         net = net.to(torch.accelerator.current_accelerator())
     size = config.per_device_eval_batch_size

@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from azrecipe.errors import Problem, RecipeError
+from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.parts import corpus, metrics, model, phases, run_dir, training, vocabulary
 from azrecipe.parts.backend import Backend, check_precision
 from azrecipe.parts.batches import split
-from azrecipe.parts.embeddings import swap_vocabulary
+from azrecipe.parts.embeddings import check_swap, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
 from azrecipe.parts.mixing import Mix
 from azrecipe.parts.packing import borders, collate
@@ -51,6 +52,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     held_out = inputs.validation(config.data.validation)
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
+    own = _check_model(recipe, model_path, tokenizer)
     schedule = _schedule(recipe, _mix(config, sources, held_out, tokenizer, place.cache), tokenizer, before)
 
     with run_dir.opened(recipe, place, inputs.found):
@@ -59,7 +61,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         _describe(job, sources)
         PartialState()  # the process group starts here: nothing above made one process wait for another inside it
         todo = [i for i, phase in enumerate(schedule.phases) if not record.done(phase.name)]
-        net = _begin(job, model_path) if len(todo) == len(schedule.phases) else None
+        net = _begin(job, model_path, own) if len(todo) == len(schedule.phases) else None
         for i in todo:
             if net is None:
                 net = model.load_model(str(job.folder(i - 1)), config.training.precision, config.model.attn_implementation)
@@ -102,6 +104,40 @@ def _tokenizer(
             with whole_folder(folder) as aside:
                 vocabulary.save_tokenizer(trained, aside)
     return vocabulary.load_tokenizer(str(folder))
+
+
+def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Refuse a model that cannot be built or take this vocabulary, and phases that would train what it has not.
+
+    Returns the model's own tokenizer.
+    """
+    config: Pretrain = recipe.config
+    asked = config.model
+    own = tokenizer
+    if model_path is None:
+        assert asked.config is not None
+        try:
+            with torch.device("meta"):
+                net = model.build_model(asked.config, tokenizer, config.training.precision, asked.attn_implementation, config.seed)
+        except CommandError as error:
+            raise recipe.problem(str(error), "model", "config") from None
+    else:
+        net = model.skeleton(model_path, asked.attn_implementation, asked.revision)
+        own = vocabulary.load_tokenizer(model_path, asked.revision)
+        model.check_sizes(net, own, model_path)
+        if not vocabulary.same_vocabulary(own, tokenizer):
+            check_swap(own, tokenizer)
+    limit = getattr(net.config, "max_position_embeddings", None)
+    if limit is not None and config.data.max_length > limit:
+        raise recipe.problem(
+            f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions", "data", "max_length"
+        )
+    for i, phase in enumerate(config.phases):
+        try:
+            phases.freeze(net, phase.trainable_parameters)
+        except CommandError as error:
+            raise recipe.problem(str(error), "phases", i, "trainable_parameters") from None
+    return own
 
 
 def _mix(config: Pretrain, sources: list[corpus.Located], held_out: Texts, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
@@ -175,7 +211,9 @@ class Job:
     def bpb(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
         """Bits per byte on each validation set."""
         size, length = self.config.training.per_device_eval_batch_size, self.config.data.max_length
-        return {name: round(metrics.bits(net, tokenizer, texts, length, size).per_byte, 5) for name, texts in self.held_out.items()}
+        mixed = self.config.training.precision == "bf16_mixed"  # as it trains, so that before and after are measured alike
+        with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=mixed):
+            return {name: round(metrics.bits(net, tokenizer, texts, length, size).per_byte, 5) for name, texts in self.held_out.items()}
 
     def measure(self, name: str, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Record BPB under a name, once; every process takes part."""
@@ -184,7 +222,7 @@ class Job:
         say(f"  bits per byte, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), self.backend.main)
 
 
-def _begin(job: Job, model_path: str | None) -> PreTrainedModel:
+def _begin(job: Job, model_path: str | None, own: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model before the first step, in this tokenizer's vocabulary; measured before and after the change."""
     config, asked = job.config, job.config.model
     if model_path is None:
@@ -193,8 +231,6 @@ def _begin(job: Job, model_path: str | None) -> PreTrainedModel:
         job.record.note(vocabulary=None, parameters=model.count(net))
         return net
     net = model.load_model(model_path, config.training.precision, asked.attn_implementation, asked.revision)
-    own = vocabulary.load_tokenizer(model_path, asked.revision)
-    model.check_sizes(net, own, model_path)
     job.measure("base", net.to(PartialState().device), own)
     swap = None
     if not vocabulary.same_vocabulary(own, job.tokenizer):
@@ -237,15 +273,17 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
     say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
     net.config.use_cache = False
     data = job.schedule.dataset(nth)
-    loop = training.Loop(planned.name, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed)
+    loop = training.Loop(
+        planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed
+    )
     meter = Meter(planned.name, job.schedule.tokens_per_step, lambda step: data.bytes_until(step * config.training.global_batch_size))
     arguments = training.arguments(config.training, loop, job.backend)
 
     def make(callbacks: list[Any]) -> Trainer:
-        args = TrainingArguments(**arguments, train_sampling_strategy="sequential")
+        args = training.checked(TrainingArguments, **arguments, train_sampling_strategy="sequential")
         return TextTrainer(job, model=net, train_dataset=data, data_collator=collate, callbacks=callbacks, args=args)
 
-    trainer, happened = training.train(make, loop, job.place.path, meter, job.backend, config.training.save_total_limit)
+    trainer, happened = training.train(make, loop, meter, job.backend, config.training.save_total_limit)
     job.measure(planned.name, _whole(trainer, job), job.tokenizer)
     state = training.whole_state(trainer, job.backend)
     net = training.unwrapped(trainer)

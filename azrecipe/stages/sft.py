@@ -127,7 +127,7 @@ def _train(
     if steps is None:
         assert config.training.num_train_epochs is not None
         steps = math.ceil(len(train) * config.training.num_train_epochs / per_step)
-    loop = training.Loop("sft", place.checkpoints, steps, config.training.learning_rate, recipe.config.seed)
+    loop = training.Loop("sft", place.path, place.checkpoints, steps, config.training.learning_rate, recipe.config.seed)
     arguments = training.arguments(config.training, loop, backend)
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in train]
     held = [{"input_ids": e.input_ids, "labels": e.labels} for e in held_out]
@@ -139,13 +139,13 @@ def _train(
         return SFTTrainer(
             model=net, processing_class=tokenizer, peft_config=adapter, callbacks=callbacks,
             train_dataset=Dataset.from_list(rows).select(chosen), eval_dataset=Dataset.from_list(held) if held else None,
-            args=SFTConfig(
-                **arguments, max_length=None, gradient_checkpointing=None, train_sampling_strategy="sequential", shuffle_dataset=False,
+            args=training.checked(
+                SFTConfig, **arguments, max_length=None, gradient_checkpointing=None, train_sampling_strategy="sequential", shuffle_dataset=False,
             ),
         )  # fmt: skip
 
     meter = Meter("sft", round(float(tokens[-1]) / steps), lambda _step: 0)
-    trainer, happened = training.train(make, loop, place.path, meter, backend, config.training.save_total_limit)
+    trainer, happened = training.train(make, loop, meter, backend, config.training.save_total_limit)
     state = training.whole_state(trainer, backend)
     if backend.main:
         with whole_folder(place.path / "adapter") as aside:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from azrecipe.errors import RunFailed
 from azrecipe.parts import run_dir, vocabulary
 from azrecipe.parts.backend import Backend
-from azrecipe.parts.corpus import Located, mixed
+from azrecipe.parts.corpus import Located, mixed, texts
 from azrecipe.parts.files import whole_folder
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import text_hash
@@ -39,6 +39,10 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         raise recipe.problem(
             f"the tokenizer of {base_path} is not a byte-level BPE, so no custom one can be trained with its rules", "tokenizer"
         )
+    known = frozenset(text_hash(text) for documents in held_out.values() for text in documents)
+    for source in sources:
+        if all(text_hash(text) in known for text in texts(source)):  # stops at the first that is not
+            raise source.wrong(f"{source.title} holds no text that is not held out")
 
     with run_dir.opened(recipe, place, inputs.found):
         tokenizers: dict[str, PreTrainedTokenizerBase] = {}
@@ -46,7 +50,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         for name, candidate in config.candidates.items():
             started = time.monotonic()
             corpus = Corpus(sources, config.training_bytes, held_out)
-            tokenizers[name] = base if candidate.kind == "baseline" else _train(base, candidate, corpus, recipe)
+            tokenizers[name] = base if candidate.kind == "baseline" else _train(base, candidate, corpus)
             line: dict[str, Any] = {
                 "name": name,
                 "kind": candidate.kind,
@@ -112,11 +116,9 @@ class Corpus:
         }
 
 
-def _train(base: PreTrainedTokenizerBase, candidate: Candidate, corpus: Corpus, recipe: Recipe) -> PreTrainedTokenizerBase:
+def _train(base: PreTrainedTokenizerBase, candidate: Candidate, corpus: Corpus) -> PreTrainedTokenizerBase:
     assert candidate.vocab_size is not None
     trained = vocabulary.train_like(base, corpus, candidate.vocab_size)
-    if not corpus.documents:
-        raise recipe.problem("the corpus holds no text", "data", "datasets")
     if len(trained) < candidate.vocab_size:
         say(f"  the corpus gives {len(trained):,} tokens, fewer than the {candidate.vocab_size:,} asked for: it is too small for more")
     if len(trained) <= 256:

@@ -1,0 +1,186 @@
+"""Runs that are killed: what is left is whole or not there, and going on gives the weights of a run that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from azrecipe.parts.checkpoint import MARKER, complete
+from tests.small import Project, assert_same_weights, environment
+
+
+def step(run: Path) -> int:
+    """Lines of metrics so far: steps logged."""
+    file = run / "metrics.jsonl"
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_rerun_ends_in_the_same_weights(small: Project, finished: Project, number: int, code: int) -> None:
+    assert small.interrupt("cpt", lambda run: step(run) >= 10, number) == code
+    status = small.status("cpt")
+    assert (status["state"], status["exit_code"]) == ("interrupted", code)
+    assert not (small.path("cpt") / "final").exists()
+    assert not (small.path("cpt") / "result.json").exists()
+    saved = complete(small.path("cpt") / "checkpoints" / "full")
+    assert saved
+    printed = small.run("cpt")
+    assert f"going on from {saved[-1].relative_to(small.folder)}" in printed
+    assert_same_weights(small.path("cpt") / "final", finished.path("cpt") / "final")
+    assert small.losses("cpt") == finished.losses("cpt")
+
+
+def test_kill_9_at_random_moments_never_changes_the_result(small: Project, finished: Project) -> None:
+    """Any moment: while starting, training, writing a checkpoint, measuring, or saving the model of a phase."""
+    choose = random.Random(20)
+    for _ in range(6):
+        seconds = choose.uniform(4.0, 9.0)
+        until = time.monotonic() + seconds
+        small.interrupt("cpt", lambda _run, until=until: time.monotonic() > until, signal.SIGKILL)
+        for checkpoint in (small.path("cpt") / "checkpoints").glob("*/checkpoint-*"):
+            marked = (checkpoint / MARKER).exists()
+            assert not marked or checkpoint in complete(checkpoint.parent)
+        if (small.path("cpt") / "result.json").exists():
+            break
+    small.run("cpt")
+    assert_same_weights(small.path("cpt") / "final", finished.path("cpt") / "final")
+    assert small.losses("cpt") == finished.losses("cpt")
+
+
+def test_kill_9_while_a_checkpoint_is_written_uses_the_one_before(small: Project, finished: Project) -> None:
+    def torn(run: Path) -> bool:
+        folder = run / "checkpoints" / "full" / "checkpoint-8"
+        return folder.exists() and not (folder / MARKER).exists()
+
+    assert small.interrupt("cpt", torn, signal.SIGKILL) == -signal.SIGKILL
+    small.run("cpt")
+    assert_same_weights(small.path("cpt") / "final", finished.path("cpt") / "final")
+
+
+@pytest.mark.parametrize("damage", ["short", "missing", "marker"])
+def test_a_torn_newest_checkpoint_is_passed_over(small: Project, finished: Project, damage: str) -> None:
+    assert small.interrupt("cpt", lambda run: (run / "checkpoints/full/checkpoint-8" / MARKER).exists(), signal.SIGKILL) == -signal.SIGKILL
+    found = complete(small.path("cpt") / "checkpoints" / "full")
+    newest = found[-1]
+    if damage == "short":
+        with (newest / "optimizer.pt").open("r+b") as file:
+            file.truncate(100)
+    elif damage == "missing":
+        (newest / "optimizer.pt").unlink()
+    else:
+        (newest / MARKER).write_text('{"model.saf')
+    printed = small.run("cpt")
+    assert f"going on from {found[-2].relative_to(small.folder)}" in printed
+    assert_same_weights(small.path("cpt") / "final", finished.path("cpt") / "final")
+
+
+def test_sft_goes_on_exactly_dropout_included(small: Project, finished: Project) -> None:
+    shutil.copytree(finished.path("cpt"), small.path("cpt"))
+    assert small.interrupt("sft", lambda run: step(run) >= 5, signal.SIGKILL) == -signal.SIGKILL
+    printed = small.run("sft")
+    assert "going on from" in printed
+    assert_same_weights(small.path("sft") / "final", finished.path("sft") / "final")
+
+
+def test_a_killed_pipeline_goes_on_with_the_step_that_it_was_in(small: Project, finished: Project) -> None:
+    process = subprocess.Popen(
+        small.command("pipeline"),
+        cwd=small.folder,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while process.poll() is None and step(small.path("cpt")) < 6:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    printed = small.run("pipeline")
+    assert printed.count("already complete") == 2  # base and tokenizer
+    assert_same_weights(small.path("sft") / "final", finished.path("sft") / "final")
+    mine, theirs = small.result("evaluate")["models"], finished.result("evaluate")["models"]
+    assert {n: m["bpb"] for n, m in mine.items()} == {n: m["bpb"] for n, m in theirs.items()}
+
+
+def test_save_total_limit_keeps_so_many_whole_checkpoints(small: Project) -> None:
+    small.run("cpt", "--set", "training.save_steps=2", "--set", "training.save_total_limit=2")
+    folder = small.path("cpt") / "checkpoints" / "full"
+    assert [c.name for c in complete(folder)] == ["checkpoint-14", "checkpoint-16"]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_metrics_line_that_a_crash_tore_is_dropped(small: Project, finished: Project) -> None:
+    assert small.interrupt("cpt", lambda run: step(run) >= 14, signal.SIGKILL) == -signal.SIGKILL
+    with (small.path("cpt") / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "full", "step": 15, "lo')
+    small.run("cpt")
+    lines = [json.loads(line) for line in (small.path("cpt") / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [("embeddings", n) for n in range(1, 9)] + [
+        ("full", n) for n in range(1, 17)
+    ]
+
+
+def in_small_disk(command: list[str], folder: Path, size: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with a real file system of `size` mounted on folder/runs, in a mount namespace of its own."""
+    script = f'mkdir -p runs && mount -t tmpfs -o size={size} tmpfs runs && cp -r seed/. runs && exec "$@"'
+    return subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_a_full_disk_stops_the_run_in_words_with_the_last_checkpoint_kept(small: Project) -> None:
+    shutil.move(small.folder / "runs", small.folder / "seed")
+    if in_small_disk(["true"], small.folder, "4m").returncode != 0:
+        pytest.skip("mounting a file system of its own is not permitted here")
+    used = sum(f.stat().st_size for f in (small.folder / "seed").rglob("*") if f.is_file())
+    command = small.command("cpt", "--set", "training.save_steps=1", "--set", "training.save_total_limit=50")
+    keep = ["sh", "-c", '"$@"; code=$?; rm -rf kept; cp -r runs/small/cpt kept; exit $code', "sh", *command]
+    done = in_small_disk(keep, small.folder, str(used + 2_500_000))
+    assert done.returncode == 3, done.stderr
+    assert "disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (small.folder / "kept" / "final").exists()
+    assert not (small.folder / "kept" / "result.json").exists()
+    assert list((small.folder / "kept").glob("checkpoints/*/*/" + MARKER))
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(small: Project) -> None:
+    shutil.move(small.folder / "runs", small.folder / "seed")
+    if in_small_disk(["true"], small.folder, "4m").returncode != 0:
+        pytest.skip("mounting a file system of its own is not permitted here")
+    used = sum(f.stat().st_size for f in (small.folder / "seed").rglob("*") if f.is_file())
+    done = in_small_disk(small.command("cpt"), small.folder, str(used + 400_000))
+    assert done.returncode == 3, done.stderr
+    assert "of disk" in done.stderr or "disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cache_that_was_being_built_is_built_again(small: Project, finished: Project) -> None:
+    small.run("phase1")  # fills the cache
+    cache = small.folder / "runs" / ".cache"
+    for whole in [path for path in cache.iterdir() if path.is_dir()]:
+        torn = whole.with_name(f".{whole.name}.tmp")  # as a killed process leaves it: aside, unfinished
+        shutil.move(whole, torn)
+        (torn / "offsets.npy").unlink(missing_ok=True)
+    small.run("cpt")
+    assert_same_weights(small.path("cpt") / "final", finished.path("cpt") / "final")
+
+
+def test_two_processes_in_one_run_directory_the_second_is_refused(small: Project) -> None:
+    first = subprocess.Popen(
+        small.command("cpt"), cwd=small.folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while first.poll() is None and step(small.path("cpt")) < 1:
+        time.sleep(0.01)
+    printed = small.run("cpt", code=3)
+    assert "another process is running this recipe" in printed
+    assert first.wait(timeout=120) == 0
