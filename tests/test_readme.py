@@ -1,0 +1,53 @@
+"""The commands that the README shows can be given: their recipes, configs, steps and keys exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from azrecipe import cli
+from azrecipe.launch.command import config_file
+from azrecipe.recipe import parse_overrides
+from azrecipe.recipe.steps import open_recipe
+from tests.conftest import ROOT
+
+TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/design.md", "docs/recipes.md"))
+BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = [line.split("  #")[0].strip() for line in BLOCKS.splitlines() if "azrecipe" in line and not line.startswith("python -m")]
+FROM_RECIPES = re.findall(
+    r"^# ((?:azrecipe run|accelerate launch) \S.*?)(?:: .*)?$",
+    "\n".join(f.read_text("utf-8") for f in (ROOT / "recipes").rglob("*.yaml")),
+    re.MULTILINE,
+)
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 12
+    assert len(FROM_RECIPES) >= 10
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *FROM_RECIPES])
+def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    if "--config_file" in words:
+        assert Path(words[words.index("--config_file") + 1]).is_file()
+    if words[0] != "azrecipe":
+        words = ["azrecipe", "run", *words[words.index("azrecipe") + 1 :]]
+    words = [word for word in words if word != "\\"]
+    arguments = cli._parser().parse_args(words[1:])
+    if arguments.verb == "run":
+        if arguments.accelerate_config:
+            assert config_file(arguments.accelerate_config).is_file()
+        recipe, steps = open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
+        assert steps or recipe.stage != "pipeline"
+    elif arguments.verb == "validate":
+        assert all(path.exists() for path in arguments.paths)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)[)#]", (ROOT / "README.md").read_text("utf-8")))))
+def test_a_link_leads_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
