@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from azrecipe.errors import CannotRun, CommandError, RunFailed
+from azrecipe.parts.liger import patched
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -172,6 +173,11 @@ def verify(backend: Backend, trainer: Trainer) -> str:
         stage = getattr(model, "zero_optimization_stage", lambda: None)()
         if stage != int(backend.kind[4:]):
             problems.append(f"DeepSpeed runs ZeRO stage {stage}, not {backend.kind[4:]}")
+    kernels = patched(model) if trainer.args.use_liger_kernel else []
+    if trainer.args.use_liger_kernel and not kernels:
+        problems.append("use_liger_kernel is true and no layer of the model runs a Liger kernel")
     if problems:
         raise RunFailed(f"{backend.kind} was asked for and is not what runs: {'; '.join(problems)}")
-    return f"{backend.kind}, {backend.world} process{'es' if backend.world > 1 else ''}, device {trainer.args.device}"
+    return f"{backend.kind}, {backend.world} process{'es' if backend.world > 1 else ''}, device {trainer.args.device}" + (
+        f", Liger in {', '.join(kernels)}" if kernels else ""
+    )

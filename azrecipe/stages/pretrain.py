@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
-from azrecipe.parts import corpus, metrics, model, phases, run_dir, training, vocabulary
+from azrecipe.parts import corpus, liger, metrics, model, phases, run_dir, training, vocabulary
 from azrecipe.parts.backend import Backend, check_precision
 from azrecipe.parts.batches import split
 from azrecipe.parts.embeddings import check_swap, swap_vocabulary
@@ -127,6 +127,8 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
         model.check_sizes(net, own, model_path)
         if not vocabulary.same_vocabulary(own, tokenizer):
             check_swap(own, tokenizer)
+    if config.training.use_liger_kernel:
+        liger.check(net.config.model_type)
     limit = getattr(net.config, "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
         raise recipe.problem(

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import chat, model, run_dir, training, vocabulary
+from azrecipe.parts import chat, liger, model, run_dir, training, vocabulary
 from azrecipe.parts.backend import Backend, check_precision
 from azrecipe.parts.batches import split
 from azrecipe.parts.files import read_json, whole_folder
@@ -45,6 +45,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     train, held_out, data = _examples(config, tokenizer, conversations)
     net = model.load_model(base, config.training.precision, config.model.attn_implementation, config.model.revision)
     model.check_sizes(net, tokenizer, base)
+    if config.training.use_liger_kernel:
+        liger.check(net.config.model_type)
     adapter = lora_config(config.lora, net)
 
     with run_dir.opened(recipe, place, inputs.found):
