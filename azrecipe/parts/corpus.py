@@ -202,8 +202,8 @@ def identity(located: Located) -> dict[str, Any]:
 def mixed(sources: list[Located], max_bytes: int | None) -> Iterator[tuple[int, str]]:
     """Documents of several sources by weight, for one pass: always from the source that is furthest behind its share.
 
-    Yields (index of the source, text) until `max_bytes` of text or until every source has ended; a source that runs
-    out is gone through once and the others go on.
+    Yields (index of the source, text). Without `max_bytes` it ends when the first source runs out, so that the shares
+    hold; with it, a source that runs out is gone through once and the others go on until so many bytes.
     """
     open_sources = {i: texts(source) for i, source in enumerate(sources)}
     weights = [s.source.weight for s in sources if isinstance(s.source, TextSource)]
@@ -213,6 +213,8 @@ def mixed(sources: list[Located], max_bytes: int | None) -> Iterator[tuple[int, 
         i = min(open_sources, key=lambda j: (given[j] / weights[j], j))
         text = next(open_sources[i], None)
         if text is None:
+            if max_bytes is None:
+                return
             del open_sources[i]
             continue
         size = len(text.encode())
