@@ -15,8 +15,8 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@echo "==> setting up .venv (a few minutes the first time, most of it downloads)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "azrecipe needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "azrecipe needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable ".[dev]"
 	@touch $(READY)
 	@echo "==> .venv is ready"

@@ -8,25 +8,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from azrecipe.errors import DONE, RecipeError, allowed
-from azrecipe.launch import command, worker
+from azrecipe.launch import command, preflight, worker
 from azrecipe.recipe import Recipe, parse_overrides, resources
 from azrecipe.recipe.steps import Step, open_recipe
 from azrecipe.report import tables
-
-ONE_PROCESS = ("tokenizer", "evaluate")  # stages that have no use for more
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`azrecipe run`: one recipe, launched as asked, or every step of a pipeline. Returns the exit code."""
     path = resources.find(arguments.recipe)
     recipe, steps = open_recipe(path, parse_overrides(arguments.set), arguments.step)
-    if arguments.accelerate_config:
-        command.config_file(arguments.accelerate_config)
+    launch = preflight.read(
+        command.config_file(arguments.accelerate_config) if arguments.accelerate_config else None, arguments.num_processes
+    )
     if recipe.stage == "pipeline":
+        _check_order(recipe, steps, arguments.runs_dir)
+        preflight.check([s.recipe for s in steps if not tables.complete(arguments.runs_dir / recipe.project / s.recipe.name)], launch)
         return _all(recipe, steps, arguments)
     line = None
-    if recipe.stage not in ONE_PROCESS:
+    if recipe.stage in preflight.TRAINING:
         line = command.launched(_worker_arguments(arguments), arguments.accelerate_config, arguments.num_processes)
+    if line is not None:
+        preflight.check([recipe], launch)
     if line is None:
         code = worker.start(str(path), arguments.set, arguments.runs_dir, arguments.step)
     else:
@@ -44,7 +47,6 @@ def _worker_arguments(arguments: argparse.Namespace) -> list[str]:
 
 
 def _all(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> int:
-    _check_order(recipe, steps, arguments.runs_dir)
     for number, step in enumerate(steps, 1):
         print(f"[{number}/{len(steps)}] {step.key}", file=sys.stderr, flush=True)
         line = [sys.executable, "-m", "azrecipe", "run", *_worker_arguments(arguments), "--step", step.key, "--quiet"]

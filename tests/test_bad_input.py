@@ -400,7 +400,7 @@ def test_a_pipeline_is_not_one_process_of_a_run(cli: Callable[..., Done]) -> Non
     ("args", "code", "says"),
     [
         (("--accelerate-config", "ddp", "--num-processes", "3"), 2, "training.global_batch_size = 2 does not divide over 3 processes"),
-        (("--accelerate-config", "fsdp", "--num-processes", "2"), 3, "fsdp2 would be dropped without a word on CPU"),
+        (("--accelerate-config", "fsdp", "--num-processes", "2"), 3, "FSDP would be dropped without a word on CPU"),
     ],
 )
 def test_the_exit_code_comes_through_the_launcher(args: tuple[str, ...], code: int, says: str, run_cli: Callable[..., Done]) -> None:

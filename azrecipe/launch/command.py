@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import FAILED, CommandError, hint
+from azrecipe.errors import DONE, FAILED, CommandError, hint
 from azrecipe.launch.worker import EXIT_FILE
 from azrecipe.recipe import resources
 
@@ -52,17 +52,13 @@ def _free_port() -> int:
 
 
 def run_child(command: Sequence[str]) -> int:
-    """Run a command, pass SIGTERM on to it, and return the exit code that its main process left.
+    """Run a command, pass SIGTERM on to it, and return the exit code that its processes left.
 
     Ctrl-C reaches the child by itself; this process waits for it to save and end.
     """
     with tempfile.TemporaryDirectory() as folder:
-        left = Path(folder) / "exit_code"
-        environment = os.environ | {
-            EXIT_FILE: str(left),
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120"),
-        }
-        child = subprocess.Popen(command, env=environment)
+        grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+        child = subprocess.Popen(command, env=os.environ | {EXIT_FILE: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace})
 
         def forward(number: int, _frame: Any) -> None:
             child.send_signal(number)
@@ -73,6 +69,16 @@ def run_child(command: Sequence[str]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if left.exists():
-            return int(left.read_text(encoding="utf-8"))
-        return code if code in range(256) and code != 0 else FAILED if code else 0
+        left = {int(file.name): int(file.read_text(encoding="utf-8") or FAILED) for file in Path(folder).iterdir()}
+    return _verdict(code, left)
+
+
+def _verdict(code: int, left: Mapping[int, int]) -> int:
+    """The exit code of a launch: the main process' own, unless another one knows better why it failed."""
+    main = left.get(0)
+    if main is not None and main != FAILED:
+        return main
+    told = [found for _, found in sorted(left.items()) if found not in (DONE, FAILED)]
+    if told and (main == FAILED or code != 0):
+        return told[0]
+    return main if main is not None else code if 0 <= code < 256 else FAILED

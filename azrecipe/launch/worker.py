@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from azrecipe.parts.failures import explain
 from azrecipe.recipe import Recipe, parse_overrides, resources
 from azrecipe.recipe.steps import open_recipe
 
-EXIT_FILE = "AZRECIPE_EXIT_FILE"  # where the main process leaves its exit code: launchers turn every failure into 1
+EXIT_FILE = "AZRECIPE_EXIT_CODES"  # a folder where processes leave their exit codes: launchers turn every failure into 1
 
 
 def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None) -> int:
@@ -32,10 +33,21 @@ def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None) -> i
         code = known.exit_code if known else FAILED
         if known is None:
             traceback.print_exc()
-        _tell(_message(known or RunFailed(f"{type(error).__name__}: {error}")), main or isinstance(known, RunFailed))
-    if main and EXIT_FILE in os.environ:
-        Path(os.environ[EXIT_FILE]).write_text(str(code), encoding="utf-8")
+        _report(_message(known or RunFailed(f"{type(error).__name__}: {error}")), main)
+    if EXIT_FILE in os.environ:
+        Path(os.environ[EXIT_FILE], os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
     return code
+
+
+def _report(message: str, main: bool) -> None:
+    """Tell a failure. What every process finds, the main one tells; what only another one finds, that one does.
+
+    The wait lets the launcher end the others first where the main process has failed for the same reason.
+    """
+    if not main:
+        time.sleep(3)
+        message = f"process {os.environ['RANK']}: {message}"
+    _tell(message, True)
 
 
 def _open(path: str, sets: Sequence[str], step: str | None) -> Recipe:

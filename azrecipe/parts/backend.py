@@ -7,6 +7,7 @@ refused where they cannot be real.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -129,7 +130,7 @@ def check_precision(precision: str, use_liger_kernel: bool) -> str:
 
     problems, instead = [], []
     slow = precision.startswith("bf16") and not has_accelerator()
-    if use_liger_kernel and not torch.cuda.is_available():
+    if use_liger_kernel and not (torch.cuda.is_available() and has_accelerator()):
         problems.append("use_liger_kernel: true needs a GPU (its kernels are Triton's)")
         instead.append("--set training.use_liger_kernel=false")
     if precision.startswith("bf16") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -145,6 +146,39 @@ def check_precision(precision: str, use_liger_kernel: bool) -> str:
             + f"\n  What would run here: the same command with {' '.join(instead)}; whether a model of this size is worth waiting for is another question"
         )
     return f"precision: {precision} on a CPU is many times slower than float32" if slow else ""
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """Raise CannotRun for trackers whose package is missing."""
+    missing = [name for name in report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CannotRun(
+            f"report_to: {', '.join(missing)} is not installed: pip install {' '.join(missing)}, or --set training.report_to=[]"
+        )
+
+
+def check_devices(backend: Backend) -> None:
+    """Raise CannotRun for one process among several GPUs: transformers would spread it over them by nn.DataParallel."""
+    import torch
+
+    if backend.kind == "single" and has_accelerator() and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        raise CannotRun(
+            f"{count} GPUs are visible and one process was started: say --num-processes {count}, or set CUDA_VISIBLE_DEVICES=0 to use one"
+        )
+
+
+def share(path: Path, text: str) -> None:
+    """Check that every process of a run sees the main one's file, as shared storage must. Raises CannotRun; a collective."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    said = [text]
+    dist.broadcast_object_list(said, src=0)
+    seen = path.exists() and said[0] in path.read_text(encoding="utf-8")
+    if not seen:
+        raise CannotRun(f"process {dist.get_rank()} does not see {path}: give a --runs-dir on storage that all machines share")
 
 
 def verify(backend: Backend, trainer: Trainer) -> str:
@@ -173,6 +207,8 @@ def verify(backend: Backend, trainer: Trainer) -> str:
         stage = getattr(model, "zero_optimization_stage", lambda: None)()
         if stage != int(backend.kind[4:]):
             problems.append(f"DeepSpeed runs ZeRO stage {stage}, not {backend.kind[4:]}")
+    if trainer.args.n_gpu > 1:
+        problems.append(f"one process would spread over {trainer.args.n_gpu} GPUs by nn.DataParallel")
     kernels = patched(model) if trainer.args.use_liger_kernel else []
     if trainer.args.use_liger_kernel and not kernels:
         problems.append("use_liger_kernel is true and no layer of the model runs a Liger kernel")

@@ -39,10 +39,11 @@ LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised conversation: input_ids [n] and labels [n], -100 where no loss is taken."""
+    """A tokenised conversation: input_ids [n], labels [n] (-100 where no loss is taken), and whether its end was cut off."""
 
     input_ids: list[int]
     labels: list[int]
+    cut: bool = False
 
     @property
     def trained(self) -> int:
@@ -156,9 +157,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length:
     except TemplateError as error:
         begins = " ".join(messages[0]["content"].split())[:60]
         raise CommandError(f"the chat template refuses the conversation that begins with '{begins}': {error}") from None
-    ids = list(encoded["input_ids"])[:max_length]
+    whole = list(encoded["input_ids"])
+    ids = whole[:max_length]
     mask = list(encoded["assistant_masks"])[:max_length] if assistant_only else [1] * len(ids)
-    return Example(ids, [token if on else -100 for token, on in zip(ids, mask, strict=True)])
+    return Example(ids, [token if on else -100 for token, on in zip(ids, mask, strict=True)], cut=len(whole) > max_length)
 
 
 def loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> float | None:

@@ -178,7 +178,9 @@ def _hub_rows(located: Located) -> Iterator[tuple[Place, Row]]:
         )
         for number, row in enumerate(table, 1):
             yield Place(f"{located.title} row {number}"), row
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the hub's client raises those of whichever HTTP library it is built on
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CannotRun(
             f"{located.place}: the dataset {located.title} cannot be opened: {reason}\n"

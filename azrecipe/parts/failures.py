@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from azrecipe.errors import AzrecipeError, CannotRun
+from azrecipe.errors import AzrecipeError, CannotRun, RunFailed
 
+_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited or there was a network error")
 _DISK = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "enforce fail at inline_container")
 
 
@@ -27,4 +28,6 @@ def explain(error: BaseException) -> AzrecipeError | None:
         )
     if isinstance(error, (PermissionError, NotADirectoryError)) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return CannotRun(f"{error.filename}: cannot be opened or written: {error.strerror}")
+    if any(part in text for part in _PEER):
+        return RunFailed("another process of this run ended; its own message says why")
     return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +67,47 @@ def sync_tree(folder: Path) -> dict[str, int]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes its name only when the block ends well. What was left by a crash is removed first.
+def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """A folder to fill that takes its name only when the block ends well. What dead processes left aside is removed.
 
-    An existing folder of that name is replaced.
+    An existing folder of that name is replaced or, without `replace`, wins (for content that has one name whoever
+    makes it).
     """
-    aside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    _sweep(path)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
         yield aside
         sync_tree(aside)
-        if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+        if path.exists() and replace:
+            old = aside.with_suffix(".old")
             path.replace(old)
             aside.replace(path)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            aside.replace(path)
+            with contextlib.suppress(OSError) if path.exists() else contextlib.nullcontext():
+                aside.replace(path)
         sync_folder(path.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
+
+
+def _sweep(path: Path) -> None:
+    """Remove folders that processes of this machine were filling when they died."""
+    for left in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.*"):
+        pid = left.name.rsplit(".", 2)[1]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager
@@ -99,6 +120,12 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's content, as hexadecimal text."""
+    """Hash of a file's content, as hexadecimal text; read once by a process as long as the file does not change."""
+    state = path.stat()
+    return _sha256(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, _size: int, _changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -36,7 +36,7 @@ def generate(
     torch.manual_seed(seed)
     sampled = settings.temperature > 0
     ways: dict[str, Any] = (
-        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p} if sampled else {"do_sample": False}
+        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if sampled else {"do_sample": False}
     )
     with torch.no_grad():
         whole = model.generate(

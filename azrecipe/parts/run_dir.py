@@ -13,11 +13,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
 import azrecipe
 from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted
+from azrecipe.parts.backend import share
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json, write_text
 from azrecipe.recipe import Recipe, schema
@@ -165,6 +167,19 @@ def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
                     f"{run.path} was made from an earlier {key.removeprefix('run of ')} than the one that is there now. Remove that folder to run it again"
                 )
     return True
+
+
+def connect(run: RunDir) -> Any:
+    """Start the process group; returns this process' device. Refused where a process does not see the run directory.
+
+    The timeout covers what the main process does alone while the others wait: merging, saving, syncing to slow disks.
+    """
+    from accelerate import PartialState
+
+    several = "WORLD_SIZE" in os.environ
+    state = PartialState(timeout=timedelta(hours=2)) if several else PartialState()
+    share(run.path / "status.json", str(run.status.get("run_id")) if run.main else "")
+    return state.device
 
 
 def _take(lock: IO[str], path: Path) -> None:

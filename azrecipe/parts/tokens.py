@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+import time
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -101,13 +103,17 @@ def store(located: corpus.Located, tokenizer: PreTrainedTokenizerBase, cache: Pa
 def _make(located: corpus.Located, tokenizer: PreTrainedTokenizerBase, folder: Path, exclude: frozenset[bytes]) -> None:
     counts = {"excluded": 0}
     offsets, sizes = array("q", [0]), array("q")
-    with whole_folder(folder) as aside:
+    told = time.monotonic()
+    with whole_folder(folder, replace=False) as aside:
         with (aside / "tokens.bin").open("wb") as out:
             for batch in chunks(_kept(corpus.texts(located), exclude, counts)):
                 for text, ids in zip(batch, encode(tokenizer, batch), strict=True):
                     out.write(np.asarray(ids, dtype=np.uint32).tobytes())
                     offsets.append(offsets[-1] + len(ids))
                     sizes.append(len(text.encode()))
+                if time.monotonic() > told + 15:
+                    told = time.monotonic()
+                    print(f"  tokenising {located.title}: {len(sizes):,} documents, {offsets[-1]:,} tokens", file=sys.stderr, flush=True)
         if not sizes:
             why = f" ({counts['excluded']} documents are all held out)" if counts["excluded"] else ""
             raise located.wrong(f"{located.title} holds no text{why}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,15 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from azrecipe.errors import CannotRun, CommandError
+from azrecipe.errors import CommandError
 from azrecipe.parts import checkpoint
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.batches import split
 from azrecipe.parts.watching import Meter, Watch, say, trim_metrics
 from azrecipe.recipe.types import Training
-
-# The package behind each tracker of report_to.
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 @dataclass(frozen=True)
@@ -34,15 +30,6 @@ class Loop:
     max_steps: int
     learning_rate: float
     seed: int
-
-
-def check_trackers(report_to: list[str]) -> None:
-    """Raise CannotRun for trackers whose package is missing."""
-    missing = [name for name in report_to if importlib.util.find_spec(TRACKERS[name]) is None]
-    if missing:
-        raise CannotRun(
-            f"report_to: {', '.join(missing)} is not installed: pip install {' '.join(TRACKERS[name] for name in missing)}, or --set training.report_to=[]"
-        )
 
 
 def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any]:

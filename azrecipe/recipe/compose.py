@@ -22,12 +22,14 @@ _BELONGS = {"name_or_path": {"revision"}, "config": set(), "output_of": set(), "
 
 @dataclass(frozen=True)
 class Composed:
-    """A recipe after inheritance: its merged tree, the files it came from (itself first), its variables and which of them its values take."""
+    """A recipe after inheritance: its merged tree, the files it came from (itself first), its variables, which of
+    them its values take, and what is wrong with overrides and variables: told together with what the schema finds."""
 
     root: Node
     files: tuple[Path, ...]
     variables: Mapping[str, Node]
     used: frozenset[str]
+    problems: tuple[Problem, ...]
     fragment: bool
 
 
@@ -131,7 +133,7 @@ def compose(
     """Merge a file with its ancestors, apply overrides, put variables in.
 
     `variables` come from a pipeline and win over the recipe's own; names that the recipe does not declare are left
-    out (the pipeline checks that some step declares them). Raises RecipeError.
+    out (the pipeline checks that some step declares them). Raises RecipeError for files that cannot be read or merged.
     """
     files = chain(path)
     merged = files[-1][1]
@@ -144,9 +146,6 @@ def compose(
         except RecipeError as error:
             problems.extend(error.problems)
     merged = without_nulls(merged)
-    if problems:
-        raise RecipeError(problems)
-
     declared = _variables(merged)
     for name, node in (variables or {}).items():
         if name in declared:
@@ -156,12 +155,15 @@ def compose(
     body = {k: substitution.apply(n) for k, n in merged.value.items() if k != "variables"}
     if "variables" in merged.value:
         body["variables"] = merged.value["variables"]
-    problems = list(dict.fromkeys(substitution.problems)) + _undeclared(files, overrides, substitution.used)
-    if problems:
-        raise RecipeError(problems)
+    problems += [*dict.fromkeys(substitution.problems), *_undeclared(files, overrides, substitution.used)]
     fragment = files[0][1].get("fragment")
     return Composed(
-        replace(merged, value=body), tuple(p for p, _ in files), declared, frozenset(substitution.used), bool(fragment and fragment.value)
+        root=replace(merged, value=body),
+        files=tuple(p for p, _ in files),
+        variables=declared,
+        used=frozenset(substitution.used),
+        problems=tuple(problems),
+        fragment=bool(fragment and fragment.value),
     )
 
 

@@ -81,7 +81,8 @@ def from_composed(path: Path, composed: Composed) -> Recipe:
     """Check a merged tree against its stage's schema and rules, and make it a Recipe."""
     root = composed.root
     stage = stage_of(root)
-    problems = schema.check(root, stage) + rules.check(root, stage)
+    broken = {problem.place for problem in composed.problems}  # what the schema says of a value that is not there is no news
+    problems = [*composed.problems, *(p for p in schema.check(root, stage) + rules.check(root, stage) if p.place not in broken)]
     if problems:
         raise RecipeError(_unique(problems))
     tree = _resolve_paths(root, schema.document(stage))

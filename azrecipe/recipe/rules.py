@@ -20,7 +20,9 @@ OWNED = {
     "output_dir", "num_train_epochs", "max_steps", "learning_rate", "gradient_accumulation_steps", "warmup_steps", "bf16", "fp16", "seed",
     "data_seed", "use_cpu", "save_strategy", "eval_strategy", "logging_strategy", "train_sampling_strategy", "remove_unused_columns",
     "label_names", "fsdp", "fsdp_config", "deepspeed", "enable_jit_checkpoint", "load_best_model_at_end", "do_train", "do_eval", "run_name",
-    "bf16_full_eval", "disable_tqdm", "average_tokens_across_devices", "overwrite_output_dir", "resume_from_checkpoint",
+    "bf16_full_eval", "disable_tqdm", "average_tokens_across_devices", "overwrite_output_dir", "resume_from_checkpoint", "gradient_checkpointing", "auto_find_batch_size", "ignore_data_skip",
+    "accelerator_config", "parallelism_config", "dataloader_drop_last", "max_length", "shuffle_dataset", "include_num_input_tokens_seen",
+    "ddp_timeout",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from azrecipe.parts import generation, metrics, model, run_dir, vocabulary
-from azrecipe.parts.backend import Backend, has_accelerator
+from azrecipe.parts.backend import Backend, check_precision, has_accelerator
 from azrecipe.parts.files import read_json, write_json
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.watching import say
@@ -27,6 +27,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     inputs = Inputs(recipe, runs_dir)
 
     # Load and check: everything that can be refused is refused here.
+    warning = check_precision("bf16_pure" if config.precision == "bfloat16" else "float32", use_liger_kernel=False)
+    say(warning, bool(warning))
     folders = {name: inputs.folder(source, "models", name) for name, source in config.models.items()}
     held_out = inputs.validation(config.data.validation)
     for name, folder in folders.items():

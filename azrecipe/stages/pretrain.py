@@ -16,12 +16,13 @@ from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.parts import corpus, liger, metrics, model, phases, run_dir, training, vocabulary
-from azrecipe.parts.backend import Backend, check_precision
+from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.embeddings import check_swap, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
 from azrecipe.parts.mixing import Mix
 from azrecipe.parts.packing import borders, collate
+from azrecipe.parts.run_dir import connect
 from azrecipe.parts.schedule import Position, Schedule, plan
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import store, text_hash
@@ -44,7 +45,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     # Load and check: everything that can be refused is refused here.
     warning = check_precision(config.training.precision, config.training.use_liger_kernel)
     say(warning, backend.main and bool(warning))
-    training.check_trackers(config.training.report_to)
+    check_trackers(config.training.report_to)
+    check_devices(backend)
     split(config.training.global_batch_size, config.training.per_device_train_batch_size, backend.world)
     model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
     before = _continued(recipe, inputs)
@@ -59,7 +61,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         record = Record(place)  # read by every process before the process group exists, so that all agree
         job = Job(config, place, backend, tokenizer, held_out, schedule, record)
         _describe(job, sources)
-        PartialState()  # the process group starts here: nothing above made one process wait for another inside it
+        connect(place)  # the process group starts here: nothing above made one process wait for another inside it
         todo = [i for i, phase in enumerate(schedule.phases) if not record.done(phase.name)]
         net = _begin(job, model_path, own) if len(todo) == len(schedule.phases) else None
         for i in todo:
@@ -101,7 +103,7 @@ def _tokenizer(
     with locked(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
             trained = vocabulary.train_llama3((text for _, text in corpus.mixed(sources, None)), asked.vocab_size)
-            with whole_folder(folder) as aside:
+            with whole_folder(folder, replace=False) as aside:
                 vocabulary.save_tokenizer(trained, aside)
     return vocabulary.load_tokenizer(str(folder))
 

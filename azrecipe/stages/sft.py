@@ -11,10 +11,11 @@ from accelerate import PartialState
 
 from azrecipe.errors import CommandError
 from azrecipe.parts import chat, liger, model, run_dir, training, vocabulary
-from azrecipe.parts.backend import Backend, check_precision
+from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.files import read_json, whole_folder
 from azrecipe.parts.lora import lora_config, merged
+from azrecipe.parts.run_dir import connect
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.watching import Meter, say
 from azrecipe.recipe import Recipe
@@ -33,7 +34,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     # Load and check: everything that can be refused is refused here.
     warning = check_precision(config.training.precision, config.training.use_liger_kernel)
     say(warning, backend.main and bool(warning))
-    training.check_trackers(config.training.report_to)
+    check_trackers(config.training.report_to)
+    check_devices(backend)
     split(config.training.global_batch_size, config.training.per_device_train_batch_size, backend.world)
     base = inputs.folder(config.model, "model")
     sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
@@ -53,7 +55,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         say(f"  {data['train']:,} conversations to train on, {data['held_out']:,} held out, {data['duplicates']:,} duplicates and {data['dropped']:,} "
             f"without a trained token left out, {data['truncated']:,} cut to {config.data.max_length} tokens", backend.main)  # fmt: skip
         place.need(3 * 4 * model.count(net), "the merged model")
-        device = PartialState().device
+        device = connect(place)
         before = chat.loss(net.to(device), held_out, config.training.per_device_eval_batch_size) if backend.main else None
         happened = _train(recipe, place, backend, (net, tokenizer, adapter), (train, held_out))
         if backend.main:
@@ -87,7 +89,7 @@ def _examples(
     dropped = truncated = 0
     for side, rows in (("train", train), ("held", held)):
         made = [chat.tokenize(tokenizer, messages, config.data.max_length, only) for messages in rows]
-        truncated += sum(len(example.input_ids) == config.data.max_length for example in made)
+        truncated += sum(example.cut for example in made)
         examples[side] = [example for example in made if example.trained]
         dropped += len(made) - len(examples[side])
     if not examples["train"]:
@@ -131,6 +133,8 @@ def _train(
         steps = math.ceil(len(train) * config.training.num_train_epochs / per_step)
     loop = training.Loop("sft", place.path, place.checkpoints, steps, config.training.learning_rate, recipe.config.seed)
     arguments = training.arguments(config.training, loop, backend)
+    if not held_out:
+        arguments |= {"eval_strategy": "no", "eval_steps": None}
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in train]
     held = [{"input_ids": e.input_ids, "labels": e.labels} for e in held_out]
     lengths = [len(e.input_ids) for e in train]

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -168,10 +169,13 @@ def test_a_cache_that_was_being_built_is_built_again(small: Project, finished: P
     small.run("phase1")  # fills the cache
     cache = small.folder / "runs" / ".cache"
     for whole in [path for path in cache.iterdir() if path.is_dir()]:
-        torn = whole.with_name(f".{whole.name}.tmp")  # as a killed process leaves it: aside, unfinished
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        torn = whole.with_name(f".{whole.name}.{socket.gethostname()}.{dead.pid}.tmp")  # as a killed process leaves it
         shutil.move(whole, torn)
         (torn / "offsets.npy").unlink(missing_ok=True)
     small.run("cpt")
+    assert not list(cache.glob(".*.tmp"))
     assert_same_weights(small.path("cpt") / "final", finished.path("cpt") / "final")
 
 

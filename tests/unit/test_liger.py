@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from azrecipe.errors import CannotRun
 from azrecipe.parts import liger
-from azrecipe.parts.model import load_model
+from tests.conftest import ROOT
 
 
 def test_an_architecture_without_kernels_is_refused() -> None:
@@ -18,9 +20,15 @@ def test_an_architecture_without_kernels_is_refused() -> None:
 
 
 def test_patched_layers_are_found_and_only_those(llama: Path) -> None:
-    from transformers.integrations.liger import apply_liger_kernel
-
-    model = load_model(str(llama), "float32")
-    assert liger.patched(model) == []
-    apply_liger_kernel(model, None)
-    assert liger.patched(model) == ["LlamaForCausalLM", "LlamaMLP", "LlamaRMSNorm"]
+    """In a process of its own: Liger replaces functions of transformers' modules for every model of a process."""
+    script = f"""
+from azrecipe.parts import liger
+from azrecipe.parts.model import load_model
+from transformers.integrations.liger import apply_liger_kernel
+model = load_model({str(llama)!r}, "float32")
+before = liger.patched(model)
+apply_liger_kernel(model, None)
+print(before, liger.patched(model))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] ['LlamaForCausalLM', 'LlamaMLP', 'LlamaRMSNorm']"

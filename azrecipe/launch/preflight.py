@@ -1,0 +1,119 @@
+"""Knows, before any process is launched, whether the launch can work for every recipe that it is to run.
+
+A pipeline's last step is looked at before its first one trains for hours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
+from azrecipe.parts import backend, corpus
+from azrecipe.parts.batches import split
+from azrecipe.recipe import Recipe
+from azrecipe.recipe.load import is_local_data
+from azrecipe.recipe.types import Source
+from azrecipe.recipe.yaml_tree import Key, parse
+
+TRAINING = ("pretrain", "sft")  # stages that are launched in several processes; the others have no use for more
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What an accelerate config (or none) and --num-processes ask for."""
+
+    file: Path | None
+    kind: str
+    processes: int
+    machines: int
+
+
+def read(file: Path | None, num_processes: int | None) -> Launch:
+    """The launch that a config file and a number of processes describe."""
+    if file is None:
+        return Launch(None, "MULTI_GPU" if (num_processes or 1) > 1 else "NO", num_processes or 1, 1)
+    config: Any = parse(file.read_text(encoding="utf-8"), str(file)).plain() or {}
+    return Launch(
+        file,
+        str(config.get("distributed_type", "NO")),
+        num_processes or int(config.get("num_processes", 1)),
+        int(config.get("num_machines", 1)),
+    )
+
+
+def check(recipes: Sequence[Recipe], launch: Launch) -> None:
+    """Raise RecipeError for recipes that cannot be run so, else CannotRun for what this machine lacks; all at once."""
+    _machines(launch)
+    wrong: list[Problem] = []
+    lacking: list[str] = []
+    if any(recipe.stage in TRAINING for recipe in recipes):
+        lacking += _backend(launch)
+    for recipe in recipes:
+        for problem in _refusals(recipe, launch.processes):
+            if isinstance(problem, RecipeError):
+                wrong += problem.problems
+            else:
+                lacking.append(f"{recipe.path}: {problem}")
+    if wrong:
+        raise RecipeError(list(dict.fromkeys(wrong)))
+    if lacking:
+        raise CannotRun("\n".join(lacking))
+
+
+def _machines(launch: Launch) -> None:
+    if launch.machines > 1:
+        raise CommandError(
+            f"{launch.file} is for {launch.machines} machines, and azrecipe run starts processes on this one only. On each machine:\n"
+            f"  accelerate launch --config_file {launch.file} --machine_rank R --main_process_ip ADDRESS --main_process_port 29500 "
+            "-m azrecipe RECIPE [--step STEP] --runs-dir DIR\n"
+            "  with one DIR that all of them see"
+        )
+
+
+def _backend(launch: Launch) -> list[str]:
+    if launch.kind not in ("FSDP", "DEEPSPEED"):
+        return []
+    if launch.kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        return [f"{launch.file} needs DeepSpeed: pip install 'azrecipe[deepspeed]'"]
+    if not backend.has_accelerator():
+        return [backend.SHARDED_ON_CPU.format(kind=launch.kind)]
+    return []
+
+
+def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
+    """What is wrong with one recipe, as far as it can be known without loading a model or asking the hub."""
+    for source, keys in _sources(recipe):
+        try:
+            located = corpus.Located(source, recipe.place(*keys, "path"))
+            if is_local_data(source.path):
+                corpus.files(located)
+        except RecipeError as error:
+            yield error
+    if recipe.stage not in TRAINING:
+        return
+    training = recipe.config.training
+    try:
+        split(training.global_batch_size, training.per_device_train_batch_size, processes)
+    except CommandError as error:
+        yield recipe.problem(str(error), "training", "global_batch_size")
+    for asked in (
+        lambda: backend.check_precision(training.precision, training.use_liger_kernel),
+        lambda: backend.check_trackers(training.report_to),
+    ):
+        try:
+            asked()
+        except CannotRun as error:
+            yield error
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[Source, tuple[Key, ...]]]:
+    data = getattr(recipe.config, "data", None)
+    for i, source in enumerate(getattr(data, "datasets", ())):
+        yield source, ("data", "datasets", i)
+    if recipe.stage != "sft":
+        for name, source in getattr(data, "validation", {}).items():
+            yield source, ("data", "validation", name)
