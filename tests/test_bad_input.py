@@ -151,7 +151,9 @@ REFUSED_BY_READING = [
     Case("trainer argument of ours", PRETRAIN.replace("float32}", "float32, trainer_arguments: {save_steps: 5}}"), ("'save_steps' is a key of training itself: write training.save_steps",)),
     Case("unknown candidate", TOKENIZER + "select: custm\n", ("r.yaml:6:9: select names no candidate: 'custm'; did you mean 'custom'? Candidates: baseline, custom",)),
     Case("custom without a size", TOKENIZER.replace(", vocab_size: 300", ""), ("r.yaml:5:42: candidate 'custom': kind custom needs vocab_size",)),
-    Case("baseline with a size", TOKENIZER.replace("baseline}", "baseline, vocab_size: 300}"), ("candidate 'baseline': a baseline has the size that it has",)),
+    Case("baseline with a size", TOKENIZER.replace("baseline}", "baseline, vocab_size: 300}"), ("r.yaml:5:41: candidate 'baseline': kind baseline takes no vocab_size",)),
+    Case("extension without a number", TOKENIZER.replace("custom, vocab_size: 300", "extension"), ("candidate 'custom': kind extension needs new_tokens",)),
+    Case("extension with a size", TOKENIZER.replace("custom,", "extension, new_tokens: 9,"), ("candidate 'custom': kind extension takes no vocab_size",)),
     Case("bad candidate name", TOKENIZER.replace("{baseline: ", "{my base: "), ("'my base' is no name to use here: letters, digits, '-', '_' and '.'",)),
     # inheritance and variables
     Case("missing parent", "extends: bsae.yaml\n", ("r.yaml:1:10: extends: no such file: bsae.yaml; did you mean 'base.yaml'?",), files={"base.yaml": ""}),

@@ -109,13 +109,17 @@ def _tokenizer_source(root: Node) -> Iterator[Problem]:
 def _candidates(root: Node) -> Iterator[Problem]:
     candidates, select = root.get("candidates"), root.get("select")
     entries = candidates.value if candidates and isinstance(candidates.value, dict) else {}
+    needs = {"baseline": (set(), set()), "custom": ({"vocab_size"}, set()), "extension": ({"new_tokens"}, {"protect"})}
     for name, candidate in entries.items():
         kind = candidate.get("kind")
-        size = candidate.get("vocab_size")
-        if kind and kind.value == "custom" and size is None:
-            yield Problem(candidate.at, f"candidate '{name}': kind custom needs vocab_size")
-        if kind and kind.value == "baseline" and size is not None:
-            yield Problem(size.at, f"candidate '{name}': a baseline has the size that it has; leave vocab_size out")
+        if kind is None or kind.value not in needs or not isinstance(candidate.value, dict):
+            continue
+        required, optional = needs[str(kind.value)]
+        for key in sorted(required - candidate.value.keys()):
+            yield Problem(candidate.at, f"candidate '{name}': kind {kind.value} needs {key}")
+        for key in sorted(candidate.value.keys() - required - optional - {"kind"}):
+            if key in ("vocab_size", "new_tokens", "protect"):
+                yield Problem(candidate.value[key].at, f"candidate '{name}': kind {kind.value} takes no {key}")
     if select and isinstance(select.value, str) and entries and select.value not in entries and select.value != "lowest_fertility":
         known = [*entries, "lowest_fertility"]
         yield Problem(select.place, f"select names no candidate: '{select.value}'{hint(select.value, known, 'Candidates')}")

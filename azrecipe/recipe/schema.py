@@ -24,12 +24,12 @@ def document(name: str) -> Schema:
 
 
 def follow(schema: Schema) -> Schema:
-    """The definition behind a $ref; the schema itself where there is none."""
+    """The definition behind a $ref, with what stands beside it; the schema itself where there is none."""
     while "$ref" in schema:
         definition: Any = document("common")
         for part in schema["$ref"].partition("#/")[2].split("/"):
             definition = definition[part]
-        schema = definition
+        schema = {**definition, **{key: value for key, value in schema.items() if key != "$ref"}}
     return schema
 
 

@@ -129,6 +129,8 @@ class Pretrain:
 class Candidate:
     kind: str
     vocab_size: int | None = None
+    new_tokens: int | None = None
+    protect: ValidationSource | None = None
 
 
 @dataclass(frozen=True)

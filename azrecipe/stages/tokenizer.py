@@ -11,6 +11,7 @@ from azrecipe.errors import RunFailed
 from azrecipe.parts import run_dir, vocabulary
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.corpus import Located, mixed, texts
+from azrecipe.parts.extension import extend
 from azrecipe.parts.files import whole_folder
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import text_hash
@@ -35,10 +36,11 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     sources = inputs.datasets(list(config.data.datasets))
     held_out = inputs.validation(config.data.validation)
     base = vocabulary.load_tokenizer(base_path, config.tokenizer.revision)
-    if any(candidate.kind == "custom" for candidate in config.candidates.values()) and not vocabulary.is_byte_level_bpe(base):
+    if any(candidate.kind != "baseline" for candidate in config.candidates.values()) and not vocabulary.is_byte_level_bpe(base):
         raise recipe.problem(
-            f"the tokenizer of {base_path} is not a byte-level BPE, so no custom one can be trained with its rules", "tokenizer"
+            f"the tokenizer of {base_path} is not a byte-level BPE, so none can be trained with its rules or on top of it", "tokenizer"
         )
+    protected = {name: inputs.located(c.protect, "candidates", name, "protect") for name, c in config.candidates.items() if c.protect}
     known = frozenset(text_hash(text) for documents in held_out.values() for text in documents)
     for source in sources:
         if all(text_hash(text) in known for text in texts(source)):  # stops at the first that is not
@@ -50,14 +52,9 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         for name, candidate in config.candidates.items():
             started = time.monotonic()
             corpus = Corpus(sources, config.training_bytes, held_out)
-            tokenizers[name] = base if candidate.kind == "baseline" else _train(base, candidate, corpus)
-            line: dict[str, Any] = {
-                "name": name,
-                "kind": candidate.kind,
-                "vocab_size": len(tokenizers[name]),
-                "asked_vocab_size": candidate.vocab_size,
-            }
-            line["training"] = corpus.report() if candidate.kind == "custom" else None
+            tokenizers[name], made = _make(base, candidate, corpus, protected.get(name))
+            line: dict[str, Any] = {"name": name, "kind": candidate.kind, "vocab_size": len(tokenizers[name]), **made}
+            line["training"] = corpus.report() if corpus.documents else None
             line["seconds"] = round(time.monotonic() - started, 2)
             measures = {key: vocabulary.measure(tokenizers[name], texts) for key, texts in held_out.items()}
             line["fertility"] = {key: round(m.fertility, 4) for key, m in measures.items()}
@@ -116,11 +113,27 @@ class Corpus:
         }
 
 
-def _train(base: PreTrainedTokenizerBase, candidate: Candidate, corpus: Corpus) -> PreTrainedTokenizerBase:
-    assert candidate.vocab_size is not None
-    trained = vocabulary.train_like(base, corpus, candidate.vocab_size)
-    if len(trained) < candidate.vocab_size:
-        say(f"  the corpus gives {len(trained):,} tokens, fewer than the {candidate.vocab_size:,} asked for: it is too small for more")
+def _make(
+    base: PreTrainedTokenizerBase, candidate: Candidate, corpus: Corpus, protect: Located | None
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """A candidate's tokenizer, and what is to be said of its making."""
+    if candidate.vocab_size is not None:
+        return _custom(base, candidate.vocab_size, corpus), {"asked_vocab_size": candidate.vocab_size}
+    if candidate.new_tokens is not None:
+        extension = extend(base, corpus, candidate.new_tokens, texts(protect) if protect else ())
+        if extension.added < candidate.new_tokens:
+            say(
+                f"  the corpus gives {extension.added:,} new tokens, fewer than the {candidate.new_tokens:,} asked for: it is too small for more"
+            )
+        counted = {key: getattr(extension, key) for key in ("added", "merges", "dropped_for_protection", "unused")}
+        return extension.tokenizer, {"asked_new_tokens": candidate.new_tokens, **counted}
+    return base, {}
+
+
+def _custom(base: PreTrainedTokenizerBase, vocab_size: int, corpus: Corpus) -> PreTrainedTokenizerBase:
+    trained = vocabulary.train_like(base, corpus, vocab_size)
+    if len(trained) < vocab_size:
+        say(f"  the corpus gives {len(trained):,} tokens, fewer than the {vocab_size:,} asked for: it is too small for more")
     if len(trained) <= 256:
         raise RunFailed("the corpus is too small to learn a single merge from")
     return trained

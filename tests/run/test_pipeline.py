@@ -81,6 +81,23 @@ def test_the_tokenizer_is_trained_by_the_bases_rules(finished: Project) -> None:
     assert finished.result("tokenizer")["selected"] == "custom"
 
 
+def test_an_extension_keeps_every_old_token_and_cuts_protected_text_as_before(small: Project) -> None:
+    from transformers import AutoTokenizer
+
+    candidates = "{baseline: {kind: baseline}, more: {kind: extension, new_tokens: 60, protect: {path: ./english.jsonl}}}"
+    base = f"./{small.path('base').relative_to(small.folder)}/final"
+    small.run("tokenizer", "--set", "project=other", "--set", f"tokenizer.name_or_path={base}", "--set", "select=more", "--set", f"candidates={candidates}",
+              "--set", "candidates.custom=null")  # fmt: skip
+    run = small.folder / "runs" / "other" / "tokenizer"
+    old, new = (AutoTokenizer.from_pretrained(folder) for folder in (small.path("base") / "final", run / "final"))
+    assert {token: i for token, i in new.get_vocab().items() if i < len(old)} == old.get_vocab()
+    for line in (small.folder / "english.jsonl").read_text().splitlines():
+        assert new(json.loads(line)["text"])["input_ids"] == old(json.loads(line)["text"])["input_ids"]
+    found = {c["name"]: c for c in json.loads((run / "result.json").read_text())["candidates"]}
+    assert found["more"]["added"] == 60 == len(new) - len(old)
+    assert found["more"]["fertility"]["target"] < found["baseline"]["fertility"]["target"]
+
+
 def test_metrics_have_a_line_for_every_step_with_cumulative_counts(finished: Project) -> None:
     lines = [json.loads(line) for line in (finished.path("cpt") / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["phase"], line["step"]) for line in lines]
