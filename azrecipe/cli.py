@@ -108,7 +108,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @_verb
 def _validate(arguments: argparse.Namespace) -> int:
-    from azrecipe.recipe import parse_overrides, resources
+    from azrecipe.recipe import resources
+    from azrecipe.recipe.overrides import parse_overrides
     from azrecipe.recipe.validate import validate
 
     report = validate([resources.find(str(path)) for path in arguments.paths], parse_overrides(arguments.set))
@@ -125,7 +126,8 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 @_verb
 def _show(arguments: argparse.Namespace) -> int:
-    from azrecipe.recipe import parse_overrides, resources
+    from azrecipe.recipe import resources
+    from azrecipe.recipe.overrides import parse_overrides
     from azrecipe.recipe.steps import open_recipe
     from azrecipe.recipe.write import to_yaml
 

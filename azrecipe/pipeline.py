@@ -9,7 +9,9 @@ from pathlib import Path
 
 from azrecipe.errors import DONE, RecipeError, allowed
 from azrecipe.launch import command, preflight, worker
-from azrecipe.recipe import Recipe, parse_overrides, resources
+from azrecipe.recipe import resources
+from azrecipe.recipe.load import Recipe
+from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import Step, open_recipe
 from azrecipe.report import tables
 

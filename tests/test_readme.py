@@ -10,7 +10,7 @@ import pytest
 
 from azrecipe import cli
 from azrecipe.launch.command import config_file
-from azrecipe.recipe import parse_overrides
+from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import open_recipe
 from tests.conftest import ROOT
 

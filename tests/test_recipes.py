@@ -12,7 +12,7 @@ from azrecipe.parts import phases
 from azrecipe.parts.batches import split
 from azrecipe.parts.lora import lora_config
 from azrecipe.parts.model import count
-from azrecipe.recipe import load
+from azrecipe.recipe.load import load
 from azrecipe.recipe.steps import load_pipeline, open_recipe
 from azrecipe.recipe.validate import validate
 from tests.conftest import ROOT

@@ -14,8 +14,7 @@ from typing import Any
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
 from azrecipe.parts import backend, corpus
 from azrecipe.parts.batches import split
-from azrecipe.recipe import Recipe
-from azrecipe.recipe.load import is_local_data
+from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.types import Source
 from azrecipe.recipe.yaml_tree import Key, parse
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from azrecipe.errors import DONE, FAILED, SIGINT, AzrecipeError, CommandError, RunFailed
 from azrecipe.parts.failures import explain
-from azrecipe.recipe import Recipe, parse_overrides, resources
+from azrecipe.recipe import resources
+from azrecipe.recipe.load import Recipe
+from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import open_recipe
 
 EXIT_FILE = "AZRECIPE_EXIT_CODES"  # a folder where processes leave their exit codes: launchers turn every failure into 1

@@ -22,8 +22,8 @@ from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Inte
 from azrecipe.parts.backend import share
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json, write_text
-from azrecipe.recipe import Recipe, schema
-from azrecipe.recipe.load import is_local_data, is_local_model
+from azrecipe.recipe import schema
+from azrecipe.recipe.load import Recipe, is_local_data, is_local_model
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key, Node, parse

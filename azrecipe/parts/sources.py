@@ -10,8 +10,7 @@ from pathlib import Path
 from azrecipe.parts.corpus import Located, files, texts
 from azrecipe.parts.files import sha256
 from azrecipe.parts.run_dir import RunDir, upstream
-from azrecipe.recipe import Recipe
-from azrecipe.recipe.load import is_local_data
+from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.types import ModelSource, Source, ValidationSource
 from azrecipe.recipe.yaml_tree import Key

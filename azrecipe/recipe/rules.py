@@ -112,9 +112,9 @@ def _candidates(root: Node) -> Iterator[Problem]:
     needs = {"baseline": (set(), set()), "custom": ({"vocab_size"}, set()), "extension": ({"new_tokens"}, {"protect"})}
     for name, candidate in entries.items():
         kind = candidate.get("kind")
-        if kind is None or kind.value not in needs or not isinstance(candidate.value, dict):
+        if kind is None or not isinstance(kind.value, str) or kind.value not in needs or not isinstance(candidate.value, dict):
             continue
-        required, optional = needs[str(kind.value)]
+        required, optional = needs[kind.value]
         for key in sorted(required - candidate.value.keys()):
             yield Problem(candidate.at, f"candidate '{name}': kind {kind.value} needs {key}")
         for key in sorted(candidate.value.keys() - required - optional - {"kind"}):

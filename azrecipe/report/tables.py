@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from azrecipe.recipe import Recipe
+from azrecipe.recipe.load import Recipe
 
 SAMPLE = 110  # characters of a generation that a table shows
 

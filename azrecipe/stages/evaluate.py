@@ -14,7 +14,7 @@ from azrecipe.parts.backend import Backend, check_precision, has_accelerator
 from azrecipe.parts.files import read_json, write_json
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.watching import say
-from azrecipe.recipe import Recipe
+from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Evaluate
 
 

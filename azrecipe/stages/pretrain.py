@@ -27,7 +27,7 @@ from azrecipe.parts.schedule import Position, Schedule, plan
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import store, text_hash
 from azrecipe.parts.watching import Meter, say
-from azrecipe.recipe import Recipe
+from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Pretrain
 
 if TYPE_CHECKING:

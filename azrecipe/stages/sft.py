@@ -18,7 +18,7 @@ from azrecipe.parts.lora import lora_config, merged
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.watching import Meter, say
-from azrecipe.recipe import Recipe
+from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Sft
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from azrecipe.parts.files import whole_folder
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import text_hash
 from azrecipe.parts.watching import say
-from azrecipe.recipe import Recipe
+from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Candidate, Tokenizer
 
 if TYPE_CHECKING:

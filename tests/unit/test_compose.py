@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from azrecipe.errors import RecipeError
-from azrecipe.recipe import Recipe, load, parse_overrides
 from azrecipe.recipe.compose import compose
+from azrecipe.recipe.load import Recipe, load
+from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import Step, load_pipeline, open_recipe
 from tests.conftest import Done, write
 

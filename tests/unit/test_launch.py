@@ -11,7 +11,7 @@ from azrecipe.errors import CannotRun, CommandError, RecipeError
 from azrecipe.launch import preflight
 from azrecipe.launch.command import _verdict, config_file
 from azrecipe.parts.files import whole_folder
-from azrecipe.recipe import load
+from azrecipe.recipe.load import load
 from azrecipe.recipe.steps import load_pipeline
 from tests.conftest import ROOT, Done, write
 

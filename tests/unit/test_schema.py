@@ -12,7 +12,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from azrecipe.errors import RecipeError
-from azrecipe.recipe import load, schema
+from azrecipe.recipe import schema
+from azrecipe.recipe.load import load
 from azrecipe.recipe.types import STAGE_TYPES
 from tests.conftest import ROOT, write
 
