@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from azrecipe.errors import DONE, FAILED, SIGINT, AzrecipeError, CommandError, RunFailed
+from azrecipe.errors import DONE, FAILED, SIGINT, AzrecipeError, CommandError, Interrupted, RunFailed
 from azrecipe.parts.failures import explain
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
@@ -35,7 +35,8 @@ def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None) -> i
         code = known.exit_code if known else FAILED
         if known is None:
             traceback.print_exc()
-        _report(_message(known or RunFailed(f"{type(error).__name__}: {error}")), main)
+        if main or not isinstance(known, Interrupted):  # a signal reaches all; one of them says so
+            _report(_message(known or RunFailed(f"{type(error).__name__}: {error}")), main)
     if EXIT_FILE in os.environ:
         Path(os.environ[EXIT_FILE], os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
     return code
