@@ -58,8 +58,7 @@ def test_kill_9_at_random_moments_never_changes_the_result(small: Project, finis
 
 def test_kill_9_while_a_checkpoint_is_written_uses_the_one_before(small: Project, finished: Project) -> None:
     def torn(run: Path) -> bool:
-        folder = run / "checkpoints" / "full" / "checkpoint-8"
-        return folder.exists() and not (folder / MARKER).exists()
+        return any(not (folder / MARKER).exists() for folder in run.glob("checkpoints/full/checkpoint-*"))
 
     assert small.interrupt("cpt", torn, signal.SIGKILL) == -signal.SIGKILL
     small.run("cpt")
