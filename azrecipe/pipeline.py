@@ -9,6 +9,7 @@ from pathlib import Path
 
 from azrecipe.errors import DONE, RecipeError, allowed
 from azrecipe.launch import command, preflight, worker
+from azrecipe.parts.run_dir import RunDir, locate
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if recipe.stage == "pipeline":
         _check_order(recipe, steps, arguments.runs_dir)
-        preflight.check([s.recipe for s in steps if not tables.complete(arguments.runs_dir / recipe.project / s.recipe.name)], launch)
+        preflight.check([s.recipe for s in steps if not locate(s.recipe, arguments.runs_dir).complete], launch)
         return _all(recipe, steps, arguments)
     line = None
     if recipe.stage in preflight.TRAINING:
@@ -71,7 +72,7 @@ def _check_order(recipe: Recipe, steps: Sequence[Step], runs_dir: Path) -> None:
     for step in steps:
         for keys, output_of in _taken(step.recipe.data):
             name = Path(output_of).stem
-            if name not in earlier and not tables.complete(runs_dir / recipe.project / name):
+            if name not in earlier and not RunDir(runs_dir / recipe.project / name, main=False).complete:
                 message = f"takes the output of {Path(output_of).name}, which is no earlier step of {recipe.path.name} and has no finished run. Steps: {allowed(s.key for s in steps)}"
                 problems += step.recipe.problem(message, *keys).problems
         earlier.add(step.recipe.name)

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -75,6 +75,11 @@ def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def text_hash(text: str) -> bytes:
     """A document's content, for telling whether two are the same."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def held_out_hashes(held_out: Mapping[str, list[str]]) -> frozenset[bytes]:
+    """The documents that no training may see."""
+    return frozenset(text_hash(text) for texts in held_out.values() for text in texts)
 
 
 def store(located: corpus.Located, tokenizer: PreTrainedTokenizerBase, cache: Path, exclude: frozenset[bytes]) -> Store:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError
 from azrecipe.parts import checkpoint
-from azrecipe.parts.backend import Backend
+from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.watching import Meter, Watch, say, trim_metrics
 from azrecipe.recipe.types import Training
@@ -30,6 +30,15 @@ class Loop:
     max_steps: int
     learning_rate: float
     seed: int
+
+
+def check(training: Training, backend: Backend) -> None:
+    """Refuse what this machine cannot do, before anything is read. Raises CannotRun, or CommandError for the batch."""
+    warning = check_precision(training.precision, training.use_liger_kernel)
+    say(warning, backend.main and bool(warning))
+    check_trackers(training.report_to)
+    check_devices(backend)
+    split(training.global_batch_size, training.per_device_train_batch_size, backend.world)
 
 
 def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any]:

@@ -32,12 +32,6 @@ def show_pipeline(pipeline: Recipe, recipes: Sequence[Recipe], runs_dir: Path) -
         show_run(recipe, runs_dir)
 
 
-def complete(run: Path) -> bool:
-    """Whether a run directory holds a finished run."""
-    file = run / "status.json"
-    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("state") == "complete")
-
-
 def _result(run: Path) -> dict[str, Any]:
     file = run / "result.json"
     loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -16,8 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.parts import corpus, liger, metrics, model, phases, run_dir, training, vocabulary
-from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
-from azrecipe.parts.batches import split
+from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import check_swap, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
 from azrecipe.parts.mixing import Mix
@@ -25,7 +24,7 @@ from azrecipe.parts.packing import borders, collate
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.schedule import Position, Schedule, plan
 from azrecipe.parts.sources import Inputs
-from azrecipe.parts.tokens import store, text_hash
+from azrecipe.parts.tokens import held_out_hashes, store
 from azrecipe.parts.watching import Meter, say
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Pretrain
@@ -43,11 +42,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     inputs = Inputs(recipe, runs_dir)
 
     # Load and check: everything that can be refused is refused here.
-    warning = check_precision(config.training.precision, config.training.use_liger_kernel)
-    say(warning, backend.main and bool(warning))
-    check_trackers(config.training.report_to)
-    check_devices(backend)
-    split(config.training.global_batch_size, config.training.per_device_train_batch_size, backend.world)
+    training.check(config.training, backend)
     model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
     before = _continued(recipe, inputs)
     sources = inputs.datasets(list(config.data.datasets))
@@ -146,7 +141,7 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
 
 def _mix(config: Pretrain, sources: list[corpus.Located], held_out: Texts, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
     """The sources, tokenised (once, into the cache) and mixed by weight."""
-    exclude = frozenset(text_hash(text) for texts in held_out.values() for text in texts)
+    exclude = held_out_hashes(held_out)
     stores = [store(source, tokenizer, cache, exclude) for source in sources]
     return Mix(stores, [source.weight for source in config.data.datasets], config.seed, borders(tokenizer).count)
 

@@ -11,8 +11,7 @@ from accelerate import PartialState
 
 from azrecipe.errors import CommandError
 from azrecipe.parts import chat, liger, model, run_dir, training, vocabulary
-from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
-from azrecipe.parts.batches import split
+from azrecipe.parts.backend import Backend
 from azrecipe.parts.files import read_json, whole_folder
 from azrecipe.parts.lora import lora_config, merged
 from azrecipe.parts.run_dir import connect
@@ -32,11 +31,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     inputs = Inputs(recipe, runs_dir)
 
     # Load and check: everything that can be refused is refused here.
-    warning = check_precision(config.training.precision, config.training.use_liger_kernel)
-    say(warning, backend.main and bool(warning))
-    check_trackers(config.training.report_to)
-    check_devices(backend)
-    split(config.training.global_batch_size, config.training.per_device_train_batch_size, backend.world)
+    training.check(config.training, backend)
     base = inputs.folder(config.model, "model")
     sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
     conversations = [messages for source in sources for messages in chat.read(source)]

@@ -14,7 +14,7 @@ from azrecipe.parts.corpus import Located, mixed, texts
 from azrecipe.parts.extension import extend
 from azrecipe.parts.files import whole_folder
 from azrecipe.parts.sources import Inputs
-from azrecipe.parts.tokens import text_hash
+from azrecipe.parts.tokens import held_out_hashes, text_hash
 from azrecipe.parts.watching import say
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Candidate, Tokenizer
@@ -41,7 +41,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             f"the tokenizer of {base_path} is not a byte-level BPE, so none can be trained with its rules or on top of it", "tokenizer"
         )
     protected = {name: inputs.located(c.protect, "candidates", name, "protect") for name, c in config.candidates.items() if c.protect}
-    known = frozenset(text_hash(text) for documents in held_out.values() for text in documents)
+    known = held_out_hashes(held_out)
     for source in sources:
         if all(text_hash(text) in known for text in texts(source)):  # stops at the first that is not
             raise source.wrong(f"{source.title} holds no text that is not held out")
@@ -51,7 +51,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         table: list[dict[str, Any]] = []
         for name, candidate in config.candidates.items():
             started = time.monotonic()
-            corpus = Corpus(sources, config.training_bytes, held_out)
+            corpus = Corpus(sources, config.training_bytes, known)
             tokenizers[name], made = _make(base, candidate, corpus, protected.get(name))
             line: dict[str, Any] = {"name": name, "kind": candidate.kind, "vocab_size": len(tokenizers[name]), **made}
             line["training"] = corpus.report() if corpus.documents else None
@@ -85,9 +85,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 class Corpus:
     """The training documents, mixed by weight; counts what it gives. Held-out documents are left out."""
 
-    def __init__(self, sources: list[Located], max_bytes: int | None, held_out: dict[str, list[str]]) -> None:
-        self.sources, self.max_bytes = sources, max_bytes
-        self.excluded = frozenset(text_hash(text) for texts in held_out.values() for text in texts)
+    def __init__(self, sources: list[Located], max_bytes: int | None, excluded: frozenset[bytes]) -> None:
+        self.sources, self.max_bytes, self.excluded = sources, max_bytes, excluded
         self.bytes = [0] * len(sources)
         self.documents = self.left_out = 0
 
