@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from azrecipe import __version__
-from azrecipe.errors import DONE, FAILED, SIGINT, WRONG, AzrecipeError, CannotRun, hint
+from azrecipe.errors import DONE, FAILED, SIGINT, WRONG, AzrecipeError, CannotRun, CommandError, hint
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {}
 
@@ -39,7 +39,7 @@ def _worker(arguments: list[str]) -> int:
     parser.add_argument("recipe", help="a recipe (YAML)")
     _add_recipe_options(parser)
     parsed = parser.parse_args(arguments)
-    return worker.start(parsed.recipe, parsed.set, parsed.runs_dir, parsed.step)
+    return worker.start(parsed.recipe, parsed.set, parsed.runs_dir, parsed.step, parsed.cell)
 
 
 def _spelled(arguments: list[str]) -> list[str]:
@@ -70,7 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("recipe", help="a recipe (YAML)")
     show.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     show.add_argument("--step", metavar="STEP", help="one step of a pipeline, as the pipeline changes it")
+    show.add_argument("--cell", metavar="CELL", help="that step as a cell of the matrix changes it")
     show.add_argument("--json", action="store_true", help="as JSON")
+
+    report = verbs.add_parser("report", help="one page of HTML for each finished run")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories: runs/<project>/<recipe>")
 
     copy = verbs.add_parser("copy", help="write the shipped recipes, schemas and accelerate configs into a folder, to edit")
     copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
@@ -82,6 +86,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; STEP.yaml:KEY=VALUE in a pipeline")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories go (default: runs)")
     parser.add_argument("--step", metavar="STEP", help="run only this step of a pipeline")
+    parser.add_argument("--cell", metavar="CELL", help="run only this cell of a pipeline's matrix, or with --step its step")
 
 
 def _positive(text: str) -> int:
@@ -131,11 +136,25 @@ def _show(arguments: argparse.Namespace) -> int:
     from azrecipe.recipe.steps import open_recipe
     from azrecipe.recipe.write import to_yaml
 
-    recipe = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step)[0]
+    if arguments.cell and not arguments.step:
+        raise CommandError("--cell shows a step as that cell changes it: say which, --step STEP")
+    recipe = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step, arguments.cell)[0]
     print(
         json.dumps(recipe.data, indent=2, ensure_ascii=False) if arguments.json else to_yaml(recipe.data),
         end="\n" if arguments.json else "",
     )
+    return DONE
+
+
+@_verb
+def _report(arguments: argparse.Namespace) -> int:
+    from azrecipe.report import page
+
+    for run in arguments.runs:
+        if not (run / "result.json").is_file():
+            raise CommandError(f"{run}: no finished run: there is no {run / 'result.json'}")
+        written = page.write(run)
+        print(written if written else f"{run}: there are pages for tokenizer runs and comparisons only")
     return DONE
 
 

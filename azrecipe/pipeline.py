@@ -1,83 +1,145 @@
-"""Recipes in order, each in processes of its own; and `azrecipe run`, which is a pipeline of one."""
+"""Recipes in order or as a matrix, each in processes of its own; and `azrecipe run`, which is a pipeline of one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from azrecipe.errors import DONE, RecipeError, allowed
+from azrecipe.errors import DONE, SIGINT, SIGTERM, CommandError, Problem, RecipeError, allowed
 from azrecipe.launch import command, preflight, worker
-from azrecipe.parts.run_dir import RunDir, locate
+from azrecipe.parts.run_dir import candidate_of, check_same, locate, run_of
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import Step, open_recipe
-from azrecipe.report import tables
+from azrecipe.recipe.steps import Step, load_pipeline, of_cells, open_recipe
+from azrecipe.report import comparison, page, tables
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`azrecipe run`: one recipe, launched as asked, or every step of a pipeline. Returns the exit code."""
     path = resources.find(arguments.recipe)
-    recipe, steps = open_recipe(path, parse_overrides(arguments.set), arguments.step)
+    recipe, steps = open_recipe(path, parse_overrides(arguments.set), arguments.step, arguments.cell)
     launch = preflight.read(
         command.config_file(arguments.accelerate_config) if arguments.accelerate_config else None, arguments.num_processes
     )
     if recipe.stage == "pipeline":
         _check_order(recipe, steps, arguments.runs_dir)
         preflight.check([s.recipe for s in steps if not locate(s.recipe, arguments.runs_dir).complete], launch)
+        _check_runs(steps, arguments.runs_dir)
         return _all(recipe, steps, arguments)
     line = None
     if recipe.stage in preflight.TRAINING:
-        line = command.launched(_worker_arguments(arguments), arguments.accelerate_config, arguments.num_processes)
+        line = command.launched(
+            _worker_arguments(arguments, arguments.step, arguments.cell), arguments.accelerate_config, arguments.num_processes
+        )
     if line is not None:
         preflight.check([recipe], launch)
     if line is None:
-        code = worker.start(str(path), arguments.set, arguments.runs_dir, arguments.step)
+        code = worker.start(str(path), arguments.set, arguments.runs_dir, arguments.step, arguments.cell)
     else:
         code = command.run_child(line)
-    if code == DONE and not arguments.quiet:
-        tables.show_run(recipe, arguments.runs_dir)
+    if code == DONE:
+        page.write(locate(recipe, arguments.runs_dir).path)
+        if not arguments.quiet:
+            tables.show_run(recipe, arguments.runs_dir)
     return code
 
 
-def _worker_arguments(arguments: argparse.Namespace) -> list[str]:
+def _worker_arguments(arguments: argparse.Namespace, step: str | None, cell: str | None) -> list[str]:
     line = [arguments.recipe, "--runs-dir", str(arguments.runs_dir)]
     for text in arguments.set:
         line += ["--set", text]
-    return [*line, "--step", arguments.step] if arguments.step else line
+    line += ["--step", step] if step else []
+    return [*line, "--cell", cell] if cell else line
 
 
 def _all(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> int:
+    """Run the steps in order. What fails ends it all, or in a cell of a matrix that cell; a signal ends it all."""
+    failed: dict[str, int] = {}
     for number, step in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {step.key}", file=sys.stderr, flush=True)
-        line = [sys.executable, "-m", "azrecipe", "run", *_worker_arguments(arguments), "--step", step.key, "--quiet"]
+        if step.cell in failed:
+            continue
+        print(f"[{number}/{len(steps)}] {step.title}", file=sys.stderr, flush=True)
+        line = [sys.executable, "-m", "azrecipe", "run", *_worker_arguments(arguments, step.key, step.cell), "--quiet"]
         if arguments.accelerate_config:
             line += ["--accelerate-config", arguments.accelerate_config]
         if arguments.num_processes:
             line += ["--num-processes", str(arguments.num_processes)]
         code = command.run_child(line)
-        if code != DONE:
-            print(f"azrecipe: {step.key} ended with exit code {code}; the same command goes on from there", file=sys.stderr)
+        if code == DONE:
+            continue
+        stops = step.cell is None or code in (SIGINT, SIGTERM)
+        then = "the same command goes on from there" if stops else "the other cells go on"
+        print(f"azrecipe: {step.title} ended with exit code {code}; {then}", file=sys.stderr, flush=True)
+        if step.cell is None or stops:
             return code
-    tables.show_pipeline(recipe, [step.recipe for step in steps], arguments.runs_dir)
-    return DONE
+        failed[step.cell] = code
+    _show(recipe, steps, arguments, failed)
+    for cell, code in failed.items():
+        print(f"azrecipe: cell {cell} failed with exit code {code}; the same command tries it again", file=sys.stderr, flush=True)
+    return next(iter(failed.values()), DONE)
+
+
+def _show(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace, failed: Mapping[str, int]) -> None:
+    """The end of a pipeline: its table, the comparison of its cells, or each cell's own table."""
+    runs_dir, cells = arguments.runs_dir, of_cells(steps)
+    if recipe.config.compare is not None:
+        if arguments.cell:  # the others are compared with it as they are
+            cells = of_cells(load_pipeline(recipe.path, parse_overrides(arguments.set))[1])
+        result = comparison.compare(recipe, cells, runs_dir, failed)
+        comparison.write(recipe, runs_dir, result)
+        page.write(locate(recipe, runs_dir).path)
+        if not arguments.quiet:
+            tables.show_comparison(result, recipe.data["description"] or recipe.name)
+    elif not arguments.quiet:
+        for recipes in cells.values() or [[step.recipe for step in steps]]:
+            tables.show_pipeline(recipe, recipes, runs_dir)
 
 
 def _check_order(recipe: Recipe, steps: Sequence[Step], runs_dir: Path) -> None:
     """Refuse, before anything starts, a step that takes from a recipe which is no earlier step and has no finished run."""
     problems = []
-    earlier: set[str] = set()
+    earlier: set[Path] = set()
     for step in steps:
         for keys, output_of in _taken(step.recipe.data):
-            name = Path(output_of).stem
-            if name not in earlier and not RunDir(runs_dir / recipe.project / name, main=False).complete:
-                message = f"takes the output of {Path(output_of).name}, which is no earlier step of {recipe.path.name} and has no finished run. Steps: {allowed(s.key for s in steps)}"
+            run = run_of(step.recipe, runs_dir, Path(output_of).stem)
+            if run.path not in earlier and not run.complete:
+                known = dict.fromkeys(s.key for s in steps)
+                message = f"takes the output of {Path(output_of).name}, which is no earlier step of {recipe.path.name} and has no finished run. Steps: {allowed(known)}"
                 problems += step.recipe.problem(message, *keys).problems
-        earlier.add(step.recipe.name)
+        problems += _no_candidate(step.recipe, runs_dir, earlier)
+        earlier.add(locate(step.recipe, runs_dir).path)
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(list(dict.fromkeys(problems)))
+
+
+def _no_candidate(recipe: Recipe, runs_dir: Path, earlier: set[Path]) -> list[Problem]:
+    """What is wrong with a `tokenizer.candidate` of a run that no step makes; those of steps have been looked at with the recipes."""
+    asked = recipe.config.tokenizer if recipe.stage == "pretrain" else None
+    if asked is None or asked.candidate is None or asked.output_of is None:
+        return []
+    run = run_of(recipe, runs_dir, Path(asked.output_of).stem)
+    if run.path in earlier or not run.complete:
+        return []
+    try:
+        candidate_of(recipe, run, asked.candidate, "tokenizer", "candidate")
+    except RecipeError as error:
+        return error.problems
+    return []
+
+
+def _check_runs(steps: Sequence[Step], runs_dir: Path) -> None:
+    """Refuse, before anything starts, steps whose run directories hold the runs of other recipes."""
+    found = []
+    for step in steps:
+        try:
+            check_same(step.recipe, locate(step.recipe, runs_dir))
+        except CommandError as error:
+            found.append(str(error))
+    if found:
+        raise CommandError("\n".join(found))
 
 
 def _taken(data: object, keys: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], str]]:

@@ -154,6 +154,13 @@ REFUSED_BY_READING = [
     Case("baseline with a size", TOKENIZER.replace("baseline}", "baseline, vocab_size: 300}"), ("r.yaml:5:41: candidate 'baseline': kind baseline takes no vocab_size",)),
     Case("extension without a number", TOKENIZER.replace("custom, vocab_size: 300", "extension"), ("candidate 'custom': kind extension needs new_tokens",)),
     Case("extension with a size", TOKENIZER.replace("custom,", "extension, new_tokens: 9,"), ("candidate 'custom': kind extension takes no vocab_size",)),
+    Case("unknown clean-up", data("text.txt", normalize=["nfcd"]), ('r.yaml:6:49: data.datasets[0].normalize[0] = "nfcd" is not known; did you mean \'nfc\'? Allowed: nfc, invisible, ',)),
+    Case("clean-up named twice", data("text.txt", normalize=["nfc", "nfc"]), ("r.yaml:6:48: data.datasets[0].normalize names something twice",)),
+    Case("two apostrophes", data("text.txt", normalize=["apostrophes", "nfc", "uzbek_apostrophes"]), ("r.yaml:6:71: normalize: apostrophes and uzbek_apostrophes write the same mark in two ways; name one",)),
+    Case("two apostrophes in a validation set", PRETRAIN.replace("heldout.txt", "heldout.txt, normalize: [uzbek_apostrophes, apostrophes]"), ("r.yaml:7:75: normalize: apostrophes and uzbek_apostrophes",)),
+    Case("two apostrophes in protected text", TOKENIZER.replace("custom, vocab_size: 300", "extension, new_tokens: 9, protect: {path: a.txt, normalize: [uzbek_apostrophes, apostrophes]}"), ("r.yaml:5:137: normalize: apostrophes and uzbek_apostrophes",)),
+    Case("unknown script", data("text.txt", scripts={"allow": ["Latin", "cyrillic"]}), ("r.yaml:6:66: data.datasets[0].scripts.allow[1] = \"cyrillic\" is not known; did you mean 'Cyrillic'? Allowed: Latin, Cyrillic, Arabic, Georgian, ", "… (166 in all)")),
+    Case("no script", data("text.txt", scripts={"min_share": 2}), ("r.yaml:6:35: data.datasets[0].scripts: missing key 'allow': Scripts that the text may be in", "data.datasets[0].scripts.min_share = 2 is too large: at most 1")),
     Case("bad candidate name", TOKENIZER.replace("{baseline: ", "{my base: "), ("'my base' is no name to use here: letters, digits, '-', '_' and '.'",)),
     # inheritance and variables
     Case("missing parent", "extends: bsae.yaml\n", ("r.yaml:1:10: extends: no such file: bsae.yaml; did you mean 'base.yaml'?",), files={"base.yaml": ""}),
@@ -191,6 +198,22 @@ REFUSED_BY_READING = [
     Case("output of a later step", PIPELINE.replace("cpt.yaml, sft.yaml", "sft.yaml, cpt.yaml"), ("sft.yaml:3:20: takes the output of cpt.yaml, which is no earlier step of r.yaml",), files=STEPS),
     Case("wrong step", PIPELINE, ("r.yaml: there is no step 'stf.yaml'; did you mean 'sft.yaml'? Steps: cpt.yaml, sft.yaml",), args=("--step", "stf.yaml"), files=STEPS),
     Case("wrong recipe in a pipeline", PIPELINE, ("cpt.yaml:10:1: unknown key 'sede'", "sft.yaml:7:1: unknown key 'lroa'"), files={"cpt.yaml": PRETRAIN + "sede: 1\n", "sft.yaml": SFT + "lroa: {}\n"}),
+    Case("cell for no step", PIPELINE + "matrix: {a: {stf.yaml: {seed: 1}}}\n", ("r.yaml:4:14: 'stf.yaml' is no step; did you mean 'sft.yaml'? Steps: cpt.yaml, sft.yaml",), files=STEPS),
+    Case("cell that is wrong", PIPELINE + "matrix: {a: {sft.yaml: {lora.rank: 1}}}\n", ("r.yaml:4:25: unknown key 'rank'. Allowed here: lora_alpha",), files=STEPS),
+    Case("cell that changes nothing", PIPELINE + "matrix: {a: {}}\n", ("r.yaml:4:10: cell 'a' changes no step: name the first one that it repeats. Steps: cpt.yaml, sft.yaml",), files=STEPS),
+    Case("bad cell name", PIPELINE + "matrix: {a/b: {sft.yaml: {seed: 1}}}\n", ("r.yaml:4:10: 'a/b' is no name to use here: letters, digits, '-', '_' and '.'",), files=STEPS),
+    Case("unknown cell", PIPELINE + "matrix: {small: {sft.yaml: {seed: 1}}}\n", ("there is no cell 'smal'; did you mean 'small'? Cells: small",), args=("--cell", "smal"), files=STEPS),
+    Case("cell of no matrix", PIPELINE, ("r.yaml: there is no cell 'a': it has no matrix",), args=("--cell", "a"), files=STEPS),
+    Case("cell of no pipeline", PRETRAIN, ("r.yaml: --cell names a cell of the matrix of a pipeline, and this is none",), args=("--cell", "a")),
+    Case("step of which cell", PIPELINE + "matrix: {a: {sft.yaml: {seed: 1}}, b: {sft.yaml: {seed: 2}}}\n", ("r.yaml: sft.yaml runs in each cell of the matrix: say --cell, one of a, b",), args=("--step", "sft.yaml"), files=STEPS),
+    Case("compare without a matrix", PIPELINE + "compare: {metric: bpb}\n", ("r.yaml:4:1: compare ranks the cells of a matrix, and there is none",), files=STEPS),
+    Case("compare on no set", PIPELINE + "matrix: {a: {cpt.yaml: {seed: 1}}}\ncompare: {dataset: taget}\n", ("r.yaml:5:20: cell 'a' has no validation set 'taget' to be compared on; did you mean 'target'?",), files=STEPS),
+    Case("compare what trains nothing", PIPELINE + "matrix: {a: {sft.yaml: {seed: 1}}}\ncompare: {}\n", ("r.yaml:4:10: cell 'a' repeats no pretrain step",), files=STEPS),
+    Case("output of a step of the other cells", PIPELINE + "matrix: {a: {sft.yaml: {model.output_of: q.yaml}}}\n", ("r.yaml:4:42: takes the output of q.yaml, which is no earlier step of r.yaml and has no finished run",), files={**STEPS, "q.yaml": FIRST}),
+    Case("candidate of a folder", PRETRAIN + "tokenizer: {name_or_path: ./llama, candidate: custom}\n", ("r.yaml:10:36: candidate is one of a tokenizer recipe's: it goes with output_of",)),
+    Case("candidate of no tokenizer", PRETRAIN + "tokenizer: {output_of: q.yaml, candidate: custom}\n", ("r.yaml:10:43: q.yaml is a pretrain recipe, which has no candidates",), files={"q.yaml": FIRST}, whole=("validate", "r.yaml")),
+    Case("unknown candidate of a tokenizer", PRETRAIN + "tokenizer: {output_of: q.yaml, candidate: custm}\n", ("r.yaml:10:43: q.yaml has no candidate 'custm'; did you mean 'custom'? Candidates: baseline, custom",), files={"q.yaml": TOKENIZER}, whole=("validate", "r.yaml")),
+    Case("recipe called cells", PRETRAIN, ("cells.yaml: a recipe cannot be called cells.yaml: a project keeps the runs of a matrix",), files={"cells.yaml": PRETRAIN}, whole=("run", "cells.yaml")),
     Case("set on the command line for no step", PIPELINE, ("--set stf.yaml:seed=1: 'stf.yaml' is no step",), args=sets("stf.yaml:seed=1"), files=STEPS),
 ]  # fmt: skip
 
@@ -230,6 +253,7 @@ REFUSED_BY_THE_STAGE = [
     Case("deep JSON", data("x.jsonl"), ("x.jsonl:1:1: not a line of JSON",), files={"x.jsonl": "[" * 100_000}),
     Case("half a character", data("x.jsonl"), ("x.jsonl:1:1: half a character",), files={"x.jsonl": '{"text": "a\\ud83db"}\n'}),
     Case("half a character in a conversation", SFT.replace("questions", "x"), ("x.jsonl:1:1: half a character",), files={"x.jsonl": json.dumps(talk(("user", "\ud83d"))) + "\n"}),
+    Case("nothing in the script", data("text.txt", scripts={"allow": ["Georgian"]}), ("r.yaml:6:23: ./text.txt holds no text (its clean-up drops 1 of 1 documents)",)),
     Case("split of a file", data("text.txt", split="test"), ("a local file has no split 'test': leave split out",)),
     Case("too many epochs", data("text.txt", max_epochs=2), ("r.yaml:6:49: ./text.txt would be gone through", "and max_epochs is 2: add text, lower its weight or shorten the phases"), args=sets("phases[0].max_steps=2000")),
     # models
@@ -548,6 +572,8 @@ EXTRAS = {
     "variables": {"v": "a"},
     "extends": "cpt.yaml",
     "set": {"sft.yaml": {"seed": 1, "data.datasets[0].path": "x"}},
+    "matrix": {"a": {"cpt.yaml": {"seed": 1, "tokenizer.candidate": "x"}}},
+    "compare": {"metric": "bpb", "dataset": "target", "price_per_hour": 1},
     "prompts": ["a", {"messages": [{"role": "user", "content": "a"}]}],
 }  # fmt: skip
 

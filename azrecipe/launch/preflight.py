@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
-from azrecipe.parts import backend, corpus
+from azrecipe.parts import auxiliary, backend, corpus
 from azrecipe.parts.batches import split
 from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.types import Source
@@ -60,7 +60,7 @@ def check(recipes: Sequence[Recipe], launch: Launch) -> None:
     if wrong:
         raise RecipeError(list(dict.fromkeys(wrong)))
     if lacking:
-        raise CannotRun("\n".join(lacking))
+        raise CannotRun("\n".join(dict.fromkeys(lacking)))
 
 
 def _machines(launch: Launch) -> None:
@@ -68,7 +68,7 @@ def _machines(launch: Launch) -> None:
         raise CommandError(
             f"{launch.file} is for {launch.machines} machines, and azrecipe run starts processes on this one only. On each machine:\n"
             f"  accelerate launch --config_file {launch.file} --machine_rank R --main_process_ip ADDRESS --main_process_port 29500 "
-            "-m azrecipe RECIPE [--step STEP] --runs-dir DIR\n"
+            "-m azrecipe RECIPE [--step STEP [--cell CELL]] --runs-dir DIR\n"
             "  with one DIR that all of them see"
         )
 
@@ -99,7 +99,9 @@ def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
         split(training.global_batch_size, training.per_device_train_batch_size, processes)
     except CommandError as error:
         yield recipe.problem(str(error), "training", "global_batch_size")
+    tokenizer = getattr(recipe.config, "tokenizer", None)
     for asked in (
+        lambda: auxiliary.check(getattr(tokenizer, "new_embeddings", "")),
         lambda: backend.check_precision(training.precision, training.use_liger_kernel),
         lambda: backend.check_trackers(training.report_to),
     ):
@@ -116,3 +118,9 @@ def _sources(recipe: Recipe) -> Iterator[tuple[Source, tuple[Key, ...]]]:
     if recipe.stage != "sft":
         for name, source in getattr(data, "validation", {}).items():
             yield source, ("data", "validation", name)
+    if recipe.stage == "tokenizer":
+        if data is not None and data.parallel is not None:
+            yield data.parallel, ("data", "parallel")
+        for name, candidate in recipe.config.candidates.items():
+            if candidate.protect is not None:
+                yield candidate.protect, ("candidates", name, "protect")

@@ -21,11 +21,11 @@ from azrecipe.recipe.steps import open_recipe
 EXIT_FILE = "AZRECIPE_EXIT_CODES"  # a folder where processes leave their exit codes: launchers turn every failure into 1
 
 
-def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None) -> int:
+def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None = None, cell: str | None = None) -> int:
     """Run one recipe in this process, whatever launched it. Returns the exit code; a failure has been told."""
     main = os.environ.get("RANK", "0") == "0"
     try:
-        _work(_open(path, sets, step), runs_dir)
+        _work(_open(path, sets, step, cell), runs_dir)
         code = DONE
     except KeyboardInterrupt:
         code = SIGINT
@@ -53,12 +53,12 @@ def _report(message: str, main: bool) -> None:
     _tell(message, True)
 
 
-def _open(path: str, sets: Sequence[str], step: str | None) -> Recipe:
-    recipe, _ = open_recipe(resources.find(path), parse_overrides(sets), step)
+def _open(path: str, sets: Sequence[str], step: str | None, cell: str | None) -> Recipe:
+    recipe, _ = open_recipe(resources.find(path), parse_overrides(sets), step, cell)
     if recipe.stage == "pipeline":
         raise CommandError(
             f"{recipe.path} is a pipeline, which starts its own processes: azrecipe run {recipe.path}\n"
-            "  or one of its steps in these processes: accelerate launch -m azrecipe … --step NAME.yaml"
+            "  or one of its steps in these processes: accelerate launch -m azrecipe … --step NAME.yaml [--cell NAME]"
         )
     return recipe
 

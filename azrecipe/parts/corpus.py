@@ -1,4 +1,4 @@
-"""Where documents come from: local files and hub datasets, read one by one, each complaint at its place."""
+"""Where documents come from: local files and hub datasets, read one by one and cleaned, each complaint at its place."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from azrecipe.errors import CannotRun, Place, Problem, RecipeError, did_you_mean, hint
+from azrecipe.parts import writing
 from azrecipe.parts.files import sha256
+from azrecipe.parts.writing import Cleaner, Tally
 from azrecipe.recipe.load import DATA_SUFFIXES, is_local_data
 from azrecipe.recipe.types import HeldOut, Source, TextSource, ValidationSource
 
@@ -31,32 +33,58 @@ class Located:
         return RecipeError([Problem(self.place, message)])
 
     @property
+    def cleaned(self) -> bool:
+        """Whether the source has a clean-up."""
+        return isinstance(self.source, ValidationSource) and writing.asks(self.source)
+
+    @property
     def title(self) -> str:
         """How messages and results call the source."""
         parts = [self.source.path, self.source.name, self.source.split if not is_local_data(self.source.path) else None]
         return " ".join(part for part in parts if part)
 
 
-def texts(located: Located, held_out_side: bool = False) -> Iterator[str]:
-    """The source's documents, in its own order, up to its max_bytes. Documents without text are left out.
+@dataclass(frozen=True)
+class Document:
+    """A text and what it belongs together with: the value of held_out's `by` column, else its own number in the source."""
+
+    text: str
+    group: str
+
+
+def texts(located: Located, held_out_side: bool = False, tally: Tally | None = None) -> Iterator[str]:
+    """The text of `documents`."""
+    return (document.text for document in documents(located, held_out_side, tally))
+
+
+def documents(located: Located, held_out_side: bool = False, tally: Tally | None = None) -> Iterator[Document]:
+    """The source's documents, cleaned as it asks, in its own order, up to its max_bytes. Those without text are left out.
 
     `held_out_side` chooses which documents of a source with `held_out` are meant: those held out, or the others.
+    `tally` counts what was read on that side and what its clean-up did.
     Raises RecipeError for a file that is missing, not UTF-8 or lacks the column, CannotRun for the hub.
     """
     source = located.source
     assert isinstance(source, ValidationSource)
+    clean, tally = Cleaner(source), tally or Tally()
     total = 0
-    for where, row in rows(located, text_column=source.text_column):
+    for number, (where, row) in enumerate(rows(located, text_column=source.text_column)):
         text = _column(row, source.text_column, "text_column", where, located)
         if not isinstance(text, str):
             raise located.wrong(f"{where}: column '{source.text_column}' holds {type(text).__name__}, not text")
         if not text.strip():
             continue
+        group = str(number)
         if source.held_out is not None:
-            key = text if source.held_out.by is None else str(_column(row, source.held_out.by, "held_out.by", where, located))
-            if is_held_out(key, source.held_out) != held_out_side:
+            if source.held_out.by is not None:
+                group = str(_column(row, source.held_out.by, "held_out.by", where, located))
+            # by the text as it came: a document keeps its side when the clean-up changes
+            if is_held_out(text if source.held_out.by is None else group, source.held_out) != held_out_side:
                 continue
-        yield text
+        text = clean(text, tally)
+        if not text:
+            continue
+        yield Document(text, group)
         total += len(text.encode())
         if source.max_bytes is not None and total >= source.max_bytes:
             return
@@ -198,16 +226,18 @@ def identity(located: Located) -> dict[str, Any]:
     else:
         origin = [source.path, source.name, source.split, source.data_files, source.revision]
     held_out = source.held_out and [source.held_out.fraction, source.held_out.by]
-    return {"origin": origin, "column": source.text_column, "max_bytes": source.max_bytes, "held_out": held_out}
+    found = {"origin": origin, "column": source.text_column, "max_bytes": source.max_bytes, "held_out": held_out}
+    return found | ({"clean_up": clean_up} if (clean_up := writing.identity(source)) else {})
 
 
-def mixed(sources: list[Located], max_bytes: int | None) -> Iterator[tuple[int, str]]:
+def mixed(sources: list[Located], max_bytes: int | None, tallies: Sequence[Tally] | None = None) -> Iterator[tuple[int, str]]:
     """Documents of several sources by weight, for one pass: always from the source that is furthest behind its share.
 
     Yields (index of the source, text). Without `max_bytes` it ends when the first source runs out, so that the shares
-    hold; with it, a source that runs out is gone through once and the others go on until so many bytes.
+    hold; with it, a source that runs out is gone through once and the others go on until so many bytes. `tallies` are the
+    sources' own, for what their clean-up does.
     """
-    open_sources = {i: texts(source) for i, source in enumerate(sources)}
+    open_sources = {i: texts(source, tally=tallies[i] if tallies else None) for i, source in enumerate(sources)}
     weights = [s.source.weight for s in sources if isinstance(s.source, TextSource)]
     given = [0.0] * len(sources)
     total = 0

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +16,11 @@ from tokenizers import Tokenizer
 
 from azrecipe.errors import CannotRun
 from azrecipe.parts.tokens import chunks
-from azrecipe.parts.vocabulary import is_byte_level_bpe, load_tokenizer, save_tokenizer
+from azrecipe.parts.vocabulary import LEAST, is_byte_level_bpe, with_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LEAST = 2  # a pair that the corpus holds once says nothing about the language
-PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")  # all that decides an encoding
 
 Pair = tuple[int, int]
 
@@ -69,7 +65,6 @@ def extensions(base: PreTrainedTokenizerBase, texts: Iterable[str], sizes: Seque
     for size in sorted(set(sizes)):
         training.learn(size)
         tokenizer = _with_merges(base, known)
-        _check_round_trip(tokenizer)
         found[size] = Extension(tokenizer, known.added, len(known.new), len(guard.dropped), training.unused())
     return [found[size] for size in sizes]
 
@@ -290,19 +285,4 @@ def _with_merges(base: PreTrainedTokenizerBase, known: _Merges) -> PreTrainedTok
     description = _description(base)
     description["model"]["vocab"] = known.ids
     description["model"]["merges"] += [(known.spelling[a], known.spelling[b]) for a, b in known.new]
-    backend = Tokenizer.from_str(json.dumps(description))
-    return copy.deepcopy(base, {id(base.backend_tokenizer): backend})
-
-
-def _check_round_trip(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise CannotRun unless AutoTokenizer opens a saved tokenizer as it is, every id in its place."""
-    with TemporaryDirectory() as folder:
-        save_tokenizer(tokenizer, Path(folder))
-        opened = load_tokenizer(folder)
-    if opened.get_vocab() != tokenizer.get_vocab() or list(_parts(opened)) != list(_parts(tokenizer)):
-        raise CannotRun(f"an extended tokenizer of class {type(tokenizer).__name__} does not open again as it was saved")
-
-
-def _parts(tokenizer: PreTrainedTokenizerBase) -> Iterator[Any]:
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    return (description[part] for part in PARTS)
+    return with_backend(base, Tokenizer.from_str(json.dumps(description)))

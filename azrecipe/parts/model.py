@@ -41,6 +41,17 @@ def skeleton(path: str, attn_implementation: str = "sdpa", revision: str | None 
         )
 
 
+def embedding_shape(path: str, revision: str | None = None) -> tuple[int, int, int] | None:
+    """(rows, width, matrices: 1 where input and output are tied, else 2) by a model's configuration; None where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision or "main").get_text_config()
+    except (OSError, ValueError):  # a tokenizer by itself
+        return None
+    return int(config.vocab_size), int(config.hidden_size), 1 if config.tie_word_embeddings else 2
+
+
 def build_model(
     config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str, attn_implementation: str, seed: int
 ) -> PreTrainedModel:

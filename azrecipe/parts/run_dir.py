@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import azrecipe
-from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted
+from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted, hint
 from azrecipe.parts.backend import share
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json, write_text
 from azrecipe.recipe import schema
-from azrecipe.recipe.load import Recipe, is_local_data, is_local_model
+from azrecipe.recipe.load import CELLS, Recipe, is_local_data, is_local_model
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key, Node, parse
@@ -37,6 +37,7 @@ class RunDir:
 
     path: Path
     main: bool
+    runs_dir: Path
 
     @property
     def final(self) -> Path:
@@ -49,7 +50,7 @@ class RunDir:
     @property
     def cache(self) -> Path:
         """Tokenised text, shared by all runs below one runs directory."""
-        return self.path.parent.parent / ".cache"
+        return self.runs_dir / ".cache"
 
     @property
     def status(self) -> dict[str, Any]:
@@ -96,18 +97,43 @@ def now() -> str:
 
 
 def locate(recipe: Recipe, runs_dir: Path, main: bool = True) -> RunDir:
-    """The folder of a recipe's run: <runs_dir>/<project>/<recipe's name>. Touches nothing."""
-    return RunDir(runs_dir / recipe.project / recipe.name, main)
+    """The folder of a recipe's run. Touches nothing."""
+    return run_of(recipe, runs_dir, recipe.name, main)
+
+
+def run_of(recipe: Recipe, runs_dir: Path, name: str, main: bool = False) -> RunDir:
+    """The run of the recipe called `name` as `recipe` sees it. Touches nothing.
+
+    <runs_dir>/<project>/<name>, or <runs_dir>/<project>/cells/<cell>/<name> where `recipe` stands in a cell that
+    repeats that recipe. Every path of a run is made here.
+    """
+    cell, project = recipe.cell_of(name), runs_dir / recipe.project
+    return RunDir((project / CELLS / cell if cell else project) / name, main, runs_dir)
 
 
 def upstream(recipe: Recipe, runs_dir: Path, output_of: str, *keys: Key) -> RunDir:
     """The complete run that an `output_of` takes from. Raises RecipeError, at its place, where there is none."""
-    run = RunDir(runs_dir / recipe.project / Path(output_of).stem, main=False)
+    name = Path(output_of).stem
+    run = run_of(recipe, runs_dir, name)
     if not run.complete:
         state = run.status.get("state")
         why = f"its run in {run.path} is not complete ({state})" if state else f"it has not been run: there is no {run.path}"
-        raise recipe.problem(f"takes the output of {output_of}, but {why}. Run it first: azrecipe run {output_of}", *keys)
+        cell = recipe.cell_of(name)
+        first = f"Run it first: {f'that step of cell {cell}' if cell else f'azrecipe run {output_of}'}"
+        raise recipe.problem(f"takes the output of {output_of}, but {why}. {first}", *keys)
     return run
+
+
+def candidate_of(recipe: Recipe, run: RunDir, name: str, *keys: Key) -> Path:
+    """The folder of one candidate of a tokenizer's complete run. Raises RecipeError, at its place, where there is none."""
+    known = [candidate["name"] for candidate in (read_json(run.path / "result.json") or {}).get("candidates", [])]
+    folder = run.path / "candidates" / name
+    if name not in known:
+        tail = hint(name, known, "Candidates") if known else ": it is no run of a tokenizer recipe"
+        raise recipe.problem(f"{run.path} has no candidate '{name}'{tail}", *keys)
+    if not folder.is_dir():
+        raise recipe.problem(f"there is no {folder}, which that run should have left. Remove {run.path} and run it again", *keys)
+    return folder
 
 
 @contextlib.contextmanager
@@ -161,7 +187,7 @@ def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
     check_same(recipe, run)
     for key, run_id in run.status.get("inputs", {}).items():
         if key.startswith("run of "):
-            other = RunDir(runs_dir / recipe.project / Path(key.removeprefix("run of ")).stem, main=False)
+            other = run_of(recipe, runs_dir, Path(key.removeprefix("run of ")).stem)
             if other.complete and other.status.get("run_id") != run_id:
                 raise CommandError(
                     f"{run.path} was made from an earlier {key.removeprefix('run of ')} than the one that is there now. Remove that folder to run it again"

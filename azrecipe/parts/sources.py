@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from azrecipe.parts.corpus import Located, files, texts
+from azrecipe.parts.corpus import Located, documents, files
 from azrecipe.parts.files import sha256
-from azrecipe.parts.run_dir import RunDir, upstream
+from azrecipe.parts.run_dir import RunDir, candidate_of, upstream
+from azrecipe.parts.writing import Tally, nothing_left
 from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.overrides import dotted
-from azrecipe.recipe.types import ModelSource, Source, ValidationSource
+from azrecipe.recipe.types import ModelSource, PretrainTokenizer, Source, ValidationSource
 from azrecipe.recipe.yaml_tree import Key
 
 
@@ -22,6 +23,8 @@ class Inputs:
     def __init__(self, recipe: Recipe, runs_dir: Path) -> None:
         self.recipe, self.runs_dir = recipe, runs_dir
         self.found: dict[str, str] = {}
+        self.groups: dict[str, list[str]] = {}
+        self.tallies: dict[str, Tally] = {}
 
     def run_of(self, output_of: str, *keys: Key) -> RunDir:
         """The complete run behind an `output_of`. Raises RecipeError at its place."""
@@ -30,9 +33,12 @@ class Inputs:
         return run
 
     def folder(self, source: ModelSource, *keys: Key) -> str:
-        """Where a model or tokenizer is: the final/ of a run, a folder, or a hub id."""
+        """Where a model or tokenizer is: the final/ of a run, or the candidate asked for, a folder, or a hub id."""
         if source.output_of is not None:
-            return str(self.run_of(source.output_of, *keys, "output_of").final)
+            run = self.run_of(source.output_of, *keys, "output_of")
+            if isinstance(source, PretrainTokenizer) and source.candidate is not None:
+                return str(candidate_of(self.recipe, run, source.candidate, *keys, "candidate"))
+            return str(run.final)
         assert source.name_or_path is not None
         return source.name_or_path
 
@@ -49,11 +55,18 @@ class Inputs:
         return [self.located(source, "data", "datasets", i) for i, source in enumerate(sources)]
 
     def validation(self, sources: Mapping[str, ValidationSource]) -> dict[str, list[str]]:
-        """The held-out documents of each validation set, read into memory. Raises RecipeError for a set without text."""
+        """The held-out documents of each validation set, read into memory. Raises RecipeError for a set without text.
+
+        Fills `groups` (what each document belongs together with) and, for the sets that are cleaned, `tallies`.
+        """
         found = {}
         for name, source in sources.items():
             located = self.located(source, "data", "validation", name)
-            found[name] = list(texts(located, held_out_side=True))
-            if not found[name]:
-                raise located.wrong(f"validation set '{name}': {located.title} holds no text")
+            tally = Tally()
+            read = list(documents(located, held_out_side=True, tally=tally))
+            if not read:
+                raise located.wrong(f"validation set '{name}': {located.title} holds no text{nothing_left(tally)}")
+            found[name], self.groups[name] = [document.text for document in read], [document.group for document in read]
+            if located.cleaned:
+                self.tallies[name] = tally
         return found

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from azrecipe.parts import corpus
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
+from azrecipe.parts.writing import Tally, nothing_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ class Store:
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
     excluded: int
+    cleaned: dict[str, Any] | None = None  # Tally.report() of a source with a clean-up
 
     @property
     def documents(self) -> int:
@@ -102,16 +104,17 @@ def store(located: corpus.Located, tokenizer: PreTrainedTokenizerBase, cache: Pa
                 _make(located, tokenizer, folder, exclude)
     meta = read_json(folder / "meta.json")
     tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-    return Store(key, tokens, np.load(folder / "offsets.npy"), np.load(folder / "sizes.npy"), meta["excluded"])
+    return Store(key, tokens, np.load(folder / "offsets.npy"), np.load(folder / "sizes.npy"), meta["excluded"], meta.get("cleaned"))
 
 
 def _make(located: corpus.Located, tokenizer: PreTrainedTokenizerBase, folder: Path, exclude: frozenset[bytes]) -> None:
-    counts = {"excluded": 0}
+    counts: dict[str, Any] = {"excluded": 0}
+    tally = Tally()
     offsets, sizes = array("q", [0]), array("q")
     told = time.monotonic()
     with whole_folder(folder, replace=False) as aside:
         with (aside / "tokens.bin").open("wb") as out:
-            for batch in chunks(_kept(corpus.texts(located), exclude, counts)):
+            for batch in chunks(_kept(corpus.texts(located, tally=tally), exclude, counts)):
                 for text, ids in zip(batch, encode(tokenizer, batch), strict=True):
                     out.write(np.asarray(ids, dtype=np.uint32).tobytes())
                     offsets.append(offsets[-1] + len(ids))
@@ -121,7 +124,9 @@ def _make(located: corpus.Located, tokenizer: PreTrainedTokenizerBase, folder: P
                     print(f"  tokenising {located.title}: {len(sizes):,} documents, {offsets[-1]:,} tokens", file=sys.stderr, flush=True)
         if not sizes:
             why = f" ({counts['excluded']} documents are all held out)" if counts["excluded"] else ""
-            raise located.wrong(f"{located.title} holds no text{why}")
+            raise located.wrong(f"{located.title} holds no text{why}{nothing_left(tally)}")
+        if located.cleaned:
+            counts["cleaned"] = tally.report()
         np.save(aside / "offsets.npy", np.asarray(offsets, dtype=np.int64))
         np.save(aside / "sizes.npy", np.asarray(sizes, dtype=np.int64))
         write_json(

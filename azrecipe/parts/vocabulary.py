@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -23,6 +25,17 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Named split rules for custom tokenizers. Llama 3's takes the first letters of many suffixes for an English contraction
+# (Azərbaycan'da → Azərbaycan | 'd | a) and cuts a word at a combining mark; the other two have no such branch.
+_LETTERS = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
+_REST = r"|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS: Mapping[str, str] = {
+    "llama3": LLAMA3_SPLIT,
+    "split_apostrophe_suffixes": _LETTERS + _REST,
+    "keep_apostrophe_suffixes": _LETTERS + r"(?:['’ʼʻ‘][\p{L}\p{M}]+)*" + _REST,
+}
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")  # all that decides an encoding
+LEAST = 2  # a pair that the corpus holds once says nothing about the language
 LLAMA3_SPECIALS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -48,20 +61,123 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 def is_byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether tokens are byte strings in GPT-2's alphabet, merged by BPE: what Llama 3, Qwen and Mistral-Nemo use."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    return description["model"]["type"] == "BPE" and '"ByteLevel"' in json.dumps(description["pre_tokenizer"])
+    backend = tokenizer.backend_tokenizer
+    return (
+        isinstance(backend.model, models.BPE)
+        and backend.pre_tokenizer is not None
+        and b'"ByteLevel"' in backend.pre_tokenizer.__getstate__()
+    )
 
 
-def train_like(base: PreTrainedTokenizerBase, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A new byte-level BPE with the base's normaliser, pre-tokenizer, post-processor and special tokens.
+def byte_level(split: str) -> Any:
+    """A pre-tokenizer that cuts by a regular expression and spells the pieces in GPT-2's byte alphabet."""
+    parts = [pre_tokenizers.Split(Regex(split), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    return pre_tokenizers.Sequence(parts)
 
-    `vocab_size` counts special tokens and the 256 bytes. A corpus too small for it gives a smaller vocabulary. The
-    corpus may be larger than memory.
+
+def train_like(
+    base: PreTrainedTokenizerBase, texts: Iterable[str], vocab_size: int, pre_tokenizer: str = "base"
+) -> PreTrainedTokenizerBase:
+    """A new byte-level BPE with the base's normaliser, post-processor, chat template and added tokens, special or not.
+
+    `pre_tokenizer`: "base" for the base's own, or a name in SPLITS. `vocab_size` counts added tokens and the 256 bytes, which
+    come first. A corpus with no pair left that stands in it twice gives a smaller vocabulary. The corpus may be larger than memory. Raises CannotRun for
+    "base" with a base that is not a byte-level BPE, or whose class does not open again as it was saved.
     """
-    trained = base.train_new_from_iterator(chunks(texts), vocab_size=vocab_size, show_progress=False)
-    if base.chat_template is not None:
-        trained.chat_template = base.chat_template
-    return trained
+    old = json.loads(base.backend_tokenizer.to_str())
+    native = is_byte_level_bpe(base)
+    if pre_tokenizer == "base" and not native:
+        raise CannotRun(f"the base tokenizer is not a byte-level BPE: a custom one needs a pre_tokenizer of its own ({', '.join(SPLITS)})")
+    blank = Tokenizer(models.BPE(ignore_merges=bool(old["model"].get("ignore_merges", False))))
+    if native and old["normalizer"]:
+        blank.normalizer = base.backend_tokenizer.normalizer
+    blank.pre_tokenizer = base.backend_tokenizer.pre_tokenizer if pre_tokenizer == "base" else byte_level(SPLITS[pre_tokenizer])
+    blank.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=LEAST,
+        special_tokens=added_names(base),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    blank.train_from_iterator(chunks(texts), trainer=trainer)
+    new = json.loads(blank.to_str())
+    ids = new["model"]["vocab"]
+    new["added_tokens"] = [{**token, "id": ids[token["content"]]} for token in old["added_tokens"]]
+    new["post_processor"] = _renumbered(old["post_processor"], ids)
+    return with_backend(base, Tokenizer.from_str(json.dumps(new)))
+
+
+def added_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens that stand outside BPE, special or not: they are read whole, never merged and never trained on."""
+    return [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+
+
+def _renumbered(post_processor: Any, ids: Mapping[str, int]) -> Any:
+    """A post-processor with the special tokens that it names at their new ids, however deep it names them."""
+    if isinstance(post_processor, list):
+        return [_renumbered(part, ids) for part in post_processor]
+    if not isinstance(post_processor, dict):
+        return post_processor
+    made = {key: _renumbered(value, ids) for key, value in post_processor.items()}
+    if isinstance(made.get("tokens"), list) and "ids" in made:
+        made["ids"] = [ids[token] for token in made["tokens"]]
+    for key in ("cls", "sep"):  # BertProcessing's and RobertaProcessing's pairs of token and id
+        if isinstance(made.get(key), list):
+            made[key] = [made[key][0], ids[made[key][0]]]
+    return made
+
+
+def shorter(trained: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
+    """What `train_like` gives for a smaller `vocab_size` on the same text, without training: BPE's merges nest.
+
+    Returns the same tokenizer where it has no more tokens than that.
+    """
+    if len(trained) <= vocab_size:
+        return trained
+    description = json.loads(trained.backend_tokenizer.to_str())
+    model = description["model"]
+    vocabulary: dict[str, int] = {token: i for token, i in model["vocab"].items() if i < vocab_size}
+    model["vocab"] = vocabulary
+    model["merges"] = list(_until(model["merges"], vocabulary))
+    return with_backend(trained, Tokenizer.from_str(json.dumps(description)))
+
+
+def _until(merges: Iterable[list[str]], vocabulary: Mapping[str, int]) -> Iterator[list[str]]:
+    """The merges up to the one that made the vocabulary's last token: training ends with it."""
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    for left, right in merges:
+        if left + right not in vocabulary:
+            return
+        yield [left, right]
+        if left + right == last:
+            return
+
+
+def with_backend(base: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerBase:
+    """The base's settings, special tokens and chat template around another backend.
+
+    Raises CannotRun unless AutoTokenizer opens it, saved, as it is: some classes build a backend of their own.
+    """
+    made = copy.deepcopy(base, {id(base.backend_tokenizer): backend})
+    if not _opens_as_saved(made):
+        from transformers import PreTrainedTokenizerFast
+
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=base.model_max_length, **base.special_tokens_map
+        )
+        made.chat_template = base.chat_template
+        if not _opens_as_saved(made):
+            raise CannotRun(f"a tokenizer made from one of class {type(base).__name__} does not open again as it was saved")
+    return made
+
+
+def _opens_as_saved(tokenizer: PreTrainedTokenizerBase) -> bool:
+    with TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, Path(folder))
+        opened = load_tokenizer(folder)
+    before, after = (json.loads(t.backend_tokenizer.to_str()) for t in (tokenizer, opened))
+    return opened.get_vocab() == tokenizer.get_vocab() and all(before[part] == after[part] for part in PARTS)
 
 
 def train_llama3(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -69,12 +185,7 @@ def train_llama3(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBa
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = byte_level(LLAMA3_SPLIT)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -119,6 +230,21 @@ def measure(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Measure:
     """Count a tokenizer's tokens on documents of plain text."""
     tokens = sum(len(ids) for ids in encode(tokenizer, texts))
     return Measure(tokens, sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes as characters: printable ones as they are, the others from U+0100 on (gpt-2, src/encoder.py)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [byte for byte in range(256) if byte not in set(plain)]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(other)}
+
+
+BYTES = _byte_alphabet()
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes that a byte-level token stands for; an added token's name as UTF-8 where it is not in the byte alphabet."""
+    return bytes(BYTES[c] for c in token) if all(c in BYTES for c in token) else token.encode()
 
 
 def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

@@ -17,7 +17,8 @@ ALTERNATIVES = (
     frozenset({"name_or_path", "output_of", "config", "family"}),
     frozenset({"max_steps", "max_tokens", "max_bytes", "num_train_epochs"}),
 )
-_BELONGS = {"name_or_path": {"revision"}, "config": set(), "output_of": set(), "family": {"vocab_size"}}
+_BELONGS = {"name_or_path": {"revision"}, "config": set(), "output_of": {"candidate"}, "family": {"vocab_size"}}
+_CHANGES = {"set": 0, "matrix": 2}  # keys whose values change steps, and the levels above those changes: cell, step
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def chain(path: Path) -> list[tuple[Path, Node]]:
 def merge(parent: Node, child: Node, keep_nulls: bool = False) -> Node:
     """The child over the parent: mappings merge, lists and scalars replace, null removes.
 
-    Below a pipeline's `set` a null is kept: it is the step's key that it removes.
+    Below a pipeline's `set` and `matrix` a null is kept: it is the step's key that it removes.
     """
     if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
         return child
@@ -97,7 +98,7 @@ def merge(parent: Node, child: Node, keep_nulls: bool = False) -> Node:
         if node.value is None and not keep_nulls:
             merged.pop(key, None)
         elif key in merged:
-            merged[key] = merge(merged[key], node, keep_nulls or key == "set")
+            merged[key] = merge(merged[key], node, keep_nulls or key in _CHANGES)
         else:
             merged[key] = node
     return replace(child, value=merged)
@@ -116,12 +117,15 @@ def _dropped(chosen: Mapping[str, Node]) -> set[str]:
     return dropped
 
 
-def without_nulls(node: Node) -> Node:
-    """The tree without keys whose value is null: they removed what they had to remove."""
+def without_nulls(node: Node, levels: int = 99) -> Node:
+    """The tree, so many levels down, without keys whose value is null: they removed what they had to remove."""
+    if levels == 0:
+        return node
     if isinstance(node.value, dict):
-        return replace(node, value={k: n if k == "set" else without_nulls(n) for k, n in node.value.items() if n.value is not None})
+        kept = {key: below for key, below in node.value.items() if below.value is not None}
+        return replace(node, value={key: without_nulls(below, _CHANGES.get(key, levels - 1)) for key, below in kept.items()})
     if isinstance(node.value, list):
-        return replace(node, value=[without_nulls(item) for item in node.value])
+        return replace(node, value=[without_nulls(item, levels) for item in node.value])
     return node
 
 
@@ -155,7 +159,7 @@ def compose(
     body = {k: substitution.apply(n) for k, n in merged.value.items() if k != "variables"}
     if "variables" in merged.value:
         body["variables"] = merged.value["variables"]
-    problems += [*dict.fromkeys(substitution.problems), *_undeclared(files, overrides, substitution.used)]
+    problems += [*dict.fromkeys(substitution.problems), *_undeclared(files, overrides, substitution.used), *_nested(declared)]
     fragment = files[0][1].get("fragment")
     return Composed(
         root=replace(merged, value=body),
@@ -170,6 +174,15 @@ def compose(
 def _variables(root: Node) -> dict[str, Node]:
     node = root.get("variables")
     return dict(node.value) if node and isinstance(node.value, dict) else {}
+
+
+def _nested(declared: Mapping[str, Node]) -> list[Problem]:
+    message = "variable '{}' takes another variable: a variable's value is a plain one. Use the other where this one is used"
+    return [
+        Problem(node.place, message.format(name))
+        for name, node in declared.items()
+        if isinstance(node.value, str) and "${" in node.value.replace("$${", "")
+    ]
 
 
 def _undeclared(files: list[tuple[Path, Node]], overrides: Sequence[Override], used: set[str]) -> list[Problem]:

@@ -15,7 +15,16 @@ from azrecipe.recipe.overrides import Override
 from azrecipe.recipe.types import STAGE_TYPES, build
 from azrecipe.recipe.yaml_tree import Key, Node
 
+CELLS = "cells"  # the folder of a project that holds the runs of a matrix' cells, one folder a cell
 DATA_SUFFIXES = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.gz")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a pipeline's matrix: its name, and the names of the recipes that it repeats, whose runs are its own."""
+
+    name: str
+    recipes: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,8 @@ class Recipe:
     """A checked recipe.
 
     `data` is the resolved recipe as plain data, defaults filled in; `config` the same as a dataclass of
-    `recipe.types`; `tree` knows where each value was written, `used` names the variables that values take.
+    `recipe.types`; `tree` knows where each value was written, `used` names the variables that values take; `cell`
+    is the cell of a matrix that it is looked at from, if any.
     """
 
     path: Path
@@ -32,6 +42,7 @@ class Recipe:
     config: Any
     tree: Node
     used: frozenset[str] = frozenset()
+    cell: Cell | None = None
 
     @property
     def name(self) -> str:
@@ -41,6 +52,10 @@ class Recipe:
     @property
     def project(self) -> str:
         return str(self.data["project"])
+
+    def cell_of(self, name: str) -> str | None:
+        """The cell that has the run of the recipe called `name`, seen from here; None for a run that is no cell's own."""
+        return self.cell.name if self.cell and name in self.cell.recipes else None
 
     def place(self, *keys: Key) -> Place:
         """Where a value was written, or the nearest thing above it."""
@@ -81,6 +96,9 @@ def from_composed(path: Path, composed: Composed) -> Recipe:
     """Check a merged tree against its stage's schema and rules, and make it a Recipe."""
     root = composed.root
     stage = stage_of(root)
+    if path.stem == CELLS:
+        message = f"a recipe cannot be called {path.name}: a project keeps the runs of a matrix in a folder of that name. Rename the file"
+        raise RecipeError([Problem(Place(shown(path)), message)])
     broken = {problem.place for problem in composed.problems}  # what the schema says of a value that is not there is no news
     problems = [*composed.problems, *(p for p in schema.check(root, stage) + rules.check(root, stage) if p.place not in broken)]
     if problems:

@@ -30,6 +30,7 @@ def check(root: Node, stage: str) -> list[Problem]:
     """Problems of a merged tree, which may have failed its schema: only what still makes sense is said."""
     found: list[Problem] = []
     found += _recipes_exist(root, schema.document(stage))
+    found += _apostrophes(root, schema.document(stage))
     if stage == "pretrain":
         found += _phases(root)
         found += _tokenizer_source(root)
@@ -37,6 +38,8 @@ def check(root: Node, stage: str) -> list[Problem]:
         found += _trainer_arguments(root)
     if stage == "tokenizer":
         found += _candidates(root)
+    if stage == "pipeline":
+        found += _compare(root)
     return found
 
 
@@ -56,6 +59,22 @@ def _recipes_exist(node: Node, definition: schema.Schema) -> Iterator[Problem]:
         if not file.is_file():
             near = did_you_mean(file.name, (p.name for p in file.parent.glob("*.y*ml"))) if file.parent.is_dir() else ""
             yield Problem(node.place, f"no such recipe: {os.path.normpath(file)}{near}")
+
+
+def _apostrophes(node: Node, definition: schema.Schema) -> Iterator[Problem]:
+    """The two ways to write an apostrophe exclude each other in one source's `normalize`."""
+    definition = schema.follow(definition)
+    inside = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
+    for key, inner in inside:
+        below = schema.below(definition, key)
+        if below is None:
+            continue
+        yield from _apostrophes(inner, below)
+        if key == "normalize" and isinstance(inner.value, list):
+            named = [item for item in inner.value if item.value in ("apostrophes", "uzbek_apostrophes")]
+            if len({item.value for item in named}) == 2:
+                message = "normalize: apostrophes and uzbek_apostrophes write the same mark in two ways; name one of them"
+                yield Problem(named[-1].place, message)
 
 
 def _phases(root: Node) -> Iterator[Problem]:
@@ -102,6 +121,8 @@ def _tokenizer_source(root: Node) -> Iterator[Problem]:
         yield Problem(
             tokenizer.at, "a model built from `config` has no tokenizer of its own: give name_or_path, output_of, or family and vocab_size"
         )
+    if "candidate" in tokenizer.value and "output_of" not in tokenizer.value:
+        yield Problem(tokenizer.value["candidate"].at, "candidate is one of a tokenizer recipe's: it goes with output_of")
     if ("family" in tokenizer.value) != ("vocab_size" in tokenizer.value):
         yield Problem(tokenizer.at, "family and vocab_size go together: they ask for a new tokenizer")
 
@@ -109,7 +130,7 @@ def _tokenizer_source(root: Node) -> Iterator[Problem]:
 def _candidates(root: Node) -> Iterator[Problem]:
     candidates, select = root.get("candidates"), root.get("select")
     entries = candidates.value if candidates and isinstance(candidates.value, dict) else {}
-    needs = {"baseline": (set(), set()), "custom": ({"vocab_size"}, set()), "extension": ({"new_tokens"}, {"protect"})}
+    needs = {"baseline": (set(), set()), "custom": ({"vocab_size"}, {"pre_tokenizer"}), "extension": ({"new_tokens"}, {"protect"})}
     for name, candidate in entries.items():
         kind = candidate.get("kind")
         if kind is None or not isinstance(kind.value, str) or kind.value not in needs or not isinstance(candidate.value, dict):
@@ -118,11 +139,17 @@ def _candidates(root: Node) -> Iterator[Problem]:
         for key in sorted(required - candidate.value.keys()):
             yield Problem(candidate.at, f"candidate '{name}': kind {kind.value} needs {key}")
         for key in sorted(candidate.value.keys() - required - optional - {"kind"}):
-            if key in ("vocab_size", "new_tokens", "protect"):
+            if key in ("vocab_size", "new_tokens", "protect", "pre_tokenizer"):
                 yield Problem(candidate.value[key].at, f"candidate '{name}': kind {kind.value} takes no {key}")
     if select and isinstance(select.value, str) and entries and select.value not in entries and select.value != "lowest_fertility":
         known = [*entries, "lowest_fertility"]
         yield Problem(select.place, f"select names no candidate: '{select.value}'{hint(select.value, known, 'Candidates')}")
+
+
+def _compare(root: Node) -> Iterator[Problem]:
+    compare, matrix = root.get("compare"), root.get("matrix")
+    if compare is not None and (matrix is None or not matrix.value):
+        yield Problem(compare.at, "compare ranks the cells of a matrix, and there is none: say `matrix:`")
 
 
 def _trainer_arguments(root: Node) -> Iterator[Problem]:

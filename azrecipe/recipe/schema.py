@@ -13,6 +13,7 @@ from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.yaml_tree import Key, Node
 
 STAGES = ("tokenizer", "pretrain", "sft", "evaluate", "pipeline")
+SHOWN = 15  # a longer list of allowed words is cut in messages
 Schema = Mapping[str, Any]
 
 
@@ -127,7 +128,8 @@ def _words(error: Any, keys: tuple[Key, ...]) -> str:
             return f"{name} must be {' or '.join(_TYPES[kind] for kind in kinds)}, not {shown if isinstance(value, (dict, list)) else f'{_type_of(value)} ({shown})'}"
         case "enum":
             near = did_you_mean(value, limit) if isinstance(value, str) else ""
-            return f"{name} = {shown} is not known{near or '.'} Allowed: {', '.join(limit)}"
+            more = f", … ({len(limit)} in all)" if len(limit) > SHOWN else ""
+            return f"{name} = {shown} is not known{near or '.'} Allowed: {', '.join(limit[:SHOWN])}{more}"
         case "const":
             return f"{name} must be {limit}, not {shown}"
         case "minimum":

@@ -7,7 +7,7 @@ absent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +16,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 class HeldOut:
     fraction: float
     by: str | None = None
+
+
+@dataclass(frozen=True)
+class Scripts:
+    allow: list[str]
+    min_share: float = 0.9
+    unit: str = "document"
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class ValidationSource(Source):
     text_column: str = "text"
     max_bytes: int | None = None
     held_out: HeldOut | None = None
+    normalize: list[str] = field(default_factory=list)
+    scripts: Scripts | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,11 @@ class PretrainModel(Model):
 
 @dataclass(frozen=True)
 class PretrainTokenizer(ModelSource):
+    candidate: str | None = None
     family: str | None = None
     vocab_size: int | None = None
     new_embeddings: str = "subtoken_mean"
+    pad_to_multiple_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -128,15 +139,26 @@ class Pretrain:
 @dataclass(frozen=True)
 class Candidate:
     kind: str
+    pre_tokenizer: str
     vocab_size: int | None = None
     new_tokens: int | None = None
     protect: ValidationSource | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSource(Source):
+    text_column: str
+    english_column: str
+    max_pairs: int
+    by: str | None = None
 
 
 @dataclass(frozen=True)
 class TokenizerData:
     datasets: list[TextSource]
     validation: Mapping[str, ValidationSource]
+    max_length: int
+    parallel: ParallelSource | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +171,7 @@ class Tokenizer:
     data: TokenizerData
     candidates: Mapping[str, Candidate]
     select: str
+    show_words: list[str]
     training_bytes: int | None = None
 
 
@@ -243,12 +266,21 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Compare:
+    metric: str
+    dataset: str | None = None
+    price_per_hour: float | None = None
+
+
+@dataclass(frozen=True)
 class Pipeline:
     stage: str
     project: str
     description: str
     steps: list[str]
     set: Mapping[str, Mapping[str, Any]]
+    matrix: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    compare: Compare | None = None
 
 
 STAGE_TYPES: Mapping[str, type[Any]] = {

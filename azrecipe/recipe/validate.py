@@ -10,7 +10,7 @@ from azrecipe.errors import Place, Problem, RecipeError
 from azrecipe.recipe.compose import compose, read, shown
 from azrecipe.recipe.load import from_composed
 from azrecipe.recipe.overrides import Override
-from azrecipe.recipe.steps import resolve
+from azrecipe.recipe.steps import lone_candidate, resolve
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def validate(paths: Sequence[Path], overrides: Sequence[Override] = ()) -> Repor
                 continue
             reached |= {file.resolve() for file in composed.files}
             recipe = from_composed(path, composed)
-            wrong = resolve(recipe)[1] if recipe.stage == "pipeline" else []
+            wrong = resolve(recipe)[1] if recipe.stage == "pipeline" else lone_candidate(recipe)
             problems += wrong
             if not wrong:
                 valid.append(shown(path))

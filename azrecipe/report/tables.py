@@ -10,26 +10,61 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from azrecipe.parts.run_dir import locate
 from azrecipe.recipe.load import Recipe
+from azrecipe.report import figures
 
 SAMPLE = 110  # characters of a generation that a table shows
 
 
 def show_run(recipe: Recipe, runs_dir: Path) -> None:
     """The headline of one finished run, on stdout."""
-    result = _result(runs_dir / recipe.project / recipe.name)
+    result = _result(locate(recipe, runs_dir).path)
     if result:
         {"tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "evaluate": _evaluate}[recipe.stage](result)
 
 
 def show_pipeline(pipeline: Recipe, recipes: Sequence[Recipe], runs_dir: Path) -> None:
-    """The end of a pipeline: the last evaluation where there is one, or a line for each step."""
+    """The end of a pipeline, or of one cell of it: the last evaluation where there is one, or a table for each step."""
+    for cell in {recipe.cell.name for recipe in recipes if recipe.cell}:
+        _console().print(f"\ncell {cell}")
     for recipe in reversed(recipes):
-        if recipe.stage == "evaluate" and (result := _result(runs_dir / pipeline.project / recipe.name)):
+        if recipe.stage == "evaluate" and (result := _result(locate(recipe, runs_dir).path)):
             _evaluate(result, title=pipeline.data.get("description") or pipeline.name)
             return
     for recipe in recipes:
         show_run(recipe, runs_dir)
+
+
+def show_comparison(result: Mapping[str, Any], title: str) -> None:
+    """A matrix' cells ranked, what each has read and cost, and the cells that are not finished."""
+    rows, console = result["ranking"], _console()
+    points = list(dict.fromkeys(point for row in rows for point in row["bpb_after"]))
+    sets = list(dict.fromkeys([result["dataset"], *(name for row in rows for found in row["bpb_after"].values() for name in found)]))
+    table = Table(title=f"{title}: bits per byte, ranked on {result['dataset']}", caption=result["definitions"]["bpb"])
+    table.add_column("cell")
+    for name in ("vocabulary", "parameters", *(f"{name}\n{point}" for name in sets for point in points)):
+        table.add_column(name, justify="right")
+    for row in rows:
+        found = [row["bpb_after"].get(point, {}).get(name) for name in sets for point in points]
+        sizes = [figures.number(row["vocab_size"]), figures.number(row["parameters"])]
+        table.add_row(row["cell"], *sizes, *("" if value is None else f"{value:.3f}" for value in found))
+    costs = Table(title="What they read and cost", caption=result["definitions"]["training_seconds"])
+    costs.add_column("cell")
+    priced = any("price" in row for row in rows)
+    for name in ("bytes read", "tokens", "steps", "tokens/s", "bytes/s", "hours", *(["price"] if priced else []), ""):
+        costs.add_column(name, justify="right")
+    for row in rows:
+        cells = [f"{row[key]:,}" for key in ("bytes", "tokens", "steps")]
+        cells += [f"{row[key]:,.0f}" for key in ("tokens_per_second", "bytes_per_second")] + [f"{row['training_seconds'] / 3600:,.3f}"]
+        cells += [f"{row['price']:,.2f}"] if priced else []
+        costs.add_row(row["cell"], *cells, "" if row["same_bytes"] else "not the same bytes")
+    if rows:
+        console.print(table)
+        console.print(costs)
+    for cell in result["unfinished"]:
+        code = f", exit code {cell['exit_code']}" if cell["exit_code"] else ""
+        console.print(f"{cell['cell']}: {cell['state']} ({cell['step']}{code}) {cell['message']}", markup=False)
 
 
 def _result(run: Path) -> dict[str, Any]:
@@ -45,19 +80,48 @@ def _console() -> Console:
 
 
 def _tokenizer(result: Mapping[str, Any]) -> None:
-    sets = list(result["validation"])
-    table = Table(title="Tokenizers on held-out text", caption=result["definitions"]["fertility"])
-    table.add_column("candidate")
+    first, *others = result["validation"]
+    console = _console()
+    table = Table(
+        title=f"Tokenizers on held-out text: {first}", caption=f"{result['definitions']['fertility']}; [95 % interval]; ← selected"
+    )
+    table.add_column("candidate", no_wrap=True)
     table.add_column("tokens", justify="right")
-    for name in sets:
-        table.add_column(f"fertility\n{name}", justify="right")
-    for name in sets:
-        table.add_column(f"bytes/token\n{name}", justify="right")
+    for title in figures.MEASURES.values():
+        table.add_column(title.format(window=f"{result['window']:,}"), justify="right")
     for line in result["candidates"]:
-        mark = " ← selected" if line["name"] == result["selected"] else ""
-        cells = [f"{line['fertility'][n]:.2f}" for n in sets] + [f"{line['bytes_per_token'][n]:.2f}" for n in sets]
-        table.add_row(line["name"] + mark, f"{line['vocab_size']:,}", *cells)
-    _console().print(table)
+        mark = " ←" if line["name"] == result["selected"] else ""
+        cells = [figures.short(line[key][first], key) for key in figures.MEASURES if key != "fertility"]
+        table.add_row(line["name"] + mark, figures.number(line["vocab_size"]), figures.with_interval(line["fertility"][first]), *cells)
+    console.print(table)
+    costs = Table(title="What they cost")
+    parity = "parity" in result["candidates"][0]
+    costs.add_column("candidate", no_wrap=True)
+    for name in others:
+        costs.add_column(f"tokens/word\n{name}", justify="right")
+        costs.add_column(f"tokens vs. base\n{name}", justify="right")
+    for title in [*(["parity with\nEnglish"] if parity else []), "embedding\nparameters", "unused\ntokens", "encoding\nMB/s"]:
+        costs.add_column(title, justify="right")
+    for line in result["candidates"]:
+        cells = [
+            cell
+            for n in others
+            for cell in (figures.short(line["fertility"][n]), figures.with_interval(line["tokens_vs_baseline"][n], "tokens_vs_baseline"))
+        ]
+        cells += [figures.with_interval(line["parity"])] if parity else []
+        added = line["embedding_parameters_added"]
+        rows = f"{figures.number(line['embedding_rows_added'], sign=True)} rows"
+        cells += [figures.number(added, sign=True) if added is not None else rows, f"{line['unused_tokens']['share']:.0%}"]
+        costs.add_row(line["name"], *cells, f"{line['encoding']['bytes_per_second'] / 1e6:.1f}")
+    console.print(costs)
+    if result["show_words"]:
+        words = Table(title="How words are cut", caption="| the pre-tokenizer cuts, · only the merges do")
+        words.add_column("candidate", no_wrap=True)
+        for word in result["show_words"]:
+            words.add_column(word, overflow="fold")
+        for line in result["candidates"]:
+            words.add_row(line["name"], *("|".join("·".join(piece) for piece in cut) for cut in line["words"]))
+        console.print(words)
 
 
 def _pretrain(result: Mapping[str, Any]) -> None:

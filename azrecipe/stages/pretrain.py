@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
-from azrecipe.parts import corpus, liger, metrics, model, phases, run_dir, training, vocabulary
+from azrecipe.parts import auxiliary, corpus, liger, metrics, model, phases, run_dir, training, vocabulary
 from azrecipe.parts.backend import Backend
-from azrecipe.parts.embeddings import check_swap, swap_vocabulary
+from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
 from azrecipe.parts.mixing import Mix
 from azrecipe.parts.packing import borders, collate
@@ -56,9 +56,10 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         record = Record(place)  # read by every process before the process group exists, so that all agree
         job = Job(config, place, backend, tokenizer, held_out, schedule, record)
         _describe(job, sources)
-        connect(place)  # the process group starts here: nothing above made one process wait for another inside it
         todo = [i for i, phase in enumerate(schedule.phases) if not record.done(phase.name)]
-        net = _begin(job, model_path, own) if len(todo) == len(schedule.phases) else None
+        start = _start(job, own) if len(todo) == len(schedule.phases) else None
+        connect(place)  # the process group starts here: nothing above made one process wait for another inside it
+        net = _begin(job, model_path, own, start) if start is not None else None
         for i in todo:
             if net is None:
                 net = model.load_model(str(job.folder(i - 1)), config.training.precision, config.model.attn_implementation)
@@ -123,7 +124,8 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
         own = vocabulary.load_tokenizer(model_path, asked.revision)
         model.check_sizes(net, own, model_path)
         if not vocabulary.same_vocabulary(own, tokenizer):
-            check_swap(own, tokenizer)
+            check_swap(own, tokenizer, config.tokenizer.new_embeddings)
+            auxiliary.check(config.tokenizer.new_embeddings)
     if config.training.use_liger_kernel:
         liger.check(net.config.model_type)
     limit = getattr(net.config, "max_position_embeddings", None)
@@ -221,27 +223,42 @@ class Job:
         say(f"  bits per byte, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), self.backend.main)
 
 
-def _begin(job: Job, model_path: str | None, own: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _start(job: Job, own: PreTrainedTokenizerBase) -> Start:
+    """How new embeddings start. What that takes to find out is found out once and cached: a process may wait for another here."""
+    method, composed = job.config.tokenizer.new_embeddings, None
+    if method in auxiliary.METHODS and not vocabulary.same_vocabulary(own, job.tokenizer):
+        composed = auxiliary.compose(job.schedule.mix, job.place.cache, method, shared_tokens(own, job.tokenizer))
+    return Start(method, job.config.seed, composed)
+
+
+def _begin(job: Job, model_path: str | None, own: PreTrainedTokenizerBase, start: Start) -> PreTrainedModel:
     """The model before the first step, in this tokenizer's vocabulary; measured before and after the change."""
     config, asked = job.config, job.config.model
     if model_path is None:
         assert asked.config is not None
         net = model.build_model(asked.config, job.tokenizer, config.training.precision, asked.attn_implementation, config.seed)
-        job.record.note(vocabulary=None, parameters=model.count(net))
+        swap = _padded(job, net, None)
+        job.record.note(vocabulary=asdict(swap) if swap else None, parameters=model.count(net))
         return net
     net = model.load_model(model_path, config.training.precision, asked.attn_implementation, asked.revision)
     job.measure("base", net.to(PartialState().device), own)
-    swap = None
-    if not vocabulary.same_vocabulary(own, job.tokenizer):
-        swap = asdict(swap_vocabulary(net, own, job.tokenizer, config.tokenizer.new_embeddings, config.seed))
-        sizes = f"{swap['old_size']:,} → {swap['new_size']:,}"
-        say(
-            f"  vocabulary {sizes}: {swap['copied']:,} tokens keep their embeddings, {swap['composed']:,} start as {swap['method']}",
-            job.backend.main,
-        )
+    same = vocabulary.same_vocabulary(own, job.tokenizer)
+    swap = _padded(job, net, None if same else swap_vocabulary(net, own, job.tokenizer, start))
+    if swap is not None:
+        say(f"  vocabulary {swap}", job.backend.main)
+    if not same:
         job.measure("new_vocabulary", net, job.tokenizer)
-    job.record.note(vocabulary=swap, parameters=model.count(net))
+    job.record.note(vocabulary=asdict(swap) if swap else None, parameters=model.count(net))
     return net
+
+
+def _padded(job: Job, net: PreTrainedModel, swap: Swap | None) -> Swap | None:
+    """Pad the model's vocabulary as the recipe asks; what became of the vocabulary, padding included, or None for nothing."""
+    asked, tokens = job.config.tokenizer, len(job.tokenizer)
+    if asked.pad_to_multiple_of is None:
+        return swap
+    padding = pad_vocabulary(net, tokens, asked.pad_to_multiple_of)
+    return replace(swap or Swap(tokens, tokens, tokens, 0, 0, 0, asked.new_embeddings), padding=padding)
 
 
 class TextTrainer(Trainer):  # type: ignore[misc]
@@ -313,6 +330,7 @@ def _result(job: Job, sources: list[corpus.Located]) -> dict[str, Any]:
             "share": round(share, 4),
             "epochs": round(epochs, 3),
             "held_out_left_out": stored.excluded,
+            **({"cleaned": stored.cleaned} if stored.cleaned else {}),
         }
         for source, stored, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.epochs, strict=True)
     ]
@@ -321,6 +339,7 @@ def _result(job: Job, sources: list[corpus.Located]) -> dict[str, Any]:
         "stage": "pretrain",
         "parameters": record.data.get("parameters"),
         "vocabulary": record.data.get("vocabulary"),
+        "vocab_size": len(job.tokenizer),
         "bpb": record.data["bpb"],
         "phases": record.data["phases"],
         "data": data,

@@ -1,26 +1,44 @@
-"""Stage tokenizer: train the candidates on the corpus, measure all on held-out text, write the chosen one."""
+"""Stage tokenizer: train the candidates on the corpus, measure all on held-out text, write each, and the chosen one."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from azrecipe.errors import RunFailed
-from azrecipe.parts import run_dir, vocabulary
+from azrecipe.errors import Problem, RecipeError
+from azrecipe.parts import candidates, measures, model, run_dir, vocabulary
 from azrecipe.parts.backend import Backend
-from azrecipe.parts.corpus import Located, mixed, texts
-from azrecipe.parts.extension import extend
+from azrecipe.parts.corpus import Located, rows, texts
 from azrecipe.parts.files import whole_folder
+from azrecipe.parts.measures import Counts, Held, Resampling
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import held_out_hashes, text_hash
 from azrecipe.parts.watching import say
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import Candidate, Tokenizer
+from azrecipe.recipe.types import ParallelSource, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+DEFINITIONS = {
+    "interval": f"{measures.LEVEL} % of {measures.RESAMPLES:,} resamples of the held-out documents (or groups of them); null from a single one",
+    "fertility": "tokens per white-space separated word, no special tokens, summed over the held-out documents",
+    "bytes_per_token": "bytes of UTF-8 text per token",
+    "characters_per_token": "characters (code points) per token",
+    "words_in_window": "white-space separated words in data.max_length tokens",
+    "strr": "share of the words of letters that are one token, by occurrence",
+    "continued_words": "share of the white-space separated words that are two or more tokens, by occurrence",
+    "renyi_efficiency": f"Rényi entropy (α = {measures.ALPHA}) of the tokens / log of the vocabulary's size",
+    "partial_character_tokens": "share of the tokens that are only part of a character",
+    "tokens_vs_baseline": "tokens / tokens of the base tokenizer on the same documents, resampled in pairs",
+    "parity": "tokens of the language's sentences / tokens of their English",
+    "unused_tokens": "tokens of the vocabulary that no held-out text is cut into",
+    "encoding": "best of three passes over held-out text with all threads",
+    "special_tokens_in_text": "special tokens spelled out in the training text: cut out, never merged",
+}
 
 
 def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
@@ -36,107 +54,185 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     sources = inputs.datasets(list(config.data.datasets))
     held_out = inputs.validation(config.data.validation)
     base = vocabulary.load_tokenizer(base_path, config.tokenizer.revision)
-    if any(candidate.kind != "baseline" for candidate in config.candidates.values()) and not vocabulary.is_byte_level_bpe(base):
-        raise recipe.problem(
-            f"the tokenizer of {base_path} is not a byte-level BPE, so none can be trained with its rules or on top of it", "tokenizer"
-        )
+    _check_candidates(recipe, base, base_path)
     protected = {name: inputs.located(c.protect, "candidates", name, "protect") for name, c in config.candidates.items() if c.protect}
+    pairs = _pairs(recipe, inputs)
     known = held_out_hashes(held_out)
     for source in sources:
         if all(text_hash(text) in known for text in texts(source)):  # stops at the first that is not
             raise source.wrong(f"{source.title} holds no text that is not held out")
 
     with run_dir.opened(recipe, place, inputs.found):
-        tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-        table: list[dict[str, Any]] = []
-        for name, candidate in config.candidates.items():
-            started = time.monotonic()
-            corpus = Corpus(sources, config.training_bytes, known)
-            tokenizers[name], made = _make(base, candidate, corpus, protected.get(name))
-            line: dict[str, Any] = {"name": name, "kind": candidate.kind, "vocab_size": len(tokenizers[name]), **made}
-            line["training"] = corpus.report() if corpus.documents else None
-            line["seconds"] = round(time.monotonic() - started, 2)
-            measures = {key: vocabulary.measure(tokenizers[name], texts) for key, texts in held_out.items()}
-            line["fertility"] = {key: round(m.fertility, 4) for key, m in measures.items()}
-            line["bytes_per_token"] = {key: round(m.bytes_per_token, 4) for key, m in measures.items()}
-            table.append(line)
-            say(f"  {name}: {line['vocab_size']:,} tokens, fertility " + ", ".join(f"{k} {v:.2f}" for k, v in line["fertility"].items()))
+        text = candidates.Text(sources, config.training_bytes, known, vocabulary.added_names(base))
+        for family in candidates.families(config.candidates, protected):
+            _train(base, family, text, place.path / "candidates")
+        sets = {name: Held(texts, inputs.groups[name]) for name, texts in held_out.items()}
+        table = []
+        with measures.Counter(sum(len(text) for held in sets.values() for text in held.texts)) as counter:
+            laboratory = Laboratory(recipe, base, sets, pairs, counter)
+            for name, candidate in config.candidates.items():
+                folder = place.path / "candidates" / name
+                if candidate.kind == "baseline" and candidates.saved(folder) is None:
+                    candidates.save(folder, base, {})
+                tokenizer = vocabulary.load_tokenizer(str(folder))
+                line = {"name": name, "kind": candidate.kind, "vocab_size": len(tokenizer), **(candidates.saved(folder) or {})}
+                line |= laboratory.measure(tokenizer) | _rows_added(base_path, config.tokenizer.revision, tokenizer, base)
+                table.append(line)
+                found = ", ".join(f"{key} {measure['value']:.2f}" for key, measure in line["fertility"].items())
+                say(f"  {name}: {line['vocab_size']:,} tokens, fertility {found}")
 
         first = next(iter(held_out))
         chosen: str = config.select
         if chosen == "lowest_fertility":
-            chosen = min(table, key=lambda row: row["fertility"][first])["name"]
+            chosen = min(table, key=lambda row: row["fertility"][first]["value"])["name"]
         with whole_folder(place.final) as aside:
-            vocabulary.save_tokenizer(tokenizers[chosen], aside)
+            shutil.copytree(place.path / "candidates" / chosen, aside, dirs_exist_ok=True)
+            (aside / candidates.RECORD).unlink()
         result = {
             "stage": "tokenizer",
             "selected": chosen,
             "candidates": table,
-            "definitions": {
-                "fertility": "tokens per white-space separated word, no special tokens, summed over the held-out documents",
-                "bytes_per_token": "bytes of UTF-8 text per token, summed over the held-out documents",
-            },
-            "validation": {key: _size(texts) for key, texts in held_out.items()},
+            "show_words": config.show_words,
+            "window": config.data.max_length,
+            "resamples": {"seed": config.seed, "count": measures.RESAMPLES, "level": measures.LEVEL},
+            "definitions": DEFINITIONS,
+            "validation": {key: _size(held, inputs, key) for key, held in sets.items()},
         }
         place.finish(result)
     return result
 
 
-class Corpus:
-    """The training documents, mixed by weight; counts what it gives. Held-out documents are left out."""
-
-    def __init__(self, sources: list[Located], max_bytes: int | None, excluded: frozenset[bytes]) -> None:
-        self.sources, self.max_bytes, self.excluded = sources, max_bytes, excluded
-        self.bytes = [0] * len(sources)
-        self.documents = self.left_out = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for i, text in mixed(self.sources, self.max_bytes):
-            if text_hash(text) in self.excluded:
-                self.left_out += 1
-                continue
-            self.bytes[i] += len(text.encode())
-            self.documents += 1
-            yield text
-
-    def report(self) -> dict[str, Any]:
-        total = sum(self.bytes)
-        return {
-            "documents": self.documents,
-            "bytes": total,
-            "held_out_left_out": self.left_out,
-            "sources": [
-                {"source": s.title, "bytes": size, "share": round(size / total, 4) if total else 0.0}
-                for s, size in zip(self.sources, self.bytes, strict=True)
-            ],
-        }
-
-
-def _make(
-    base: PreTrainedTokenizerBase, candidate: Candidate, corpus: Corpus, protect: Located | None
-) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-    """A candidate's tokenizer, and what is to be said of its making."""
-    if candidate.vocab_size is not None:
-        return _custom(base, candidate.vocab_size, corpus), {"asked_vocab_size": candidate.vocab_size}
-    if candidate.new_tokens is not None:
-        extension = extend(base, corpus, candidate.new_tokens, texts(protect) if protect else ())
-        if extension.added < candidate.new_tokens:
-            say(
-                f"  the corpus gives {extension.added:,} new tokens, fewer than the {candidate.new_tokens:,} asked for: it is too small for more"
+def _check_candidates(recipe: Recipe, base: PreTrainedTokenizerBase, path: str) -> None:
+    """Refuse, all at once, candidates that this base cannot give."""
+    config: Tokenizer = recipe.config
+    native = vocabulary.is_byte_level_bpe(base)
+    least = candidates.least_size(base)
+    problems: list[Problem] = []
+    for name, candidate in config.candidates.items():
+        own_rules = candidate.kind == "custom" and candidate.pre_tokenizer != "base"
+        if candidate.kind != "baseline" and not native and not own_rules:
+            message = (
+                f"the tokenizer of {path} is not a byte-level BPE (its model is {candidates.describe(base)}): kind: extension and pre_tokenizer: base "
+                f"need one. What still works: kind: baseline, and kind: custom with pre_tokenizer: {', '.join(vocabulary.SPLITS)}"
             )
-        counted = {key: getattr(extension, key) for key in ("added", "merges", "dropped_for_protection", "unused")}
-        return extension.tokenizer, {"asked_new_tokens": candidate.new_tokens, **counted}
-    return base, {}
+            problems.append(Problem(recipe.place("candidates", name), message))
+        if candidate.vocab_size is not None and candidate.vocab_size < least:
+            message = (
+                f"candidates.{name}.vocab_size = {candidate.vocab_size:,} is too small: the 256 bytes and the base's "
+                f"{least - candidates.LEAST_CORPUS:,} special and added tokens stand in it too, so at least {least:,}"
+            )
+            problems.append(Problem(recipe.place("candidates", name, "vocab_size"), message))
+    if problems:
+        raise RecipeError(problems)
 
 
-def _custom(base: PreTrainedTokenizerBase, vocab_size: int, corpus: Corpus) -> PreTrainedTokenizerBase:
-    trained = vocabulary.train_like(base, corpus, vocab_size)
-    if len(trained) < vocab_size:
-        say(f"  the corpus gives {len(trained):,} tokens, fewer than the {vocab_size:,} asked for: it is too small for more")
-    if len(trained) <= 256:
-        raise RunFailed("the corpus is too small to learn a single merge from")
-    return trained
+def _pairs(recipe: Recipe, inputs: Inputs) -> tuple[list[tuple[str, str]], list[str]] | None:
+    """The parallel text (language, English) and the group of each pair."""
+    source: ParallelSource | None = recipe.config.data.parallel
+    if source is None:
+        return None
+    located = inputs.located(source, "data", "parallel")
+    pairs, groups = [], []
+    for group, pair in _read_pairs(located, source):
+        pairs.append(pair)
+        groups.append(group)
+        if len(pairs) == source.max_pairs:
+            break
+    if not pairs:
+        raise located.wrong(f"{located.title} holds no pair of sentences")
+    return pairs, groups
 
 
-def _size(texts: list[str]) -> dict[str, int]:
-    return {"documents": len(texts), "bytes": sum(len(text.encode()) for text in texts), "words": sum(len(text.split()) for text in texts)}
+def _read_pairs(located: Located, source: ParallelSource) -> Iterator[tuple[str, tuple[str, str]]]:
+    columns = [source.text_column, source.english_column, *([source.by] if source.by else [])]
+    for number, (where, row) in enumerate(rows(located)):
+        found = []
+        for column in columns:
+            value = _inside(row, column)
+            if value is None:
+                raise located.wrong(f"{where}: no column '{column}'. Columns: {', '.join(row)}")
+            found.append(value)
+        ours, english = found[:2]
+        if not isinstance(ours, str) or not isinstance(english, str):
+            raise located.wrong(f"{where}: columns '{source.text_column}' and '{source.english_column}' must hold text")
+        if ours.strip() and english.strip():
+            yield str(found[2] if source.by else number), (ours, english)
+
+
+def _inside(row: Any, column: str) -> Any:
+    """A column's value; `translation.az` is az inside translation."""
+    if column in row:
+        return row[column]
+    for part in column.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def _train(base: PreTrainedTokenizerBase, family: candidates.Family, text: candidates.Text, folder: Path) -> None:
+    """Make a family's candidates; those that an interrupted run has saved are not made again."""
+    if all(candidates.saved(folder / name) is not None for name in family.sizes):
+        return
+    for name, (tokenizer, told) in candidates.make(base, family, text).items():
+        candidates.save(folder / name, tokenizer, told)
+
+
+@dataclass
+class Laboratory:
+    """What every tokenizer is measured on and against: the same documents, the same resamples, the same baseline."""
+
+    recipe: Recipe
+    base: PreTrainedTokenizerBase
+    sets: Mapping[str, Held]
+    pairs: tuple[list[tuple[str, str]], list[str]] | None
+    counter: measures.Counter
+
+    def __post_init__(self) -> None:
+        seed = self.recipe.config.seed
+        self.resamplings = {name: Resampling(held.groups, seed) for name, held in self.sets.items()}
+        self.pair_resampling = Resampling(self.pairs[1], seed) if self.pairs else None
+        self.baseline = self._count(self.base)
+
+    def _count(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Counts]:
+        return self.counter.count(tokenizer, {name: held.texts for name, held in self.sets.items()})
+
+    def measure(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """All measures of one tokenizer, those of sets as {measure: {set: {"value", "interval"}}}."""
+        config: Tokenizer = self.recipe.config
+        same = vocabulary.same_vocabulary(tokenizer, self.base)
+        counts = self.baseline if same else self._count(tokenizer)
+        by_set = {
+            name: measures.measures(counts[name], self.baseline[name], len(tokenizer), config.data.max_length, self.resamplings[name])
+            for name in self.sets
+        }
+        found: dict[str, Any] = {key: {name: by_set[name][key] for name in by_set} for key in next(iter(by_set.values()))}
+        if self.pairs and self.pair_resampling:
+            found["parity"] = measures.parity(tokenizer, self.pairs[0], self.pair_resampling)
+        found["changed_documents"] = {name: int(c.changed.sum()) for name, c in counts.items()}
+        found["unused_tokens"] = measures.never_used(tokenizer, counts)
+        found["encoding"] = measures.speed(tokenizer, next(iter(self.sets.values())).texts)
+        found["words"] = [measures.cut(tokenizer, word) for word in config.show_words]
+        return found
+
+
+def _rows_added(
+    path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase
+) -> dict[str, int | None]:
+    """What the vocabulary costs the model: rows of its embeddings against now, and parameters where its configuration is known."""
+    shape = model.embedding_shape(path, revision)
+    if shape is None:
+        return {"embedding_rows_added": len(tokenizer) - len(base), "embedding_parameters_added": None}
+    rows_now, width, matrices = shape
+    added = 0 if vocabulary.same_vocabulary(tokenizer, base) else len(tokenizer) - rows_now
+    return {"embedding_rows_added": added, "embedding_parameters_added": added * width * matrices}
+
+
+def _size(held: Held, inputs: Inputs, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "documents": len(held.texts),
+        "groups": len(set(held.groups)),
+        "bytes": sum(len(text.encode()) for text in held.texts),
+        "words": sum(len(text.split()) for text in held.texts),
+    }
+    if name in inputs.tallies:
+        found["cleaned"] = inputs.tallies[name].report()
+    return found

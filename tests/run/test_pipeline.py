@@ -77,7 +77,7 @@ def test_the_tokenizer_is_trained_by_the_bases_rules(finished: Project) -> None:
         assert custom.decode(custom(text, add_special_tokens=False)["input_ids"]) == text
     assert custom("a")["input_ids"][0] == custom.bos_token_id
     found = {c["name"]: c for c in finished.result("tokenizer")["candidates"]}
-    assert found["custom"]["fertility"]["target"] < found["baseline"]["fertility"]["target"]
+    assert found["custom"]["fertility"]["target"]["value"] < found["baseline"]["fertility"]["target"]["value"]
     assert finished.result("tokenizer")["selected"] == "custom"
 
 
@@ -95,7 +95,7 @@ def test_an_extension_keeps_every_old_token_and_cuts_protected_text_as_before(sm
         assert new(json.loads(line)["text"])["input_ids"] == old(json.loads(line)["text"])["input_ids"]
     found = {c["name"]: c for c in json.loads((run / "result.json").read_text())["candidates"]}
     assert found["more"]["added"] == 60 == len(new) - len(old)
-    assert found["more"]["fertility"]["target"] < found["baseline"]["fertility"]["target"]
+    assert found["more"]["fertility"]["target"]["value"] < found["baseline"]["fertility"]["target"]["value"]
 
 
 def test_metrics_have_a_line_for_every_step_with_cumulative_counts(finished: Project) -> None:

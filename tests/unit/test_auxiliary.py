@@ -1,0 +1,137 @@
+"""The space between the vocabularies: what is read, what comes out where the answer is known, and that it comes out again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from azrecipe.errors import CannotRun
+from azrecipe.launch import preflight
+from azrecipe.parts import auxiliary
+from azrecipe.parts.auxiliary import Text, check, compose
+from azrecipe.parts.mixing import Mix
+from azrecipe.parts.tokens import Store
+from azrecipe.recipe.load import load
+from tests.conftest import ROOT, write
+from tests.small import fill
+
+TOPICS, COMMON = 12, 4  # each topic: a token that both vocabularies hold (0-11), a new one (12-23), and words of its own
+
+
+def store(documents: list[list[int]], key: str = "a") -> Store:
+    offsets = np.cumsum([0, *map(len, documents)])
+    tokens = np.concatenate([np.asarray(d, dtype=np.uint32) for d in documents])
+    return Store(key, tokens, offsets, np.asarray([3 * len(d) for d in documents]), 0)
+
+
+def planted(seed: int = 0) -> Mix:
+    """Text in which a topic's new token stands where its old one could: (its words) (old or new) (its words)."""
+    generator = np.random.default_rng(seed)
+    documents = []
+    for _ in range(3000):
+        topic = int(generator.integers(TOPICS))
+        words = 2 * TOPICS + COMMON * topic + generator.integers(COMMON, size=40)
+        words[::5] = topic + TOPICS * generator.integers(2, size=8)
+        documents.append(words.tolist())
+    documents[7].append(900)  # a token too rare to have a vector
+    return Mix([store(documents)], [1.0], seed=3, extra=2)
+
+
+SAME = {new: new + 1000 for new in range(2 * TOPICS + COMMON * TOPICS) if not TOPICS <= new < 2 * TOPICS} | {900: 2000}
+
+
+@pytest.mark.parametrize("method", auxiliary.METHODS)
+def test_a_token_that_is_used_like_an_old_one_becomes_that_one(method: str, tmp_path: Path) -> None:
+    composed = compose(planted(), tmp_path, method, SAME)
+    assert composed.tokens.tolist() == list(range(TOPICS, 2 * TOPICS))
+    weights = composed.sums.of(torch.eye(2100))
+    by_topic = torch.zeros(TOPICS, TOPICS)  # the topic's own words are used much alike, so a pursuit may pick those too
+    for n in range(TOPICS):
+        words = 1000 + 2 * TOPICS + COMMON * n
+        by_topic[:, n] = weights[:, 1000 + n] + weights[:, words : words + COMMON].sum(1)
+    assert torch.equal(by_topic.argmax(1), torch.arange(TOPICS))
+    assert (by_topic.diagonal() > 0.6).all()
+    if method == "focus":
+        assert torch.equal(weights.argmax(1), 1000 + torch.arange(TOPICS))
+        assert (weights.diagonal(1000) > 0.5).all()
+        assert (weights >= 0).all()
+        assert torch.allclose(weights.sum(1), torch.ones(TOPICS), atol=1e-5)
+
+
+def test_what_was_found_is_kept_and_the_vectors_serve_both_methods(tmp_path: Path) -> None:
+    first = compose(planted(), tmp_path, "focus", SAME)
+    vectors = next(tmp_path.glob("vectors-*"))
+    made = vectors.stat().st_mtime_ns
+    compose(planted(), tmp_path, "omp", SAME)
+    again = compose(planted(), tmp_path, "focus", SAME)
+    assert vectors.stat().st_mtime_ns == made
+    assert len(list(tmp_path.glob("sums-*[0-9a-f]"))) == 2
+    assert torch.equal(first.sums.weights, again.sums.weights)
+    compose(planted(seed=1), tmp_path, "focus", {**SAME, 13: 1013})
+    assert len(list(tmp_path.glob("vectors-*[0-9a-f]"))) == 1  # the same names of data: other pairs, the same text
+    assert len(list(tmp_path.glob("sums-*[0-9a-f]"))) == 3
+
+
+def test_processes_that_hash_strings_differently_find_the_same(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from azrecipe.parts.auxiliary import compose
+from tests.unit.test_auxiliary import SAME, planted
+for method in ("focus", "omp"):
+    compose(planted(), Path(sys.argv[1]), method, SAME)
+"""
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], env=environment, check=True, cwd=ROOT)
+    files = sorted(p.relative_to(tmp_path / "1") for p in (tmp_path / "1").rglob("*.npy"))
+    assert len(files) == 2 + 4 + 4
+    for file in files:
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
+
+
+def test_nothing_shared_and_nothing_frequent_compose_nothing(tmp_path: Path) -> None:
+    assert len(compose(planted(), tmp_path, "focus", {}).tokens) == 0
+    rare = Mix([store([[1, 2, 3], [4, 5]], key="rare")], [1.0], seed=1, extra=0)
+    composed = compose(rare, tmp_path, "omp", {1: 1})
+    assert len(composed.tokens) == 0
+    assert composed.sums.of(torch.eye(4)).shape == (0, 4)
+
+
+def test_the_text_is_the_beginning_of_the_mix_in_its_order_and_no_long_document_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auxiliary, "SENTENCE", 7)
+    first, second = store([[i] * 10 for i in range(50)], "a"), store([[100 + i] * 10 for i in range(50)], "b")
+    mix = Mix([first, second], [3.0, 1.0], seed=5, extra=2)
+    text = Text(mix, cap=240)
+    order = mix.order(tokens=240)
+    wanted = [mix.stores[s].tokens[mix.stores[s].offsets[d]] for s, d in zip(order.source[:20], order.document[:20], strict=True)]
+    parts = list(text)
+    assert [len(part) for part in parts] == [7, 3] * 20
+    assert [int(part[0]) for part in parts[::2]] == wanted
+    assert text.counts.sum() == 200
+    assert sum(1 for i in wanted if i < 100) == 15
+    assert Text(mix, cap=10**9).counts.sum() == 1000  # once over all sources, not again and again
+
+
+def test_without_gensim_the_methods_that_need_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check("focus")
+    monkeypatch.setitem(sys.modules, "gensim", None)
+    check("subtoken_mean")
+    with pytest.raises(CannotRun, match=r"omp needs gensim: pip install 'azrecipe\[focus\]'"):
+        check("omp")
+
+
+def test_that_is_told_before_any_process_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    recipe = load(write(tmp_path / "focus.yaml", "stage: pretrain\nextends: cpt.yaml\ntokenizer: {new_embeddings: focus}\n"))
+    launch = preflight.read(None, None)
+    preflight.check([recipe], launch)
+    monkeypatch.setitem(sys.modules, "gensim", None)
+    with pytest.raises(CannotRun, match=r"focus.yaml: .*focus needs gensim"):
+        preflight.check([recipe], launch)

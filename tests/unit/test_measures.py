@@ -1,0 +1,226 @@
+"""What a tokenizer comparison is made of: counts against slow ones, intervals, sweeps that equal trainings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter as Multiset
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from azrecipe.errors import CannotRun
+from azrecipe.parts import candidates, measures, vocabulary
+from azrecipe.parts.corpus import Located
+from azrecipe.parts.measures import Counter, Resampling
+from azrecipe.parts.tokens import encode
+from azrecipe.parts.vocabulary import (
+    LLAMA3_SPECIALS,
+    SPLITS,
+    load_tokenizer,
+    save_tokenizer,
+    shorter,
+    token_bytes,
+    train_like,
+    train_llama3,
+)
+from azrecipe.recipe.types import TextSource
+from tests.conftest import TALES, jsonl, write
+
+TEXTS = [
+    TALES[0] * 3,
+    TALES[1] * 4,
+    TALES[3] * 2,
+    "Azərbaycan'da 2024-cü il: Əli'mi gördün? " * 6,
+    "İ ı Ə <|eot_id|> 12345 🙂",
+    "bağ " * 30,
+]
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return train_llama3(TEXTS[:2], 330)
+
+
+def _hub_llama3(base: Any) -> Any:
+    """As the hub has Llama 3's: the BOS template inside a sequence of post-processors; and one added token that is not special."""
+    backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    bos = LLAMA3_SPECIALS[0]
+    template = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=LLAMA3_SPECIALS[1], clean_up_tokenization_spaces=False
+    )
+
+
+def _sentencepiece() -> Any:
+    """A tokenizer that is not byte-level, as Gemma's or Llama 2's."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.train_from_iterator(
+        TEXTS, trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>", "<s>"], unk_token="<unk>", show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", clean_up_tokenization_spaces=False)
+
+
+def _count(tokenizer: Any, texts: list[str]) -> measures.Counts:
+    with Counter(0) as counter:
+        return counter.count(tokenizer, {"a": texts})["a"]
+
+
+def test_counts_equal_a_slow_count(base: Any) -> None:
+    counts = _count(base, TEXTS)
+    for i, text in enumerate(TEXTS):
+        ids = encode(base, [text])[0]
+        spelled = [token_bytes(token) for token in base.convert_ids_to_tokens(ids)]
+        assert counts.tokens[i] == len(ids)
+        assert (counts.words[i], counts.bytes[i], counts.characters[i]) == (len(text.split()), len(text.encode()), len(text))
+        ends, at, several = np.cumsum([len(piece) for piece in spelled]), 0, 0
+        for word in text.split():
+            start = text.encode().index(word.encode(), at)
+            at = start + len(word.encode())
+            several += sum(1 for end, piece in zip(ends, spelled, strict=True) if end > start and end - len(piece) < at) > 1
+        assert counts.continued_words[i] == several
+        seen = {int(t): int(n) for t, n, d in zip(counts.seen_token, counts.seen_times, counts.seen_document, strict=True) if d == i}
+        assert seen == dict(Multiset(ids))
+    assert counts.changed.sum() == 0
+
+
+def test_words_kept_whole_are_words_of_letters_that_are_one_token(base: Any) -> None:
+    longer = train_like(base, ["bağ evdə " * 50], 360)
+    counts = _count(longer, ["bağ evdə, (bağ) 12 çay!", "çay"])
+    assert counts.letter_words.tolist() == [4, 1]
+    assert counts.whole_words.tolist() == [3, 0]  # in (bağ) it is whole between its brackets
+    assert counts.continued_words.tolist() == [4, 1]
+
+
+def test_processes_count_what_one_process_counts(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "CHUNK", 100)
+    alone = _count(base, TEXTS * 5)
+    with Counter(10**9) as counter:
+        together = counter.count(base, {"a": TEXTS * 5})["a"]
+    for name in ("tokens", "whole_words", "seen_document", "seen_token", "seen_times", "partial"):
+        assert getattr(alone, name).tolist() == getattr(together, name).tolist()
+
+
+def test_measures_are_quotients_of_sums_inside_their_intervals(base: Any) -> None:
+    counts = _count(base, TEXTS)
+    found = measures.measures(counts, counts, len(base), 2048, Resampling([str(i) for i in range(len(TEXTS))], 7))
+    tokens, words = counts.tokens.sum(), counts.words.sum()
+    assert found["fertility"]["value"] == pytest.approx(tokens / words, rel=1e-4)
+    assert found["words_in_window"]["value"] == pytest.approx(2048 * words / tokens, rel=1e-4)
+    assert found["tokens_vs_baseline"] == {"value": 1.0, "interval": [1.0, 1.0]}
+    shares = np.bincount(counts.seen_token, counts.seen_times) / tokens
+    assert found["renyi_efficiency"]["value"] == pytest.approx(math.log((shares**2.5).sum()) / -1.5 / math.log(len(base)), rel=1e-4)
+    for measure in found.values():
+        assert measure["interval"][0] <= measure["value"] <= measure["interval"][1]
+    assert found["fertility"]["interval"][0] < found["fertility"]["interval"][1]
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(3)
+    hits = 0
+    for trial in range(200):
+        words = random.integers(50, 400, 60)
+        tokens = np.round(words * random.normal(2.0, 0.3, 60)).astype(np.int64)
+        low, high = Resampling([str(i) for i in range(60)], trial).ratio(tokens, words)["interval"]
+        hits += low <= 2.0 <= high
+    assert 180 <= hits <= 199
+
+
+def test_documents_of_one_group_are_drawn_together() -> None:
+    tokens, words = np.array([30, 30, 30, 10, 10, 10]), np.array([10] * 6)
+    apart = Resampling(list("abcdef"), 1).ratio(tokens, words)["interval"]
+    together = Resampling(list("aaabbb"), 1).ratio(tokens, words)["interval"]
+    assert together == [1.0, 3.0]
+    assert apart[1] - apart[0] < 2.0
+    assert Resampling(list("aaaaaa"), 1).ratio(tokens, words) == {"value": 2.0, "interval": None}
+
+
+def test_parts_of_characters_are_counted_and_shown(base: Any) -> None:
+    counts = _count(base, ["🙂"])
+    assert counts.partial.tolist() == [4]
+    assert measures.cut(base, "Ə") == [["‹C6›", "‹8F›"]] or measures.cut(base, "Ə") == [["Ə"]]
+    assert measures.cut(base, "a🙂") == [["a"], ["‹F0›", "‹9F›", "‹99›", "‹82›"]]
+
+
+@pytest.mark.parametrize("kind", ["merges", "like_the_hub"])
+@pytest.mark.parametrize("pre_tokenizer", ["base", *SPLITS])
+def test_a_smaller_vocabulary_is_what_training_it_gives(base: Any, kind: str, pre_tokenizer: str) -> None:
+    base = _hub_llama3(base) if kind == "like_the_hub" else base
+    longest = train_like(base, TEXTS, 380, pre_tokenizer)
+    for size in (candidates.least_size(base), 300, 341, len(longest)):
+        direct, cut = (
+            json.loads(t.backend_tokenizer.to_str()) for t in (train_like(base, TEXTS, size, pre_tokenizer), shorter(longest, size))
+        )
+        assert direct == cut
+        assert len(shorter(longest, size)) == size
+
+
+def test_special_and_added_tokens_keep_working_in_a_custom_tokenizer(base: Any, tmp_path: Any) -> None:
+    hub = _hub_llama3(base)
+    hub.chat_template = "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+    save_tokenizer(train_like(hub, TEXTS, 340), tmp_path)
+    custom = load_tokenizer(str(tmp_path))
+    assert {t.content: t.special for t in custom.added_tokens_decoder.values()} == {
+        t.content: t.special for t in hub.added_tokens_decoder.values()
+    }
+    ids = custom("bağ")["input_ids"]
+    assert ids[0] == custom.bos_token_id == custom.convert_tokens_to_ids(LLAMA3_SPECIALS[0])
+    assert max(ids) < len(custom)
+    chat = custom.apply_chat_template([{"role": "user", "content": "bağ <tool>"}], tokenize=False)
+    cut = custom.convert_ids_to_tokens(custom(chat, add_special_tokens=False)["input_ids"])
+    assert [t for t in cut if t.startswith("<")] == ["<|start_header_id|>", "<|end_header_id|>", "<tool>", "<|eot_id|>"]
+
+
+@pytest.mark.parametrize(("pre_tokenizer", "pieces"), [
+    ("llama3", ["Azərbaycan", "'d", "a"]),
+    ("split_apostrophe_suffixes", ["Azərbaycan", "'da"]),
+    ("keep_apostrophe_suffixes", ["Azərbaycan'da"]),
+])  # fmt: skip
+def test_a_pre_tokenizer_decides_where_a_suffix_is_cut(base: Any, pre_tokenizer: str, pieces: list[str]) -> None:
+    trained = train_like(base, ["Azərbaycan'da " * 40, *TEXTS], 420, pre_tokenizer)
+    assert ["".join(piece) for piece in measures.cut(trained, "Azərbaycan'da")] == pieces
+    assert measures.cut(trained, "Azərbaycan'da")[0] == [pieces[0]]
+    for text in [*TEXTS, "don't  \n\n o'qidi oʻzbek ’da", "e\u0301 \u0301 हिन्दी 1234567"]:
+        assert trained.decode(encode(trained, [text])[0]) == text
+
+
+def test_combining_marks_stay_in_their_word() -> None:
+    cut = vocabulary.byte_level(SPLITS["split_apostrophe_suffixes"]).pre_tokenize_str("ka\u0301ra")
+    assert len(cut) == 1
+
+
+def test_a_base_that_is_not_byte_level_still_gives_custom_tokenizers(tmp_path: Any) -> None:
+    other = _sentencepiece()
+    with pytest.raises(CannotRun, match="keep_apostrophe_suffixes"):
+        train_like(other, TEXTS, 330)
+    trained = train_like(other, TEXTS, 330, "llama3")
+    save_tokenizer(trained, tmp_path)
+    opened = load_tokenizer(str(tmp_path))
+    assert opened.bos_token == "<s>"
+    assert opened.decode(encode(opened, [TEXTS[3]])[0]) == TEXTS[3]
+    counts = _count(other, ["Bağ ☂ ev", "ev"])
+    assert counts.partial.tolist() == [sum(encode(other, ["Bağ ☂ ev"])[0].count(i) for i in [other.unk_token_id]), 0]
+
+
+def test_special_tokens_in_the_text_are_cut_out_and_counted(base: Any, tmp_path: Any) -> None:
+    file = write(tmp_path / "t.jsonl", jsonl({"text": "bağ <|eot_id|>ev<|eot_id|> " * 20}, {"text": "ev bağ " * 5}))
+    source = Located(TextSource(str(file), "train"), None)  # type: ignore[arg-type]
+    text = candidates.Text([source], None, frozenset(), vocabulary.added_names(base))
+    pieces = list(text)
+    assert text.report()["special_tokens_in_text"] == 40
+    assert not any("eot" in piece for piece in pieces)
+    learned = set(train_like(base, text, 400).get_vocab()) - set(base.get_vocab())
+    assert learned
+    assert not any("eot" in token or "|" in token for token in learned)
+
+
+def test_a_pair_that_stands_there_once_is_not_learned(base: Any) -> None:
+    assert len(train_like(base, ["abcdefgh"], 400)) == candidates.least_size(base) - 1
