@@ -68,6 +68,7 @@ def _all(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -
         if arguments.num_processes:
             line += ["--num-processes", str(arguments.num_processes)]
         code = command.run_child(line)
+        code = command.stopped() or code
         if code == DONE:
             continue
         stops = step.cell is None or code in (SIGINT, SIGTERM)

@@ -51,6 +51,14 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
+_stopped: list[int] = []
+
+
+def stopped() -> int:
+    """The exit code for a signal that came while a child ran (130 or 143), 0 for none: nothing more is to be started."""
+    return 128 + _stopped[0] if _stopped else DONE
+
+
 def run_child(command: Sequence[str]) -> int:
     """Run a command, pass SIGTERM on to it, and return the exit code that its processes left.
 
@@ -60,10 +68,12 @@ def run_child(command: Sequence[str]) -> int:
         grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
         child = subprocess.Popen(command, env=os.environ | {EXIT_FILE: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace})
 
-        def forward(number: int, _frame: Any) -> None:
-            child.send_signal(number)
+        def note(number: int, _frame: Any) -> None:
+            _stopped.append(number)
+            if number == signal.SIGTERM:
+                child.send_signal(number)
 
-        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward), signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             code = child.wait()
         finally:
@@ -78,6 +88,8 @@ def _verdict(code: int, left: Mapping[int, int]) -> int:
     main = left.get(0)
     if main is not None and main != FAILED:
         return main
+    if code in (-signal.SIGTERM, -signal.SIGINT):
+        return 128 - code  # it had nothing to save yet
     told = [found for _, found in sorted(left.items()) if found not in (DONE, FAILED)]
     if told and (main == FAILED or code != 0):
         return told[0]

@@ -140,7 +140,7 @@ def shorter(trained: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedToke
     vocabulary: dict[str, int] = {token: i for token, i in model["vocab"].items() if i < vocab_size}
     model["vocab"] = vocabulary
     model["merges"] = list(_until(model["merges"], vocabulary))
-    return with_backend(trained, Tokenizer.from_str(json.dumps(description)))
+    return _around(trained, Tokenizer.from_str(json.dumps(description)))
 
 
 def _until(merges: Iterable[list[str]], vocabulary: Mapping[str, int]) -> Iterator[list[str]]:
@@ -159,7 +159,7 @@ def with_backend(base: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTraine
 
     Raises CannotRun unless AutoTokenizer opens it, saved, as it is: some classes build a backend of their own.
     """
-    made = copy.deepcopy(base, {id(base.backend_tokenizer): backend})
+    made = _around(base, backend)
     if not _opens_as_saved(made):
         from transformers import PreTrainedTokenizerFast
 
@@ -170,6 +170,10 @@ def with_backend(base: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTraine
         if not _opens_as_saved(made):
             raise CannotRun(f"a tokenizer made from one of class {type(base).__name__} does not open again as it was saved")
     return made
+
+
+def _around(base: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerBase:
+    return copy.deepcopy(base, {id(base.backend_tokenizer): backend})
 
 
 def _opens_as_saved(tokenizer: PreTrainedTokenizerBase) -> bool:

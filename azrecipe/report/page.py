@@ -83,13 +83,12 @@ def _tokenizer(result: Mapping[str, Any]) -> list[str]:
 
 
 def _words(result: Mapping[str, Any]) -> str:
-    heads = "".join(f"<th>{escape(line['name'])}</th>" for line in result["candidates"])
+    heads = "".join(f"<th>{escape(word)}</th>" for word in result["show_words"])
     rows = []
-    for nth, word in enumerate(result["show_words"]):
-        cuts = (line["words"][nth] for line in result["candidates"])
-        cells = "".join(f'<td class="cut">{_pieces(cut)} <small>{sum(map(len, cut))}</small></td>' for cut in cuts)
-        rows.append(f"<tr><th>{escape(word)}</th>{cells}</tr>")
-    return f"<div class=wide><table><tr><th>word</th>{heads}</tr>{''.join(rows)}</table></div>"
+    for line in result["candidates"]:
+        cells = "".join(f'<td class="cut">{_pieces(cut)} <small>{sum(map(len, cut))}</small></td>' for cut in line["words"])
+        rows.append(f"<tr><th>{escape(line['name'])}</th>{cells}</tr>")
+    return f"<div class=wide><table><tr><th>candidate</th>{heads}</tr>{''.join(rows)}</table></div>"
 
 
 def _pieces(cut: Sequence[Sequence[str]]) -> str:
@@ -139,16 +138,20 @@ def _corpus(result: Mapping[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], chosen: Sequence[bool] | None = None) -> str:
-    """The first column is text; a bold row, marked with a word too, is the chosen one."""
+    """The first column is text; a bold row, marked with a word too, is the chosen one. An interval stands below its value."""
     top = "".join(f'<th class="{"n" if i else ""}">{escape(head)}</th>' for i, head in enumerate(heads))
     body = []
     for nth, row in enumerate(rows):
         mark = bool(chosen and chosen[nth])
-        cells = "".join(
-            f'<td class="{"n" if i else ""}">{escape(cell)}{" ← selected" if mark and not i else ""}</td>' for i, cell in enumerate(row)
-        )
-        body.append(f"<tr{' class=chosen' if mark else ''}>{cells}</tr>")
+        first = f"<td>{escape(row[0])}{' ← selected' if mark else ''}</td>"
+        body.append(f"<tr{' class=chosen' if mark else ''}>{first}{''.join(map(_number, row[1:]))}</tr>")
     return f"<div class=wide><table><tr>{top}</tr>{''.join(body)}</table></div>"
+
+
+def _number(cell: str) -> str:
+    value, bracket, interval = cell.partition(" [")
+    below = f"<br><small>[{escape(interval)}</small>" if bracket else ""
+    return f'<td class="n">{escape(value)}{below}</td>'
 
 
 def _definitions(definitions: Mapping[str, str]) -> str:

@@ -140,6 +140,14 @@ def test_a_signal_stops_the_whole_matrix_and_a_cell_can_be_left_out(begun: Proje
     assert not (begun.path("study") / "result.json").exists()
 
 
+def test_a_signal_before_the_first_step_stops_the_whole_matrix_too(begun: Project) -> None:
+    """The child has no checkpoint to save yet and dies of the signal: the other cells must not go on."""
+    own = begun.path("cells/custom/cpt")
+    assert begun.interrupt("study", lambda _: own.exists(), signal.SIGTERM, "--set", "matrix.broken=null") == 143
+    assert not (own / "result.json").exists()
+    assert not begun.path("cells/random").exists()
+
+
 def test_another_validation_set_ranks_the_other_way_round(study: Project, tmp_path: Path) -> None:
     project = Project(tmp_path / "copy")
     shutil.copytree(study.folder, project.folder)

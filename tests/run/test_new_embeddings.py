@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 
-from tests.small import Project, assert_same_weights, weights
+from tests.small import Project, assert_same_weights, fill, weights
 
 FOCUS = ("--set", "tokenizer.new_embeddings=focus", "--set", "tokenizer.pad_to_multiple_of=64")
 
 
-@pytest.fixture
-def padded(small: Project) -> Project:
-    printed = small.run("cpt", *FOCUS)
+@pytest.fixture(scope="module")
+def padded(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Each test adds runs of its own to the first one."""
+    project = fill(tmp_path_factory.mktemp("padded"))
+    for runs in ("runs", "again", "two"):
+        for name in ("base", "tokenizer"):
+            shutil.copytree(finished.path(name), project.path(name, runs))
+    printed = project.run("cpt", *FOCUS)
     assert "48 rows of padding" in printed
     assert "start as focus" in printed
-    return small
+    return project
 
 
 def test_padding_goes_through_every_stage(padded: Project) -> None:
@@ -53,8 +59,6 @@ def test_a_model_that_keeps_its_vocabulary_is_padded_too(padded: Project) -> Non
 
 def test_killed_once_the_vectors_are_there_it_ends_in_the_same_model(padded: Project) -> None:
     cache = padded.folder / "again" / ".cache"
-    for name in ("base", "tokenizer"):
-        padded.run(name, runs="again")
     code = padded.interrupt("cpt", lambda _: any(cache.glob("vectors-*/meta.json")), signal.SIGKILL, *FOCUS, runs="again")
     assert code == -signal.SIGKILL
     made = {file: file.stat().st_mtime_ns for file in cache.glob("vectors-*/*")}
@@ -64,8 +68,6 @@ def test_killed_once_the_vectors_are_there_it_ends_in_the_same_model(padded: Pro
 
 
 def test_two_processes_start_from_the_embeddings_of_one(padded: Project) -> None:
-    for name in ("base", "tokenizer"):
-        padded.run(name, runs="two")
     padded.run("cpt", *FOCUS, "--num-processes", "2", runs="two")
     one, two = (padded.result("cpt", runs) for runs in ("runs", "two"))
     assert one["vocabulary"] == two["vocabulary"]
