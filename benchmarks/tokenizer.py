@@ -83,21 +83,20 @@ def ours(file: Path, sizes: tuple[int, ...], kind: str = "custom") -> None:
     print("  sizes reached:", ", ".join(f"{len(tokenizer):,}" for tokenizer, _ in made.values()))
 
 
-def measuring(file: Path, workers: int) -> None:
+def measuring(file: Path, processes: int) -> None:
     """Counting, without the time that processes take to start."""
     from azrecipe.parts import vocabulary
-    from azrecipe.parts.measures import Counter
+    from azrecipe.parts.measures import count
+    from azrecipe.parts.processes import Workers
 
     texts = list(read(file))
     tokenizer = vocabulary.train_llama3(texts[:5000], 20_000)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    counter = Counter(10**9)
-    counter.workers = workers
-    with counter:
-        counter.count(tokenizer, {"warm": texts[:2000]})
+    with Workers(processes, alone=0) as workers:
+        count(workers, tokenizer, {"warm": texts[:2000]})
         began = time.perf_counter()
-        counter.count(tokenizer, {"text": texts})
-        print(f"  {workers} processes: {sum(len(t.encode()) for t in texts) / 1e6 / (time.perf_counter() - began):.2f} MB/s")
+        count(workers, tokenizer, {"text": texts})
+        print(f"  {processes} processes: {sum(len(t.encode()) for t in texts) / 1e6 / (time.perf_counter() - began):.2f} MB/s")
 
 
 def alone(function: str, *arguments: Any) -> tuple[float, int]:

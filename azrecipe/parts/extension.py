@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from azrecipe.errors import CannotRun
-from azrecipe.parts.tokens import chunks
+from azrecipe.parts.processes import Workers, chunked
 from azrecipe.parts.vocabulary import LEAST, is_byte_level_bpe, with_backend
 
 if TYPE_CHECKING:
@@ -57,10 +59,10 @@ def extend(base: PreTrainedTokenizerBase, texts: Iterable[str], new_tokens: int,
 
 def extensions(base: PreTrainedTokenizerBase, texts: Iterable[str], sizes: Sequence[int], protect: Iterable[str] = ()) -> list[Extension]:
     """What `extend` gives for each of several numbers of new tokens, from one training: a smaller one begins a larger one."""
-    known, guard, backend = _Merges(_description(base)), _Guard(), _reader(base)
-    guard.add(_cuts(backend, protect, (False, True)))
+    known, guard = _Merges(_description(base)), _Guard()
+    guard.add(_cuts(base, protect, (False, True)))
     training = _Training(known, guard)
-    training.read(_cuts(backend, texts, (False,)))
+    training.read(_cuts(base, texts, (False,)))
     found = {}
     for size in sorted(set(sizes)):
         training.learn(size)
@@ -94,26 +96,37 @@ def _is_whole(base: PreTrainedTokenizerBase, text: str) -> bool:
     return [piece for piece, _ in base.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)] == [text]
 
 
-def _reader(base: PreTrainedTokenizerBase) -> Any:
-    """A copy of the base's backend that cuts whole texts."""
-    backend = copy.deepcopy(base.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _cuts(backend: Any, texts: Iterable[str], spelled_out: Sequence[bool]) -> Counter[bytes]:
+def _cuts(base: PreTrainedTokenizerBase, texts: Iterable[str], spelled_out: Sequence[bool]) -> Counter[bytes]:
     """How often the texts hold each pre-token, which stands as the base's ids for it (uint32).
 
     `spelled_out`: how special tokens in the texts are read, as text (True) or as tokens; the counts of all ways are added up.
     """
     counts: Counter[bytes] = Counter()
-    for batch in chunks(texts):
-        for backend.encode_special_tokens in spelled_out:
-            for encoding in backend.encode_batch(batch, add_special_tokens=False):
-                ids = np.array(encoding.ids, dtype=np.uint32).tobytes()
-                starts = np.flatnonzero(np.diff(np.array(encoding.word_ids, dtype=np.int64), prepend=-1)) * 4
-                counts.update(ids[a:b] for a, b in pairwise([*starts.tolist(), len(ids)]))
+    with TemporaryDirectory() as folder, Workers() as workers:
+        file = str(Path(folder, "tokenizer.json"))
+        Path(file).write_text(base.backend_tokenizer.to_str(), encoding="utf-8")
+        for found in workers.map(_cut, (file, tuple(spelled_out)), chunked(texts)):
+            counts.update(found)
+    return counts
+
+
+@lru_cache(maxsize=1)
+def _reader(file: str) -> Any:
+    """A copy of the base's backend that cuts whole texts."""
+    backend = Tokenizer.from_file(file)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _cut(file: str, spelled_out: Sequence[bool], texts: list[str]) -> Counter[bytes]:
+    counts: Counter[bytes] = Counter()
+    backend = _reader(file)
+    for backend.encode_special_tokens in spelled_out:
+        for encoding in backend.encode_batch(texts, add_special_tokens=False):
+            ids = np.array(encoding.ids, dtype=np.uint32).tobytes()
+            starts = np.flatnonzero(np.diff(np.array(encoding.word_ids, dtype=np.int64), prepend=-1)) * 4
+            counts.update(ids[a:b] for a, b in pairwise([*starts.tolist(), len(ids)]))
     return counts
 
 

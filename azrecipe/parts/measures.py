@@ -5,15 +5,11 @@ Every measure is defined, with its source, in docs/metrics.md.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, repeat
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,6 +19,7 @@ import numpy.typing as npt
 import regex
 from tokenizers import Tokenizer
 
+from azrecipe.parts.processes import Workers, chunked
 from azrecipe.parts.tokens import encode
 from azrecipe.parts.vocabulary import is_byte_level_bpe, token_bytes
 
@@ -35,8 +32,6 @@ Floats = npt.NDArray[np.float64]
 RESAMPLES = 1_000
 LEVEL = 95  # per cent of the resamples that an interval holds
 ALPHA = 2.5  # order of the Rényi entropy, as Zouhar et al. (2023) choose it
-CHUNK = 250_000  # bytes of text that a process takes at a time
-PARALLEL_FROM = 4_000_000  # bytes of text; less is counted sooner than processes start
 TIMED = 4_000_000  # bytes of text that the encoding speed is measured on at most
 
 WORD = regex.compile(r"\S+")
@@ -77,47 +72,22 @@ class Counts:
 SUMS = ("tokens", "words", "bytes", "characters", "letter_words", "whole_words", "continued_words", "changed")
 
 
-class Counter:
-    """Counts with all cores: processes that stay while several tokenizers are measured. Use in a `with`."""
-
-    def __init__(self, text_bytes: int) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = cores if text_bytes > PARALLEL_FROM else 1
-        self.pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Counter:
-        if self.workers > 1:
-            # spawned, not forked: the tokenizers library may have threads of its own by now
-            self.pool = ProcessPoolExecutor(self.workers, get_context("spawn"), _one_thread)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown()
-
-    def count(self, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[str]]) -> dict[str, Counts]:
-        """Cut each set's documents, as plain text without special tokens, and count."""
-        partial = _partial(tokenizer)
-        with TemporaryDirectory() as folder:  # a tokenizer is large: each process reads it once
-            file = str(Path(folder, "tokenizer.json"))
-            Path(file).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-            return {name: self._count(file, texts, partial) for name, texts in sets.items()}
-
-    def _count(self, file: str, texts: Sequence[str], partial: Ints) -> Counts:
-        chunks = list(_chunks(texts))
-        rows = list(self.pool.map(_count, repeat(file), chunks) if self.pool else map(_count, repeat(file), chunks))
-        sums: dict[str, Ints] = {name: np.concatenate([row[name] for row in rows]) for name in SUMS}
-        starts = np.cumsum([0, *(len(row["tokens"]) for row in rows)])
-        document = np.concatenate([row["document"] + start for row, start in zip(rows, starts[:-1], strict=True)])
-        token, times = (np.concatenate([row[name] for row in rows]) for name in ("token", "times"))
-        parts = np.bincount(document, times * partial[token], minlength=len(texts)).astype(np.int64)
-        return Counts(**sums, partial=parts, seen_document=document, seen_token=token, seen_times=times)
+def count(workers: Workers, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[str]]) -> dict[str, Counts]:
+    """Cut each set's documents, as plain text without special tokens, and count."""
+    partial = _partial(tokenizer)
+    with TemporaryDirectory() as folder:  # a tokenizer is large: each process reads it once
+        file = str(Path(folder, "tokenizer.json"))
+        Path(file).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+        return {name: _put_together(list(workers.map(_count, (file,), chunked(texts))), partial) for name, texts in sets.items()}
 
 
-def _one_thread() -> None:
-    """In a process of the pool, which is one of as many as there are cores. Ctrl-C is the parent's to answer."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _put_together(rows: Sequence[Mapping[str, Ints]], partial: Ints) -> Counts:
+    sums: dict[str, Ints] = {name: np.concatenate([row[name] for row in rows]) for name in SUMS}
+    starts = np.cumsum([0, *(len(row["tokens"]) for row in rows)])
+    document = np.concatenate([row["document"] + start for row, start in zip(rows, starts[:-1], strict=True)])
+    token, times = (np.concatenate([row[name] for row in rows]) for name in ("token", "times"))
+    parts = np.bincount(document, times * partial[token], minlength=len(sums["tokens"])).astype(np.int64)
+    return Counts(**sums, partial=parts, seen_document=document, seen_token=token, seen_times=times)
 
 
 @lru_cache(maxsize=1)
@@ -127,19 +97,6 @@ def _opened(file: str) -> Any:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    size = 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _count(file: str, texts: Sequence[str]) -> dict[str, Ints]:

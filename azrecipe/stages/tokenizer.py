@@ -14,6 +14,7 @@ from azrecipe.parts.backend import Backend
 from azrecipe.parts.corpus import Located, rows, texts
 from azrecipe.parts.files import whole_folder
 from azrecipe.parts.measures import Counts, Held, Resampling
+from azrecipe.parts.processes import Workers
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import held_out_hashes, text_hash
 from azrecipe.parts.watching import say
@@ -68,8 +69,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             _train(base, family, text, place.path / "candidates")
         sets = {name: Held(texts, inputs.groups[name]) for name, texts in held_out.items()}
         table = []
-        with measures.Counter(sum(len(text) for held in sets.values() for text in held.texts)) as counter:
-            laboratory = Laboratory(recipe, base, sets, pairs, counter)
+        with Workers() as workers:
+            laboratory = Laboratory(recipe, base, sets, pairs, workers)
             for name, candidate in config.candidates.items():
                 folder = place.path / "candidates" / name
                 if candidate.kind == "baseline" and candidates.saved(folder) is None:
@@ -184,7 +185,7 @@ class Laboratory:
     base: PreTrainedTokenizerBase
     sets: Mapping[str, Held]
     pairs: tuple[list[tuple[str, str]], list[str]] | None
-    counter: measures.Counter
+    workers: Workers
 
     def __post_init__(self) -> None:
         seed = self.recipe.config.seed
@@ -193,7 +194,7 @@ class Laboratory:
         self.baseline = self._count(self.base)
 
     def _count(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Counts]:
-        return self.counter.count(tokenizer, {name: held.texts for name, held in self.sets.items()})
+        return measures.count(self.workers, tokenizer, {name: held.texts for name, held in self.sets.items()})
 
     def measure(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """All measures of one tokenizer, those of sets as {measure: {set: {"value", "interval"}}}."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter as Multiset
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from azrecipe.errors import CannotRun
-from azrecipe.parts import candidates, measures, vocabulary
+from azrecipe.parts import candidates, extension, measures, vocabulary
 from azrecipe.parts.corpus import Located
-from azrecipe.parts.measures import Counter, Resampling
+from azrecipe.parts.measures import Resampling
+from azrecipe.parts.processes import Workers, chunked
 from azrecipe.parts.tokens import encode
 from azrecipe.parts.vocabulary import (
     LLAMA3_SPECIALS,
@@ -70,8 +74,8 @@ def _sentencepiece() -> Any:
 
 
 def _count(tokenizer: Any, texts: list[str]) -> measures.Counts:
-    with Counter(0) as counter:
-        return counter.count(tokenizer, {"a": texts})["a"]
+    with Workers(1) as workers:
+        return measures.count(workers, tokenizer, {"a": texts})["a"]
 
 
 def test_counts_equal_a_slow_count(base: Any) -> None:
@@ -88,7 +92,7 @@ def test_counts_equal_a_slow_count(base: Any) -> None:
             several += sum(1 for end, piece in zip(ends, spelled, strict=True) if end > start and end - len(piece) < at) > 1
         assert counts.continued_words[i] == several
         seen = {int(t): int(n) for t, n, d in zip(counts.seen_token, counts.seen_times, counts.seen_document, strict=True) if d == i}
-        assert seen == dict(Multiset(ids))
+        assert seen == dict(Counter(ids))
     assert counts.changed.sum() == 0
 
 
@@ -100,13 +104,42 @@ def test_words_kept_whole_are_words_of_letters_that_are_one_token(base: Any) -> 
     assert counts.continued_words.tolist() == [4, 1]
 
 
-def test_processes_count_what_one_process_counts(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measures, "CHUNK", 100)
+def test_processes_do_what_one_process_does(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "chunked", lambda texts: chunked(texts, 100))
+    monkeypatch.setattr(extension, "chunked", lambda texts: chunked(texts, 100))
+    monkeypatch.setattr(extension, "Workers", lambda: Workers(2, alone=200))
+    with Workers(2, alone=200) as workers:
+        together = measures.count(workers, base, {"a": TEXTS * 5})["a"]
+        assert workers.pool is not None
     alone = _count(base, TEXTS * 5)
-    with Counter(10**9) as counter:
-        together = counter.count(base, {"a": TEXTS * 5})["a"]
     for name in ("tokens", "whole_words", "seen_document", "seen_token", "seen_times", "partial"):
         assert getattr(alone, name).tolist() == getattr(together, name).tolist()
+    cuts = extension._cuts(base, iter(TEXTS * 5), (False, True))
+    assert cuts == {cut: 5 * n for cut, n in extension._cuts(base, TEXTS, (False, True)).items()}
+
+
+def test_text_is_read_no_faster_than_it_is_worked_on() -> None:
+    read = []
+
+    def texts() -> Iterator[str]:
+        for n in range(50):
+            read.append(n)
+            yield "x" * 10
+
+    with Workers(2, alone=0) as workers:
+        results = workers.map(len, (), chunked(texts(), 10))
+        assert next(results) == 1
+        assert len(read) <= 5
+        assert sum(results) == 49
+
+
+def test_a_process_that_is_killed_is_told_in_words() -> None:
+    with Workers(2, alone=0) as workers, pytest.raises(CannotRun, match="most likely there was no memory left"):
+        list(workers.map(_die, (), chunked(["x"] * 9, 1)))
+
+
+def _die(_: list[str]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_measures_are_quotients_of_sums_inside_their_intervals(base: Any) -> None:

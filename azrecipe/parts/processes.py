@@ -1,0 +1,82 @@
+"""How work on text is spread over the cores: processes with one thread each, results in order, little text in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from azrecipe.errors import CannotRun
+
+ALONE = 4_000_000  # characters that this process works on by itself: less is done sooner than processes start
+CHUNK = 500_000  # characters that a process takes at a time
+
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chunked(texts: Iterable[str], size: int = CHUNK) -> Iterator[list[str]]:
+    """Texts in lists of about `size` characters."""
+    chunk: list[str] = []
+    held = 0
+    for text in texts:
+        chunk.append(text)
+        held += len(text)
+        if held >= size:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+class Workers:
+    """Processes that start once there has been text enough for them, and stay until the `with` ends."""
+
+    def __init__(self, count: int | None = None, alone: int = ALONE) -> None:
+        self.count, self.alone = count or cores(), alone
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[..., Result], given: Sequence[Any], chunks: Iterable[list[str]]) -> Iterator[Result]:
+        """function(*given, chunk) for each chunk, in order. At most two chunks a process are held. Raises CannotRun where one dies."""
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for chunk in chunks:
+                self.alone -= sum(map(len, chunk))
+                if self.count == 1 or self.alone > 0:
+                    yield function(*given, chunk)
+                    continue
+                waiting.append(self._started().submit(function, *given, chunk))
+                if len(waiting) >= 2 * self.count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise CannotRun("a process that worked on text was killed: most likely there was no memory left for it") from None
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self.pool is None:
+            # spawned, not forked: the tokenizers library may have threads of its own by now
+            self.pool = ProcessPoolExecutor(self.count, get_context("spawn"), _one_thread)
+        return self.pool
+
+
+def _one_thread() -> None:
+    """In a process of the pool, which is one of as many as there are cores. Ctrl-C is the parent's to answer."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
