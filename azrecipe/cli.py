@@ -153,7 +153,10 @@ def _report(arguments: argparse.Namespace) -> int:
     for run in arguments.runs:
         if not (run / "result.json").is_file():
             raise CommandError(f"{run}: no finished run: there is no {run / 'result.json'}")
-        written = page.write(run)
+        try:
+            written = page.write(run)
+        except (ValueError, LookupError, TypeError) as error:
+            raise CommandError(f"{run / 'result.json'}: damaged, or written by another version of azrecipe: {error!r}") from None
         print(written if written else f"{run}: there are pages for tokenizer runs and comparisons only")
     return DONE
 

@@ -41,10 +41,18 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         code = command.run_child(line)
     if code == DONE:
-        page.write(locate(recipe, arguments.runs_dir).path)
+        _page(locate(recipe, arguments.runs_dir).path)
         if not arguments.quiet:
             tables.show_run(recipe, arguments.runs_dir)
     return code
+
+
+def _page(run: Path) -> None:
+    """A page for people; that it cannot be made is no failure of a run that is complete."""
+    try:
+        page.write(run)
+    except Exception as error:
+        print(f"azrecipe: {run / 'report.html'} could not be made: {error!r}", file=sys.stderr, flush=True)
 
 
 def _worker_arguments(arguments: argparse.Namespace, step: str | None, cell: str | None) -> list[str]:
@@ -91,7 +99,7 @@ def _show(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace, 
             cells = of_cells(load_pipeline(recipe.path, parse_overrides(arguments.set))[1])
         result = comparison.compare(recipe, cells, runs_dir, failed)
         comparison.write(recipe, runs_dir, result)
-        page.write(locate(recipe, runs_dir).path)
+        _page(locate(recipe, runs_dir).path)
         if not arguments.quiet:
             tables.show_comparison(result, recipe.data["description"] or recipe.name)
     elif not arguments.quiet:

@@ -109,6 +109,10 @@ def test_another_language_is_a_few_lines_that_reach_every_step(code: str, langua
     for recipe in by_name.values():
         assert recipe.project == pipeline.project == f"{code}-llama32-1b"
     assert by_name["evaluate"].config.data.validation["target"].name == language
+    parallel = by_name["tokenizer"].config.data.parallel
+    assert parallel.text_column == f"translation.{wikipedia}"
+    assert wikipedia in parallel.name.split("-")
+    assert by_name["tokenizer"].config.show_words != load(RECIPES / "tokenizer.yaml").config.show_words
     assert by_name["evaluate"].config.prompts[0] != load(RECIPES / "evaluate.yaml").config.prompts[0]
     assert Path(by_name["sft"].config.data.datasets[0].path).resolve() == file.with_name("questions.jsonl")
     assert by_name["cpt_phase1"].config.phases == load(RECIPES / "cpt_phase1.yaml").config.phases

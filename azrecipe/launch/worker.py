@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -11,25 +12,27 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from azrecipe.errors import DONE, FAILED, SIGINT, AzrecipeError, CommandError, Interrupted, RunFailed
+from azrecipe.errors import DONE, FAILED, SIGINT, SIGTERM, AzrecipeError, CommandError, Interrupted, RunFailed
 from azrecipe.parts.failures import explain
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import open_recipe
 
+INTERRUPTED = "interrupted; what was finished is kept, and the same command goes on from there"
 EXIT_FILE = "AZRECIPE_EXIT_CODES"  # a folder where processes leave their exit codes: launchers turn every failure into 1
 
 
 def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None = None, cell: str | None = None) -> int:
     """Run one recipe in this process, whatever launched it. Returns the exit code; a failure has been told."""
     main = os.environ.get("RANK", "0") == "0"
+    before = signal.signal(signal.SIGTERM, _end)  # a training loop has its own way to end
     try:
         _work(_open(path, sets, step, cell), runs_dir)
         code = DONE
     except KeyboardInterrupt:
         code = SIGINT
-        _tell("azrecipe: interrupted before training began; nothing to save", main)
+        _tell(f"azrecipe: {INTERRUPTED}", main)
     except Exception as error:
         known = explain(error)
         code = known.exit_code if known else FAILED
@@ -37,9 +40,15 @@ def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None = Non
             traceback.print_exc()
         if main or not isinstance(known, Interrupted):  # a signal reaches all; one of them says so
             _report(_message(known or RunFailed(f"{type(error).__name__}: {error}")), main)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if EXIT_FILE in os.environ:
         Path(os.environ[EXIT_FILE], os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
     return code
+
+
+def _end(_number: int, _frame: object) -> None:
+    raise Interrupted(INTERRUPTED, SIGTERM)
 
 
 def _report(message: str, main: bool) -> None:

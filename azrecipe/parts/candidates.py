@@ -16,7 +16,7 @@ from azrecipe.parts.corpus import Located, mixed, texts
 from azrecipe.parts.extension import extensions
 from azrecipe.parts.files import read_json, whole_folder, write_json
 from azrecipe.parts.tokens import text_hash
-from azrecipe.parts.watching import say
+from azrecipe.parts.watching import peak_memory, say
 from azrecipe.parts.writing import Tally
 from azrecipe.recipe.types import Candidate
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Made = tuple["PreTrainedTokenizerBase", dict[str, Any]]
 RECORD = "candidate.json"
+PORTION = 1_000_000  # characters that a trainer is given at a time
 LEAST_CORPUS = 257  # a custom vocabulary of the 256 bytes alone has learned nothing
 
 
@@ -58,7 +59,8 @@ class Text:
             self.documents += 1
             pieces = names.split(text) if names else [text]
             self.spelled_out += len(pieces) - 1
-            yield from filter(None, pieces)
+            for piece in filter(None, pieces):
+                yield from _portions(piece)
 
     def report(self) -> dict[str, Any]:
         """What was read, for result.json."""
@@ -78,6 +80,16 @@ class Text:
                 for s, size, tally in zip(self.sources, self.bytes, self.tallies, strict=True)
             ],
         }
+
+
+def _portions(text: str) -> Iterator[str]:
+    """A text, or a very long one (a whole corpus as one .txt file) in parts that end with a line."""
+    at = 0
+    while len(text) - at > PORTION:
+        end = text.rfind("\n", at, at + PORTION) + 1 or at + PORTION
+        yield text[at:end]
+        at = end
+    yield text[at:] if at else text
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,12 @@ def make(base: PreTrainedTokenizerBase, family: Family, text: Text) -> dict[str,
     began = time.monotonic()
     made = (_custom if family.kind == "custom" else _extended)(base, family, text)
     together = sorted(family.sizes)
-    training = {**text.report(), "seconds": round(time.monotonic() - began, 2), "trained_together": together}
+    training = {
+        **text.report(),
+        "seconds": round(time.monotonic() - began, 2),
+        "peak_memory_bytes": peak_memory(),
+        "trained_together": together,
+    }
     return {name: (tokenizer, {**told, "training": training}) for name, (tokenizer, told) in made.items()}
 
 
@@ -141,13 +158,20 @@ def save(folder: Path, tokenizer: PreTrainedTokenizerBase, told: Mapping[str, An
     """Write a candidate into a folder of its own, which appears whole or not at all."""
     with whole_folder(folder) as aside:
         vocabulary.save_tokenizer(tokenizer, aside)
-        write_json(aside / RECORD, dict(told))
+        write_json(aside / RECORD, {"told": dict(told), "sizes": _sizes(aside)})
 
 
 def saved(folder: Path) -> dict[str, Any] | None:
-    """What `save` wrote beside a candidate; None where there is none."""
-    found: dict[str, Any] | None = read_json(folder / RECORD)
-    return found
+    """What was told of a candidate when it was saved; None where there is none, or its files are no longer what they were."""
+    found = read_json(folder / RECORD)
+    if found is None or found["sizes"] != _sizes(folder):
+        return None
+    told: dict[str, Any] = found["told"]
+    return told
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != RECORD}
 
 
 def least_size(base: PreTrainedTokenizerBase) -> int:

@@ -11,7 +11,7 @@ import torch
 from azrecipe.errors import CannotRun
 from azrecipe.parts.auxiliary import METHODS, Composed
 from azrecipe.parts.tokens import encode
-from azrecipe.parts.vocabulary import is_byte_level_bpe
+from azrecipe.parts.vocabulary import is_byte_level_bpe, rows_needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def swap_vocabulary(model: PreTrainedModel, old: PreTrainedTokenizerBase, new: P
     assert (start.composed is not None) == (start.method in METHODS)
     shared = shared_tokens(old, new)
     pieces = {} if start.method in ANY_TOKENIZER else _pieces(old, new, shared)
-    plan = _Plan(_extent(old), _extent(new), shared, pieces, start)
+    plan = _Plan(rows_needed(old), rows_needed(new), shared, pieces, start)
     generator = torch.Generator().manual_seed(start.seed)
     before = _matrices(model)
     after = [plan.rows(matrix.detach(), generator) for matrix in before]
@@ -106,12 +106,6 @@ def _matrices(model: PreTrainedModel) -> list[torch.Tensor]:
     if getattr(head, "bias", None) is not None:
         found.append(head.bias)
     return found
-
-
-def _extent(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The rows that a tokenizer's ids need; more than it has tokens where it leaves out ids."""
-    highest: int = max(tokenizer.get_vocab().values())
-    return highest + 1
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:

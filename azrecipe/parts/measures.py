@@ -5,6 +5,7 @@ Every measure is defined, with its source, in docs/metrics.md.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 1_000
+BLOCK = 50  # resamples worked on at a time
+UNITS = 10_000  # drawn separately at most: more make no interval better, and cost memory
 LEVEL = 95  # per cent of the resamples that an interval holds
 ALPHA = 2.5  # order of the Rényi entropy, as Zouhar et al. (2023) choose it
 TIMED = 4_000_000  # bytes of text that the encoding speed is measured on at most
 
-WORD = regex.compile(r"\S+")
+WORD = re.compile(r"\S+")  # exactly what str.split() gives
 LETTERS = regex.compile(r"\p{L}[\p{L}\p{M}]*(?:['’ʼʻ‘][\p{L}\p{M}]+)*")  # a word of letters and marks, apostrophes inside
 
 
@@ -118,7 +121,7 @@ def _count(file: str, texts: Sequence[str]) -> dict[str, Ints]:
     return found | {name: np.concatenate([part[k] for part in seen]) for k, name in enumerate(("document", "token", "times"))}
 
 
-def _pieces(pattern: regex.Pattern[str], text: str, spans: Ints) -> Ints:
+def _pieces(pattern: re.Pattern[str] | regex.Pattern[str], text: str, spans: Ints) -> Ints:
     """For each match of a pattern: how many tokens stand on it. `spans` [tokens, 2] are their characters, in order."""
     words = np.array([match.span() for match in pattern.finditer(text)], dtype=np.int64).reshape(-1, 2)
     found: Ints = np.searchsorted(spans[:, 0], words[:, 1], "left") - np.searchsorted(spans[:, 1], words[:, 0], "right")
@@ -141,19 +144,21 @@ def _partial(tokenizer: PreTrainedTokenizerBase) -> Ints:
 
 
 class Resampling:
-    """Weights of documents in each resample, the same for every tokenizer measured on a set, so that differences are paired.
+    """How often each unit stands in each resample, the same for every tokenizer measured on a set, so that differences are paired.
 
     Whole groups are drawn with replacement (Efron & Tibshirani 1993, ch. 6 and 8): documents of one source resemble each other.
+    More than UNITS groups are drawn in UNITS blocks, each of every UNITS-th one.
     """
 
     def __init__(self, groups: Sequence[str], seed: int) -> None:
-        names, group = np.unique(np.array(groups, dtype=object), return_inverse=True)
-        self.units = len(names)
-        drawn = np.random.Generator(np.random.PCG64(seed)).multinomial(self.units, np.full(self.units, 1 / self.units), RESAMPLES)
-        self.weights: Floats = drawn[:, group].astype(np.float64)  # [resamples, documents]
+        _, group = np.unique(np.array(groups, dtype=object), return_inverse=True)
+        self.unit: Ints = group % UNITS  # [documents]
+        self.units = int(self.unit.max()) + 1
+        random = np.random.Generator(np.random.PCG64(seed))
+        self.drawn = random.multinomial(self.units, np.full(self.units, 1 / self.units), RESAMPLES).astype(np.uint16)
 
     def of(self, value: float, resampled: Floats) -> dict[str, Any]:
-        """A measure with its percentile interval; none from a single group."""
+        """A measure with its percentile interval; none from a single unit."""
         if self.units < 2:
             return {"value": rounded(value), "interval": None}
         low, high = np.nanpercentile(resampled, [50 - LEVEL / 2, 50 + LEVEL / 2])
@@ -164,8 +169,12 @@ class Resampling:
         if below.sum() == 0:
             return {"value": None, "interval": None}
         with np.errstate(invalid="ignore", divide="ignore"):
-            resampled = factor * (self.weights @ above) / (self.weights @ below)
+            resampled = factor * self._sums(above) / self._sums(below)
         return self.of(factor * float(above.sum() / below.sum()), resampled)
+
+    def _sums(self, counts: Ints) -> Floats:
+        by_unit = np.bincount(self.unit, counts, minlength=self.units)
+        return np.concatenate([self.drawn[i : i + BLOCK] @ by_unit for i in range(0, RESAMPLES, BLOCK)])
 
 
 def rounded(value: float) -> float:
@@ -194,19 +203,18 @@ def _renyi(counts: Counts, vocab_size: int, resampling: Resampling) -> dict[str,
     import torch
 
     tokens, row = np.unique(counts.seen_token, return_inverse=True)
-    shape = (len(tokens), len(counts.tokens))
-    where = torch.from_numpy(np.stack([row, counts.seen_document]))
-    table = torch.sparse_coo_tensor(where, torch.from_numpy(counts.seen_times.astype(np.float64)), shape, check_invariants=False)
-    table = table.coalesce()
+    where = torch.from_numpy(np.stack([row, resampling.unit[counts.seen_document]]))
+    times = torch.from_numpy(counts.seen_times.astype(np.float64))
+    table = torch.sparse_coo_tensor(where, times, (len(tokens), resampling.units), check_invariants=False).coalesce()
 
-    def efficiency(weights: Floats) -> Floats:
-        times = torch.sparse.mm(table, torch.from_numpy(np.ascontiguousarray(weights.T)))
+    def efficiency(drawn: npt.NDArray[Any]) -> Floats:
+        times = torch.sparse.mm(table, torch.from_numpy(drawn.T.astype(np.float64)))
         shares = times / times.sum(0)
         found: Floats = (shares.pow(ALPHA).sum(0).log() / (1 - ALPHA) / np.log(vocab_size)).numpy()
         return found
 
-    value = float(efficiency(np.ones((1, shape[1])))[0])
-    blocks = [efficiency(resampling.weights[i : i + 50]) for i in range(0, RESAMPLES, 50)] if resampling.units > 1 else []
+    value = float(efficiency(np.ones((1, resampling.units)))[0])
+    blocks = [efficiency(resampling.drawn[i : i + BLOCK]) for i in range(0, RESAMPLES, BLOCK)] if resampling.units > 1 else []
     return resampling.of(value, np.concatenate(blocks) if blocks else np.zeros(0))
 
 
@@ -252,7 +260,7 @@ def cut(tokenizer: PreTrainedTokenizerBase, word: str) -> list[list[str]]:
         tokens = [_readable(token_bytes(token)) for token in encoding.tokens]
     else:
         tokens = [f" {word}"[a:b] for a, b in encoding.offsets]
-    tokens[0] = tokens[0].removeprefix(" ")
+    tokens = [tokens[0].removeprefix(" "), *tokens[1:]] if tokens else []
     pieces = [
         [token for _, token in group if token] for _, group in groupby(zip(encoding.word_ids, tokens, strict=True), lambda pair: pair[0])
     ]

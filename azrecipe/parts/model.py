@@ -13,7 +13,7 @@ from azrecipe.parts.embeddings import adopt_special_tokens
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import whole_folder
 from azrecipe.parts.hub import opening
-from azrecipe.parts.vocabulary import save_tokenizer
+from azrecipe.parts.vocabulary import rows_needed, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,9 +47,9 @@ def embedding_shape(path: str, revision: str | None = None) -> tuple[int, int, i
 
     try:
         config = AutoConfig.from_pretrained(path, revision=revision or "main").get_text_config()
-    except (OSError, ValueError):  # a tokenizer by itself
+        return int(config.vocab_size), int(config.hidden_size), 1 if config.tie_word_embeddings else 2
+    except Exception:  # a tokenizer by itself, or beside a model of another kind: what its configuration raises, it alone knows
         return None
-    return int(config.vocab_size), int(config.hidden_size), 1 if config.tie_word_embeddings else 2
 
 
 def build_model(
@@ -79,7 +79,7 @@ def build_model(
         built = AutoConfig.for_model(
             kind,
             **given,
-            vocab_size=len(tokenizer),
+            vocab_size=rows_needed(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -97,9 +97,9 @@ def build_model(
 def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Raise CommandError for a model that lacks rows for its tokenizer's tokens (padding rows beyond them are fine)."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if rows_needed(tokenizer) > rows:
         raise CommandError(
-            f"{path}: its tokenizer has {len(tokenizer):,} tokens and its embeddings {rows:,} rows: they do not belong together"
+            f"{path}: its tokenizer's ids need {rows_needed(tokenizer):,} rows and its embeddings have {rows:,}: they do not belong together"
         )
 
 

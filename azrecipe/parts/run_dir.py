@@ -170,7 +170,8 @@ def _recorded(run: RunDir, fresh: bool) -> Iterator[None]:
         yield
     except BaseException as error:
         told = explain(error)
-        if fresh and told and told.exit_code == WRONG and not any(run.path.rglob("*.safetensors")):
+        made = any(True for pattern in ("*.safetensors", "candidate.json") for _ in run.path.rglob(pattern))
+        if fresh and told and told.exit_code == WRONG and not made:
             shutil.rmtree(run.path)  # or the recipe, once corrected, would find the run of another one in its way
             raise
         state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
@@ -250,12 +251,19 @@ def _differences(old: Node | None, new: Node | None, definition: schema.Schema, 
     a, b = (node.value if node else None for node in (old, new))
     if isinstance(a, dict) and isinstance(b, dict):
         for key in {*a, *b}:
-            yield from _differences(a.get(key), b.get(key), schema.below(definition, key) or {}, (*at, key))
+            below = schema.below(definition, key) or {}
+            yield from _differences(a.get(key) or _default(below), b.get(key) or _default(below), below, (*at, key))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             yield from _differences(x, y, schema.below(definition, i) or {}, (*at, i))
     elif a != b and not _moved(a, b, definition.get("x-path")):
         yield dotted(at)
+
+
+def _default(definition: schema.Schema) -> Node | None:
+    """What a key that a recipe lacks stands for: a run made before the key was there goes on."""
+    value = schema.follow(definition).get("default")
+    return None if value is None else parse(to_yaml({"value": value}), "").get("value")
 
 
 def _moved(a: Any, b: Any, kind: str | None) -> bool:

@@ -157,18 +157,19 @@ def _until(merges: Iterable[list[str]], vocabulary: Mapping[str, int]) -> Iterat
 def with_backend(base: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerBase:
     """The base's settings, special tokens and chat template around another backend.
 
-    Raises CannotRun unless AutoTokenizer opens it, saved, as it is: some classes build a backend of their own.
+    Raises CannotRun unless AutoTokenizer opens it, saved, as it is: some classes build a backend of their own. Then, and where
+    the base is not byte-level itself, the class is transformers' general one.
     """
     made = _around(base, backend)
-    if not _opens_as_saved(made):
-        from transformers import PreTrainedTokenizerFast
+    if is_byte_level_bpe(base) and _opens_as_saved(made):
+        return made
+    from transformers import PreTrainedTokenizerFast
 
-        made = PreTrainedTokenizerFast(
-            tokenizer_object=backend, clean_up_tokenization_spaces=False, model_max_length=base.model_max_length, **base.special_tokens_map
-        )
-        made.chat_template = base.chat_template
-        if not _opens_as_saved(made):
-            raise CannotRun(f"a tokenizer made from one of class {type(base).__name__} does not open again as it was saved")
+    kept = {name: getattr(base, name) for name in ("model_max_length", "padding_side", "truncation_side", "model_input_names")}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **kept, **base.special_tokens_map)
+    made.chat_template = base.chat_template
+    if not _opens_as_saved(made):
+        raise CannotRun(f"a tokenizer made from one of class {type(base).__name__} does not open again as it was saved")
     return made
 
 
@@ -249,6 +250,12 @@ BYTES = _byte_alphabet()
 def token_bytes(token: str) -> bytes:
     """The bytes that a byte-level token stands for; an added token's name as UTF-8 where it is not in the byte alphabet."""
     return bytes(BYTES[c] for c in token) if all(c in BYTES for c in token) else token.encode()
+
+
+def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The rows of embeddings that a tokenizer's ids need: more than it has tokens where it leaves out ids."""
+    highest: int = max(tokenizer.get_vocab().values())
+    return highest + 1
 
 
 def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

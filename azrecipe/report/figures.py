@@ -55,5 +55,5 @@ def series(result: Mapping[str, Any], key: str = "fertility") -> dict[str, dict[
 
 def _family(line: Mapping[str, Any]) -> str:
     rules = line.get("pre_tokenizer", "base")
-    protected = " (protected)" if line.get("dropped_for_protection") else ""
+    protected = " (protected)" if line.get("protect") else ""
     return str(line["kind"]) + ("" if rules == "base" else f", {rules}") + protected

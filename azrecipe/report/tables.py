@@ -75,8 +75,8 @@ def _result(run: Path) -> dict[str, Any]:
 
 def _console() -> Console:
     """Tables for a file or a pipe are as wide as they need to be, up to a line that a page can hold."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
+    console = Console(highlight=False, markup=False)  # a user's words and a model's output may hold square brackets
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
 
 
 def _tokenizer(result: Mapping[str, Any]) -> None:

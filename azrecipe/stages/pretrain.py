@@ -257,7 +257,7 @@ def _padded(job: Job, net: PreTrainedModel, swap: Swap | None) -> Swap | None:
     asked, tokens = job.config.tokenizer, len(job.tokenizer)
     if asked.pad_to_multiple_of is None:
         return swap
-    padding = pad_vocabulary(net, tokens, asked.pad_to_multiple_of)
+    padding = pad_vocabulary(net, vocabulary.rows_needed(job.tokenizer), asked.pad_to_multiple_of)
     return replace(swap or Swap(tokens, tokens, tokens, 0, 0, 0, asked.new_embeddings), padding=padding)
 
 

@@ -16,8 +16,9 @@ from azrecipe.parts.files import whole_folder
 from azrecipe.parts.measures import Counts, Held, Resampling
 from azrecipe.parts.processes import Workers
 from azrecipe.parts.sources import Inputs
-from azrecipe.parts.tokens import held_out_hashes, text_hash
+from azrecipe.parts.tokens import held_out_hashes, text_hash, tokenizer_hash
 from azrecipe.parts.watching import say
+from azrecipe.parts.writing import Tally, nothing_left
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import ParallelSource, Tokenizer
 
@@ -56,16 +57,20 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     held_out = inputs.validation(config.data.validation)
     base = vocabulary.load_tokenizer(base_path, config.tokenizer.revision)
     _check_candidates(recipe, base, base_path)
-    protected = {name: inputs.located(c.protect, "candidates", name, "protect") for name, c in config.candidates.items() if c.protect}
+    shape = model.embedding_shape(base_path, config.tokenizer.revision)
     pairs = _pairs(recipe, inputs)
     known = held_out_hashes(held_out)
     for source in sources:
-        if all(text_hash(text) in known for text in texts(source)):  # stops at the first that is not
-            raise source.wrong(f"{source.title} holds no text that is not held out")
+        tally = Tally()
+        if all(text_hash(text) in known for text in texts(source, tally=tally)):  # stops at the first that is not
+            raise source.wrong(f"{source.title} holds no text that is not held out{nothing_left(tally)}")
+    protected = _protected(recipe, inputs, known)
+    run_dir.check_same(recipe, place, inputs.found)
+    place.need((len(config.candidates) + 2) * len(base.backend_tokenizer.to_str()) * 2, "writing the candidates")
 
     with run_dir.opened(recipe, place, inputs.found):
         text = candidates.Text(sources, config.training_bytes, known, vocabulary.added_names(base))
-        for family in candidates.families(config.candidates, protected):
+        for family in candidates.families(config.candidates, {name: located for name, (located, _) in protected.items()}):
             _train(base, family, text, place.path / "candidates")
         sets = {name: Held(texts, inputs.groups[name]) for name, texts in held_out.items()}
         table = []
@@ -77,7 +82,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
                     candidates.save(folder, base, {})
                 tokenizer = vocabulary.load_tokenizer(str(folder))
                 line = {"name": name, "kind": candidate.kind, "vocab_size": len(tokenizer), **(candidates.saved(folder) or {})}
-                line |= laboratory.measure(tokenizer) | _rows_added(base_path, config.tokenizer.revision, tokenizer, base)
+                line |= {"protect": protected[name][1]} if name in protected else {}
+                line |= laboratory.measure(tokenizer) | _rows_added(shape, tokenizer, base)
                 table.append(line)
                 found = ", ".join(f"{key} {measure['value']:.2f}" for key, measure in line["fertility"].items())
                 say(f"  {name}: {line['vocab_size']:,} tokens, fertility {found}")
@@ -127,6 +133,24 @@ def _check_candidates(recipe: Recipe, base: PreTrainedTokenizerBase, path: str) 
         raise RecipeError(problems)
 
 
+def _protected(recipe: Recipe, inputs: Inputs, known: frozenset[bytes]) -> dict[str, tuple[Located, dict[str, Any]]]:
+    """The text that a candidate protects, gone through once so that nothing in it is refused later, and what it holds."""
+    found: dict[str, tuple[Located, dict[str, Any]]] = {}
+    for name, candidate in recipe.config.candidates.items():
+        if candidate.protect is None:
+            continue
+        located, tally = inputs.located(candidate.protect, "candidates", name, "protect"), Tally()
+        told: dict[str, Any] = {"source": located.title, "documents": 0, "bytes": 0, "held_out_documents": 0}
+        for text in texts(located, tally=tally):
+            told["documents"] += 1
+            told["bytes"] += len(text.encode())
+            told["held_out_documents"] += text_hash(text) in known
+        if not told["documents"]:
+            raise located.wrong(f"{located.title} holds no text to protect{nothing_left(tally)}")
+        found[name] = (located, told | ({"cleaned": tally.report()} if located.cleaned else {}))
+    return found
+
+
 def _pairs(recipe: Recipe, inputs: Inputs) -> tuple[list[tuple[str, str]], list[str]] | None:
     """The parallel text (language, English) and the group of each pair."""
     source: ParallelSource | None = recipe.config.data.parallel
@@ -151,7 +175,8 @@ def _read_pairs(located: Located, source: ParallelSource) -> Iterator[tuple[str,
         for column in columns:
             value = _inside(row, column)
             if value is None:
-                raise located.wrong(f"{where}: no column '{column}'. Columns: {', '.join(row)}")
+                known = [f"{key}.{inner}" for key, below in row.items() if isinstance(below, dict) for inner in below]
+                raise located.wrong(f"{where}: no column '{column}'. Columns: {', '.join(known or row)}")
             found.append(value)
         ours, english = found[:2]
         if not isinstance(ours, str) or not isinstance(english, str):
@@ -199,7 +224,7 @@ class Laboratory:
     def measure(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """All measures of one tokenizer, those of sets as {measure: {set: {"value", "interval"}}}."""
         config: Tokenizer = self.recipe.config
-        same = vocabulary.same_vocabulary(tokenizer, self.base)
+        same = tokenizer_hash(tokenizer) == tokenizer_hash(self.base)
         counts = self.baseline if same else self._count(tokenizer)
         by_set = {
             name: measures.measures(counts[name], self.baseline[name], len(tokenizer), config.data.max_length, self.resamplings[name])
@@ -216,14 +241,14 @@ class Laboratory:
 
 
 def _rows_added(
-    path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase
+    shape: tuple[int, int, int] | None, tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase
 ) -> dict[str, int | None]:
     """What the vocabulary costs the model: rows of its embeddings against now, and parameters where its configuration is known."""
-    shape = model.embedding_shape(path, revision)
+    needed = vocabulary.rows_needed(tokenizer)
     if shape is None:
-        return {"embedding_rows_added": len(tokenizer) - len(base), "embedding_parameters_added": None}
+        return {"embedding_rows_added": needed - vocabulary.rows_needed(base), "embedding_parameters_added": None}
     rows_now, width, matrices = shape
-    added = 0 if vocabulary.same_vocabulary(tokenizer, base) else len(tokenizer) - rows_now
+    added = 0 if vocabulary.same_vocabulary(tokenizer, base) else needed - rows_now
     return {"embedding_rows_added": added, "embedding_parameters_added": added * width * matrices}
 
 

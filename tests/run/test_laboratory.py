@@ -33,7 +33,7 @@ def arguments(small: Project) -> list[str]:
         "project": "lab",
         "tokenizer.name_or_path": base,
         "data.parallel": {"path": "./pairs.jsonl", "text_column": "az", "english_column": "en", "by": "package"},
-        "show_words": ["qoca", "Bakı'da"],
+        "show_words": ["qoca", "Bakı'da", "[/b]"],
         "select": "guarded",
         **{f"candidates.{name}": candidate for name, candidate in CANDIDATES.items()},
     }
@@ -64,6 +64,12 @@ def test_every_candidate_is_measured_saved_and_shown(small: Project) -> None:
     assert found["baseline"]["tokens_vs_baseline"]["target"]["value"] == 1
     assert found["custom"]["fertility"]["target"]["value"] < found["baseline"]["fertility"]["target"]["value"]
     assert found["guarded"]["tokens_vs_baseline"]["english"] == {"value": 1.0, "interval": None}
+    assert found["guarded"]["protect"] == {
+        "source": "./english.jsonl",
+        "documents": 40,
+        "bytes": (small.folder / "english.jsonl").stat().st_size - 40 * len('{"text": ""}\n'),
+        "held_out_documents": 0,
+    }
     assert found["more"]["embedding_rows_added"] == 40
     assert found["more"]["embedding_parameters_added"] == 40 * 32  # tied: one matrix
     assert len(found["suffixes"]["words"][1]) == 1 < len(found["custom"]["words"][1])
@@ -75,6 +81,51 @@ def test_every_candidate_is_measured_saved_and_shown(small: Project) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     for word in ("qoca", "guarded", "fertility", "custom, keep_apostrophe_suffixes"):
         assert word in page
+
+
+def test_a_candidate_whose_files_were_damaged_is_made_again(small: Project) -> None:
+    small.run("tokenizer", *arguments(small))
+    run = small.folder / "runs" / "lab" / "tokenizer"
+    before, status = result(small), json.loads((run / "status.json").read_text())
+    write(run / "status.json", json.dumps({**status, "state": "running"}))
+    (run / "result.json").unlink()
+    torn = run / "candidates" / "more" / "tokenizer.json"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    kept = (run / "candidates" / "custom" / "candidate.json").stat().st_mtime_ns
+    small.run("tokenizer", *arguments(small))
+    assert list(map(timeless, result(small)["candidates"])) == list(map(timeless, before["candidates"]))
+    assert (run / "candidates" / "custom" / "candidate.json").stat().st_mtime_ns == kept
+
+
+def test_sigterm_is_told_and_what_is_made_is_kept(small: Project) -> None:
+    folder = small.folder / "runs" / "lab" / "tokenizer"
+    code = small.interrupt("tokenizer", lambda _: any(folder.glob("candidates/*/candidate.json")), signal.SIGTERM, *arguments(small))
+    status = json.loads((folder / "status.json").read_text())
+    assert (code, status["state"], status["exit_code"]) == (143, "interrupted", 143)
+    assert "what was finished is kept" in status["message"]
+    small.run("tokenizer", *arguments(small))
+
+
+def test_a_run_made_before_a_key_was_there_is_still_this_recipes(small: Project) -> None:
+    from azrecipe.recipe.write import to_yaml
+    from azrecipe.recipe.yaml_tree import parse
+
+    file = small.path("tokenizer") / "recipe.yaml"
+    old: Any = parse(file.read_text(), str(file)).plain()
+    for part, key in (("data", "max_length"), ("candidates.custom", "pre_tokenizer"), ("data.datasets.0", "normalize")):
+        below = old
+        for name in part.split("."):
+            below = below[int(name) if name.isdigit() else name]
+        del below[key]
+    write(file, to_yaml(old))
+    assert "already complete" in small.run("tokenizer")
+    assert "pre_tokenizer" in small.run("tokenizer", "--set", "candidates.custom.pre_tokenizer=llama3", code=2)
+
+
+def timeless(line: Any) -> Any:
+    """A line of the result without what differs from run to run."""
+    training = {k: v for k, v in (line.get("training") or {}).items() if k not in ("seconds", "peak_memory_bytes")}
+    return {**{k: v for k, v in line.items() if k != "encoding"}, "training": training}
 
 
 def test_a_kill_loses_no_candidate_that_was_made(small: Project) -> None:
@@ -95,10 +146,6 @@ def test_a_kill_loses_no_candidate_that_was_made(small: Project) -> None:
         for name in family:
             assert (folder / name / "candidate.json").stat().st_mtime_ns == before[folder / name / "candidate.json"]
 
-    def timeless(line: Any) -> Any:
-        training = {k: v for k, v in (line.get("training") or {}).items() if k != "seconds"}
-        return {**{k: v for k, v in line.items() if k != "encoding"}, "training": training}
-
     assert list(map(timeless, result(small)["candidates"])) == list(map(timeless, result(small, "whole")["candidates"]))
 
 
@@ -109,9 +156,17 @@ def test_a_kill_loses_no_candidate_that_was_made(small: Project) -> None:
         ("data.parallel={path: ./pairs.jsonl, text_column: az, english_column: eng}", "no column 'eng'. Columns: az, en"),
         ("data.parallel={path: ./none.jsonl, text_column: az, english_column: en}", "no such file"),
         ("candidates.guarded.protect={path: ./none.jsonl}", "no such file"),
+        ("candidates.guarded.protect={path: ./torn.jsonl}", "torn.jsonl:41:1: not a line of JSON"),
+        (
+            "candidates.guarded.protect={path: ./english.jsonl, scripts: {allow: [Cyrillic]}}",
+            "holds no text to protect (its clean-up drops 40 of 40 documents)",
+        ),
+        ("data.datasets[0].scripts={allow: [Cyrillic]}", "holds no text that is not held out (its clean-up drops 40 of 40 documents)"),
+        ('show_words=[" "]', "show_words[0]"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(small: Project, change: str, says: str) -> None:
+    write(small.folder / "torn.jsonl", (small.folder / "english.jsonl").read_text() + '{"text": "A fox')
     assert says in small.run("tokenizer", *arguments(small), "--set", change, code=2)
     assert not (small.folder / "runs" / "lab").exists()
 

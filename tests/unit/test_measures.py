@@ -6,8 +6,12 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,7 @@ from azrecipe.errors import CannotRun
 from azrecipe.parts import candidates, extension, measures, vocabulary
 from azrecipe.parts.corpus import Located
 from azrecipe.parts.measures import Resampling
+from azrecipe.parts.model import embedding_shape
 from azrecipe.parts.processes import Workers, chunked
 from azrecipe.parts.tokens import encode
 from azrecipe.parts.vocabulary import (
@@ -33,6 +38,7 @@ from azrecipe.parts.vocabulary import (
 )
 from azrecipe.recipe.types import TextSource
 from tests.conftest import TALES, jsonl, write
+from tests.small import environment
 
 TEXTS = [
     TALES[0] * 3,
@@ -174,6 +180,84 @@ def test_documents_of_one_group_are_drawn_together() -> None:
     assert together == [1.0, 3.0]
     assert apart[1] - apart[0] < 2.0
     assert Resampling(list("aaaaaa"), 1).ratio(tokens, words) == {"value": 2.0, "interval": None}
+
+
+def test_very_many_documents_are_drawn_in_blocks(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "UNITS", 3)
+    resampling = Resampling(list("abcdef"), 1)
+    assert (resampling.units, resampling.drawn.shape) == (3, (measures.RESAMPLES, 3))
+    assert resampling.unit.tolist() == [0, 1, 2, 0, 1, 2]
+    assert resampling.ratio(np.array([1, 2, 3, 3, 2, 1]), np.array([1] * 6)) == {"value": 2.0, "interval": [2.0, 2.0]}
+    counts = _count(base, TEXTS)
+    found = measures.measures(counts, counts, len(base), 64, Resampling(list("abcdef"), 1))
+    assert found["renyi_efficiency"]["interval"][0] <= found["renyi_efficiency"]["value"]
+
+
+def test_words_are_what_python_splits() -> None:
+    text = "a\x1cb\x1fc\u2028d\u00a0e\u200bf g"
+    assert [match.group() for match in measures.WORD.finditer(text)] == text.split()
+
+
+def test_a_word_of_nothing_is_cut_into_nothing() -> None:
+    assert measures.cut(_sentencepiece(), "") in ([], [["▁"]], [["_"]], [[" "]])
+
+
+def test_ids_that_are_left_out_need_rows_too(base: Any) -> None:
+    backend = json.loads(base.backend_tokenizer.to_str())
+    backend["model"]["vocab"]["zz"] = 500
+    gap = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
+    assert (len(gap), vocabulary.rows_needed(gap)) == (331, 501)
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "clip"}', "[]", '{"model_type": "llama", "vocab_size": "x"}', "{", None])
+def test_a_tokenizer_beside_no_language_model_has_no_embeddings_to_count(base: Any, tmp_path: Any, config: str | None) -> None:
+    base.save_pretrained(tmp_path)
+    if config is not None:
+        write(tmp_path / "config.json", config)
+    assert embedding_shape(str(tmp_path)) is None
+
+
+def test_a_long_text_is_read_in_parts_that_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "PORTION", 10)
+    text = "one line\nanother\n" + "a" * 25 + "\nend"
+    parts = list(candidates._portions(text))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 10
+    assert parts[0] == "one line\n"
+
+
+def test_processes_end_when_their_parent_is_killed(tmp_path: Any) -> None:
+    script = write(tmp_path / "parent.py", PARENT)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment())
+    assert parent.stdout is not None
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    assert workers
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(map(_alive, workers)):
+        time.sleep(0.1)
+    assert not any(map(_alive, workers))
+
+
+PARENT = """
+import os, time
+from azrecipe.parts.processes import Workers
+def pid(chunk):
+    time.sleep(0.2)
+    return os.getpid()
+if __name__ == "__main__":
+    with Workers(2, alone=0) as workers:
+        print(*set(workers.map(pid, (), [["x"]] * 4)), flush=True)
+        time.sleep(60)
+"""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_parts_of_characters_are_counted_and_shown(base: Any) -> None:
