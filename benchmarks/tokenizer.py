@@ -149,13 +149,18 @@ def main() -> None:
                     f"training, {arguments.vocab_size:,} tokens on {arguments.megabytes} MB: bare {a[0]:.1f} s, ours {b[0]:.1f} s, ratio {b[0] / a[0]:.2f}"
                 )
         if "memory" in arguments.only:
+            middle = Path(folder, "middle.jsonl")
+            make_text(middle, 3 * arguments.megabytes)
             make_text(large, arguments.large)
-            for function, size in (("ours", [32_000]), ("extension", [8_000])):
-                a, b = alone(function, small, size), alone(function, large, size)
+            sizes = {"ours": (large, arguments.large, [32_000]), "extension": (middle, 3 * arguments.megabytes, [8_000])}
+            for function, (other, megabytes, size) in sizes.items():
+                a, b = alone(function, small, size), alone(function, other, size)
                 print(
-                    f"memory, {function}: {arguments.megabytes} MB {a[1] / 1e6:.0f} MB, {arguments.large} MB {b[1] / 1e6:.0f} MB, ratio {b[1] / a[1]:.2f}; {a[0]:.0f} s and {b[0]:.0f} s"
+                    f"memory, {function}: {arguments.megabytes} MB {a[1] / 1e6:.0f} MB, {megabytes} MB {b[1] / 1e6:.0f} MB, "
+                    f"ratio {b[1] / a[1]:.2f}; {a[0]:.0f} s and {b[0]:.0f} s",
+                    flush=True,
                 )
-            for file in (small, large):
+            for file in (small, middle, large):
                 print(f"  distinct words in {file.stem}: {len({w for text in read(file) for w in text.split()}):,}")
         if "sweep" in arguments.only:
             sizes = list(SIZES)

@@ -33,13 +33,18 @@ def validate(paths: Sequence[Path], overrides: Sequence[Override] = ()) -> Repor
     reached: set[Path] = set()
     for path in _files(paths, problems):
         try:
-            composed = compose(path, overrides)
+            composed = compose(path, [o for o in overrides if o.step is None])
             if composed.fragment:
                 fragments[path.resolve()] = True
                 continue
             reached |= {file.resolve() for file in composed.files}
             recipe = from_composed(path, composed)
-            wrong = resolve(recipe)[1] if recipe.stage == "pipeline" else lone_candidate(recipe)
+            of_steps = [o for o in overrides if o.step is not None]
+            if recipe.stage == "pipeline":
+                wrong = resolve(recipe, of_steps)[1]
+            else:
+                wrong = [Problem(o.node.at, f"{o.step}: names a step, and {shown(path)} is no pipeline") for o in of_steps]
+                wrong = wrong or lone_candidate(recipe)
             problems += wrong
             if not wrong:
                 valid.append(shown(path))

@@ -222,3 +222,16 @@ def test_a_text_that_is_missing_in_any_cell_is_told_before_the_first_step_runs(c
     for file in ("gone.txt", "pairs.jsonl", "lost.txt"):
         assert done.err.count(f"no such file: ./{file}") == 1, done.err
     assert not Path("runs").exists()
+
+
+def test_validate_takes_a_key_of_a_step_as_run_does() -> None:
+    from azrecipe.recipe.overrides import parse_overrides
+    from azrecipe.recipe.validate import validate
+    from tests.conftest import ROOT
+
+    study = ROOT / "recipes" / "vocabulary_study.yaml"
+    assert validate([study], parse_overrides(["cpt_by_bytes.yaml:tokenizer.new_embeddings=mean"])).problems == []
+    wrong = validate([study], parse_overrides(["cpt_by_bytes.yaml:tokenizer.new_embeddings=maen"])).problems
+    assert "did you mean 'mean'?" in str(wrong[0])
+    lone = validate([ROOT / "recipes" / "cpt.yaml"], parse_overrides(["cpt.yaml:seed=1"])).problems
+    assert "names a step" in str(lone[0])
