@@ -145,7 +145,7 @@ def test_the_nearer_declaration_of_a_variable_wins() -> None:
     ("text", "sets", "message"),
     [
         ("x: ${v}", (), "r.yaml:1:4: variable 'v' is not defined. This recipe declares no variables"),
-        ('variables: {a: x, b: "${a}"}\nx: ${b}', (), "r.yaml:1:21: variable 'b' takes another variable"),
+        ('variables: {a: x, b: "${a}"}\nx: ${b}', (), "r.yaml:1:22: variable 'b' takes another variable"),
         ("variables: {lang: az}\nx: ${lnag}", (), "r.yaml:2:4: variable 'lnag' is not defined; did you mean 'lang'? Declared: lang"),
         ("extends: base.yaml\nvariables: {langage: az}", (), "variable 'langage' is declared by nothing and used by nothing; did you mean"),
         ("extends: base.yaml\n", ("variables.langage=az",), "--set variables.langage=az: variable 'langage' is declared by nothing"),
