@@ -152,7 +152,11 @@ def main() -> None:
             middle = Path(folder, "middle.jsonl")
             make_text(middle, 3 * arguments.megabytes)
             make_text(large, arguments.large)
-            sizes = {"ours": (large, arguments.large, [32_000]), "extension": (middle, 3 * arguments.megabytes, [8_000])}
+            sizes: dict[str, tuple[Path, int, Any]] = {
+                "bare": (large, arguments.large, 32_000),
+                "ours": (large, arguments.large, [32_000]),
+                "extension": (middle, 3 * arguments.megabytes, [8_000]),
+            }
             for function, (other, megabytes, size) in sizes.items():
                 a, b = alone(function, small, size), alone(function, other, size)
                 print(

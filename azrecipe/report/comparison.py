@@ -96,7 +96,7 @@ def _row(chain: Sequence[Recipe], runs_dir: Path) -> dict[str, Any]:
         "parameters": results[-1]["parameters"],
         **total,
         "rounding": sum(phase["bytes"] / phase["steps"] for phase in phases),
-        "training_seconds": round(seconds, 2),
+        "training_seconds": round(seconds, 4),
         "tokens_per_second": round(total["tokens"] / seconds, 1),
         "bytes_per_second": round(total["bytes"] / seconds, 1),
     }
