@@ -97,10 +97,10 @@ def build_model(
 def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Raise CommandError for a model that lacks rows for its tokenizer's tokens (padding rows beyond them are fine)."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if rows_needed(tokenizer) > rows:
-        raise CommandError(
-            f"{path}: its tokenizer's ids need {rows_needed(tokenizer):,} rows and its embeddings have {rows:,}: they do not belong together"
-        )
+    needed = rows_needed(tokenizer)
+    if needed > rows:
+        has = f"has {needed:,} tokens" if needed == len(tokenizer) else f"has ids up to {needed - 1:,}"
+        raise CommandError(f"{path}: its tokenizer {has} and its embeddings {rows:,} rows: they do not belong together")
 
 
 def count(model: torch.nn.Module) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from tests.conftest import jsonl, write
+from tests.conftest import Done, jsonl, write
 from tests.small import Project
 
 PER_SET = ("fertility", "bytes_per_token", "characters_per_token", "words_in_window", "strr", "continued_words", "renyi_efficiency",
@@ -83,27 +84,12 @@ def test_every_candidate_is_measured_saved_and_shown(small: Project) -> None:
         assert word in page
 
 
-def test_a_candidate_whose_files_were_damaged_is_made_again(small: Project) -> None:
-    small.run("tokenizer", *arguments(small))
-    run = small.folder / "runs" / "lab" / "tokenizer"
-    before, status = result(small), json.loads((run / "status.json").read_text())
-    write(run / "status.json", json.dumps({**status, "state": "running"}))
-    (run / "result.json").unlink()
-    torn = run / "candidates" / "more" / "tokenizer.json"
-    torn.write_bytes(torn.read_bytes()[:1000])
-    kept = (run / "candidates" / "custom" / "candidate.json").stat().st_mtime_ns
-    small.run("tokenizer", *arguments(small))
-    assert list(map(timeless, result(small)["candidates"])) == list(map(timeless, before["candidates"]))
-    assert (run / "candidates" / "custom" / "candidate.json").stat().st_mtime_ns == kept
-
-
 def test_sigterm_is_told_and_what_is_made_is_kept(small: Project) -> None:
     folder = small.folder / "runs" / "lab" / "tokenizer"
     code = small.interrupt("tokenizer", lambda _: any(folder.glob("candidates/*/candidate.json")), signal.SIGTERM, *arguments(small))
     status = json.loads((folder / "status.json").read_text())
     assert (code, status["state"], status["exit_code"]) == (143, "interrupted", 143)
     assert "what was finished is kept" in status["message"]
-    small.run("tokenizer", *arguments(small))
 
 
 def test_a_run_made_before_a_key_was_there_is_still_this_recipes(small: Project) -> None:
@@ -128,16 +114,19 @@ def timeless(line: Any) -> Any:
     return {**{k: v for k, v in line.items() if k != "encoding"}, "training": training}
 
 
-def test_a_kill_loses_no_candidate_that_was_made(small: Project) -> None:
+def test_a_kill_loses_no_candidate_that_was_made_and_a_damaged_one_is_made_again(small: Project) -> None:
     given = arguments(small)
     small.run("tokenizer", *given, runs="whole")
 
-    def one_family_is_saved(_: Path) -> bool:
-        return any((small.folder / "runs" / "lab" / "tokenizer" / "candidates").glob("*/candidate.json"))
-
-    assert small.interrupt("tokenizer", one_family_is_saved, signal.SIGKILL, *given) == -signal.SIGKILL
     folder = small.folder / "runs" / "lab" / "tokenizer" / "candidates"
-    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/candidate.json")}
+
+    def two_families_are_saved(_: Path) -> bool:
+        return (folder / "suffixes" / "candidate.json").exists()
+
+    assert small.interrupt("tokenizer", two_families_are_saved, signal.SIGKILL, *given) == -signal.SIGKILL
+    torn = folder / "suffixes" / "tokenizer.json"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/candidate.json") if p.parent.name != "suffixes"}
     assert before
     small.run("tokenizer", *given)
     families = [["custom", "custom_small"], ["suffixes"], ["more"], ["guarded"]]
@@ -165,9 +154,14 @@ def test_a_kill_loses_no_candidate_that_was_made(small: Project) -> None:
         ('show_words=[" "]', "show_words[0]"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_trained(small: Project, change: str, says: str) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    small: Project, cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, change: str, says: str
+) -> None:
     write(small.folder / "torn.jsonl", (small.folder / "english.jsonl").read_text() + '{"text": "A fox')
-    assert says in small.run("tokenizer", *arguments(small), "--set", change, code=2)
+    monkeypatch.chdir(small.folder)
+    done = cli("run", "tokenizer.yaml", *arguments(small), "--set", change)
+    assert done.code == 2
+    assert says in done.text
     assert not (small.folder / "runs" / "lab").exists()
 
 

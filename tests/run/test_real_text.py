@@ -38,13 +38,13 @@ def test_the_whole_job_on_real_azerbaijani(llama3: Path, tmp_path: Path) -> None
         f"variables.tokenizer={llama3}",
     ]
     settings += [f"{step}:phases[0].max_steps={n}" for step, n in steps.items()]
-    settings += ["sft.yaml:training.max_steps=4", "tokenizer.yaml:candidates.custom_16k=null"]
+    settings += ["sft.yaml:training.max_steps=4", "tokenizer.yaml:candidates.custom_16k=null", "tokenizer.yaml:candidates.custom_4k=null"]
     settings += [
         "pretrain.yaml:training.global_batch_size=2",
         "evaluate.yaml:prompts=[Azərbaycan]",
         "evaluate.yaml:generation.max_new_tokens=8",
     ]
-    settings += [f"{step}:data.validation.{name}.max_bytes=20000" for step in (*steps, "evaluate.yaml") for name in ("target", "english")]
+    settings += [f"{step}:data.validation.{name}.max_bytes=10000" for step in (*steps, "evaluate.yaml") for name in ("target", "english")]
     command = [sys.executable, "-m", "azrecipe", "run", str(ROOT / "recipes" / "own_text" / "pipeline.yaml")]
     for setting in settings:
         command += ["--set", setting]
