@@ -159,7 +159,7 @@ def compose(
     body = {k: substitution.apply(n) for k, n in merged.value.items() if k != "variables"}
     if "variables" in merged.value:
         body["variables"] = merged.value["variables"]
-    problems += [*dict.fromkeys(substitution.problems), *_undeclared(files, overrides, substitution.used), *_nested(declared)]
+    problems += [*dict.fromkeys(substitution.problems), *_undeclared(files, overrides, substitution.used | _mentioned(files)), *_nested(declared)]
     fragment = files[0][1].get("fragment")
     return Composed(
         root=replace(merged, value=body),
@@ -183,6 +183,14 @@ def _nested(declared: Mapping[str, Node]) -> list[Problem]:
         for name, node in declared.items()
         if isinstance(node.value, str) and "${" in node.value.replace("$${", "")
     ]
+
+
+def _mentioned(files: list[tuple[Path, Node]]) -> set[str]:
+    """Variables that stand in any of the files, also in a value that is replaced further down or on the command line."""
+    every = _Substitution({})
+    for _, root in files:
+        every.apply(root)
+    return every.used
 
 
 def _undeclared(files: list[tuple[Path, Node]], overrides: Sequence[Override], used: set[str]) -> list[Problem]:

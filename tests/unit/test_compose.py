@@ -368,3 +368,10 @@ phases: [{name: a, trainable_parameters: [all], learning_rate: 5, max_steps: 1}]
     for part in ("variable 'bsae' is not defined", "unknown key 'max_lenght'", "learning_rate = 5 is too large"):
         assert part in done.out
     assert len(done.out.splitlines()) == 3
+
+
+def test_a_variable_whose_only_use_is_replaced_is_no_misspelling(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "fragment: true\nx: 1\n")
+    write(tmp_path / "text.yaml", "fragment: true\nextends: base.yaml\nvariables: {lang: az}\ndata: {name: '${lang}'}\n")
+    write(tmp_path / "r.yaml", "extends: text.yaml\n")
+    assert compose(tmp_path / "r.yaml", parse_overrides(["data=null"])).problems == ()
