@@ -33,7 +33,7 @@ lint: $(READY)
 
 test: lint
 	@echo "==> pytest"
-	@.venv/bin/python -m pytest -q
+	@.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile
 
 clean:
 	rm -rf .venv runs dist build
