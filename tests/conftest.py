@@ -28,6 +28,13 @@ TALES = (
     "The miller had three sons and one mill. The eldest took the mill, the youngest took the cat. ",
     "Yay gələndə uşaqlar çayın qırağında oynayar, axşam evə qayıdardılar. ",
 )
+TOKENIZER = """\
+stage: tokenizer
+project: p
+tokenizer: {name_or_path: ./llama}
+data: {datasets: [{path: text.txt}], validation: {target: {path: heldout.txt}}}
+candidates: {baseline: {kind: baseline}, custom: {kind: custom, vocab_size: 300}}
+"""
 QUESTIONS = [
     {"messages": [{"role": "user", "content": f"Bu neçədir: {n} + {n}?"}, {"role": "assistant", "content": f"Cavab {n + n} edir."}]}
     for n in range(12)

@@ -21,7 +21,7 @@ import pytest
 from azrecipe.recipe.validate import validate
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import parse
-from tests.conftest import QUESTIONS, TALES, Done, jsonl, run_command, write
+from tests.conftest import QUESTIONS, TALES, TOKENIZER, Done, jsonl, run_command, write
 
 HEAD = """\
 stage: pretrain
@@ -55,13 +55,6 @@ model: {name_or_path: ./llama}
 chat_template: llama3
 data: {datasets: [{path: questions.jsonl}]}
 training: {learning_rate: 1e-3, max_steps: 1, global_batch_size: 2, precision: float32}
-"""
-TOKENIZER = """\
-stage: tokenizer
-project: p
-tokenizer: {name_or_path: ./llama}
-data: {datasets: [{path: text.txt}], validation: {target: {path: heldout.txt}}}
-candidates: {baseline: {kind: baseline}, custom: {kind: custom, vocab_size: 300}}
 """
 EVALUATE = """\
 stage: evaluate

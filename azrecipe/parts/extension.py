@@ -6,11 +6,8 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from tokenizers import Tokenizer
 
 from azrecipe.errors import CannotRun
 from azrecipe.parts.processes import Workers, chunked
+from azrecipe.parts.tokens import on_disk, reader
 from azrecipe.parts.vocabulary import LEAST, is_byte_level_bpe, with_backend
 
 if TYPE_CHECKING:
@@ -102,26 +100,15 @@ def _cuts(base: PreTrainedTokenizerBase, texts: Iterable[str], spelled_out: Sequ
     `spelled_out`: how special tokens in the texts are read, as text (True) or as tokens; the counts of all ways are added up.
     """
     counts: Counter[bytes] = Counter()
-    with TemporaryDirectory() as folder, Workers() as workers:
-        file = str(Path(folder, "tokenizer.json"))
-        Path(file).write_text(base.backend_tokenizer.to_str(), encoding="utf-8")
+    with on_disk(base) as file, Workers() as workers:
         for found in workers.map(_cut, (file, tuple(spelled_out)), chunked(texts)):
             counts.update(found)
     return counts
 
 
-@lru_cache(maxsize=1)
-def _reader(file: str) -> Any:
-    """A copy of the base's backend that cuts whole texts."""
-    backend = Tokenizer.from_file(file)
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
 def _cut(file: str, spelled_out: Sequence[bool], texts: list[str]) -> Counter[bytes]:
     counts: Counter[bytes] = Counter()
-    backend = _reader(file)
+    backend = reader(file)
     for backend.encode_special_tokens in spelled_out:
         for encoding in backend.encode_batch(texts, add_special_tokens=False):
             ids = np.array(encoding.ids, dtype=np.uint32).tobytes()

@@ -9,20 +9,16 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby, repeat
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import regex
-from tokenizers import Tokenizer
 
 from azrecipe.parts.processes import Workers, chunked
-from azrecipe.parts.tokens import encode
-from azrecipe.parts.vocabulary import is_byte_level_bpe, token_bytes
+from azrecipe.parts.tokens import encode, on_disk, reader
+from azrecipe.parts.vocabulary import is_byte_level_bpe, rows_needed, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,9 +74,7 @@ SUMS = ("tokens", "words", "bytes", "characters", "letter_words", "whole_words",
 def count(workers: Workers, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[str]]) -> dict[str, Counts]:
     """Cut each set's documents, as plain text without special tokens, and count."""
     partial = _partial(tokenizer)
-    with TemporaryDirectory() as folder:  # a tokenizer is large: each process reads it once
-        file = str(Path(folder, "tokenizer.json"))
-        Path(file).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    with on_disk(tokenizer) as file:
         return {name: _put_together(list(workers.map(_count, (file,), chunked(texts))), partial) for name, texts in sets.items()}
 
 
@@ -93,17 +87,9 @@ def _put_together(rows: Sequence[Mapping[str, Ints]], partial: Ints) -> Counts:
     return Counts(**sums, partial=parts, seen_document=document, seen_token=token, seen_times=times)
 
 
-@lru_cache(maxsize=1)
-def _opened(file: str) -> Any:
-    backend = Tokenizer.from_file(file)
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
 def _count(file: str, texts: Sequence[str]) -> dict[str, Ints]:
-    backend = _opened(file)
+    backend = reader(file)
+    backend.encode_special_tokens = True
     encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     back = backend.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
     sums = np.zeros((len(SUMS), len(texts)), dtype=np.int64)
@@ -131,7 +117,7 @@ def _pieces(pattern: re.Pattern[str] | regex.Pattern[str], text: str, spans: Int
 def _partial(tokenizer: PreTrainedTokenizerBase) -> Ints:
     """For each id, 1 if the token is no whole number of characters; for a tokenizer that is not byte-level, if it is unknown."""
     vocabulary = tokenizer.get_vocab()
-    flags = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    flags = np.zeros(rows_needed(tokenizer), dtype=np.int64)
     if is_byte_level_bpe(tokenizer):
         for token, i in vocabulary.items():
             try:

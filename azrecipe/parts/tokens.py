@@ -12,9 +12,12 @@ import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from azrecipe.parts.files import locked, read_json, whole_folder, write_json
 from azrecipe.parts.writing import Tally, nothing_left
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
@@ -65,6 +69,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
+
+
+@contextmanager
+def on_disk(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """A file that other processes open a tokenizer from with `reader`: it is large, and each reads it once."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "tokenizer.json")
+        file.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+        yield str(file)
+
+
+@lru_cache(maxsize=1)
+def reader(file: str) -> Tokenizer:
+    """The backend in a file, set to cut whole texts; how it reads special tokens in them is the caller's to set."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(file)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def chunks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -159,7 +159,11 @@ def compose(
     body = {k: substitution.apply(n) for k, n in merged.value.items() if k != "variables"}
     if "variables" in merged.value:
         body["variables"] = merged.value["variables"]
-    problems += [*dict.fromkeys(substitution.problems), *_undeclared(files, overrides, substitution.used | _mentioned(files)), *_nested(declared)]
+    problems += [
+        *dict.fromkeys(substitution.problems),
+        *_undeclared(files, overrides, substitution.used | _mentioned(files)),
+        *_nested(declared),
+    ]
     fragment = files[0][1].get("fragment")
     return Composed(
         root=replace(merged, value=body),

@@ -53,6 +53,14 @@ def series(result: Mapping[str, Any], key: str = "fertility") -> dict[str, dict[
     return panels
 
 
+def axes(result: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """A comparison's points of training and its held-out sets, the ranked one first."""
+    found = [row["bpb_after"] for row in result["ranking"]]
+    points = list(dict.fromkeys(point for after in found for point in after))
+    sets = list(dict.fromkeys([result["dataset"], *(name for after in found for values in after.values() for name in values)]))
+    return points, sets
+
+
 def _family(line: Mapping[str, Any]) -> str:
     rules = line.get("pre_tokenizer", "base")
     protected = " (protected)" if line.get("protect") else ""

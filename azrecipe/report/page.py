@@ -10,7 +10,7 @@ from typing import Any
 
 from azrecipe.parts.files import read_json, write_text
 from azrecipe.report import plots
-from azrecipe.report.figures import MEASURES, PERCENT, number, series, with_interval
+from azrecipe.report.figures import MEASURES, PERCENT, axes, number, series, with_interval
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; }
@@ -99,8 +99,7 @@ def _pieces(cut: Sequence[Sequence[str]]) -> str:
 def _comparison(result: Mapping[str, Any]) -> list[str]:
     """A matrix' cells ranked, what each read and cost, and those that are not finished."""
     rows = result["ranking"]
-    points = list(dict.fromkeys(point for row in rows for point in row["bpb_after"]))
-    sets = list(dict.fromkeys([result["dataset"], *(name for row in rows for found in row["bpb_after"].values() for name in found)]))
+    points, sets = axes(result)
     found = [f"<p>Cells ranked by bits per byte on {escape(result['dataset'])}, lowest first.</p>"]
     for name in sets:
         values = [[row["bpb_after"].get(point, {}).get(name) for point in points] for row in rows]

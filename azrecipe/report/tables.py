@@ -39,8 +39,7 @@ def show_pipeline(pipeline: Recipe, recipes: Sequence[Recipe], runs_dir: Path) -
 def show_comparison(result: Mapping[str, Any], title: str) -> None:
     """A matrix' cells ranked, what each has read and cost, and the cells that are not finished."""
     rows, console = result["ranking"], _console()
-    points = list(dict.fromkeys(point for row in rows for point in row["bpb_after"]))
-    sets = list(dict.fromkeys([result["dataset"], *(name for row in rows for found in row["bpb_after"].values() for name in found)]))
+    points, sets = figures.axes(result)
     table = Table(title=f"{title}: bits per byte, ranked on {result['dataset']}", caption=result["definitions"]["bpb"])
     table.add_column("cell")
     for name in ("vocabulary", "parameters", *(f"{name}\n{point}" for name in sets for point in points)):

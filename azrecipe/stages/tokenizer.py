@@ -216,6 +216,7 @@ class Laboratory:
         seed = self.recipe.config.seed
         self.resamplings = {name: Resampling(held.groups, seed) for name, held in self.sets.items()}
         self.pair_resampling = Resampling(self.pairs[1], seed) if self.pairs else None
+        self.base_hash = tokenizer_hash(self.base)
         self.baseline = self._count(self.base)
 
     def _count(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Counts]:
@@ -224,7 +225,7 @@ class Laboratory:
     def measure(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """All measures of one tokenizer, those of sets as {measure: {set: {"value", "interval"}}}."""
         config: Tokenizer = self.recipe.config
-        same = tokenizer_hash(tokenizer) == tokenizer_hash(self.base)
+        same = tokenizer_hash(tokenizer) == self.base_hash
         counts = self.baseline if same else self._count(tokenizer)
         by_set = {
             name: measures.measures(counts[name], self.baseline[name], len(tokenizer), config.data.max_length, self.resamplings[name])

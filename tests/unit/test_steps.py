@@ -13,15 +13,8 @@ from azrecipe.recipe.compose import compose
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import load_pipeline, open_recipe
-from tests.conftest import Done, write
+from tests.conftest import TOKENIZER, Done, write
 
-TOKENIZER = """\
-stage: tokenizer
-project: p
-tokenizer: {name_or_path: ./llama}
-data: {datasets: [{path: text.txt}], validation: {target: {path: heldout.txt}}}
-candidates: {baseline: {kind: baseline}, custom: {kind: custom, vocab_size: 300}}
-"""
 CPT = """\
 stage: pretrain
 project: p
