@@ -26,6 +26,13 @@ class Scripts:
 
 
 @dataclass(frozen=True)
+class Filters:
+    min_characters: int | None = None
+    max_characters: int | None = None
+    repetition: bool = False
+
+
+@dataclass(frozen=True)
 class Source:
     """Common to every kind of dataset entry."""
 
@@ -49,6 +56,7 @@ class ValidationSource(Source):
 class TextSource(ValidationSource):
     weight: float = 1.0
     max_epochs: float | None = None
+    filters: Filters | None = None
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,23 @@ class PretrainTokenizer(ModelSource):
 
 
 @dataclass(frozen=True)
+class Deduplication:
+    method: str
+    threshold: float
+    ngram_size: int
+    num_perm: int
+
+
+@dataclass(frozen=True)
 class PretrainData:
     max_length: int
+    packing: bool
+    packing_strategy: str
     datasets: list[TextSource]
     validation: Mapping[str, ValidationSource]
+    stopping_strategy: str
+    sampling_temperature: float | None = None
+    deduplication: Deduplication | None = None
     continue_from: str | None = None
 
 
@@ -96,6 +117,33 @@ class Phase:
     max_tokens: int | None = None
     max_bytes: int | None = None
     num_train_epochs: float | None = None
+    lr_scheduler_type: str | None = None
+    decay_ratio: float | None = None
+    min_lr_ratio: float | None = None
+    warmup_ratio: float | None = None
+    optim: str | None = None
+    weight_decay: float | None = None
+    adam_beta1: float | None = None
+    adam_beta2: float | None = None
+    adam_epsilon: float | None = None
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class LigerKernels:
+    rope: bool | None = None
+    rms_norm: bool | None = None
+    swiglu: bool | None = None
+    geglu: bool | None = None
+    layer_norm: bool | None = None
+    cross_entropy: bool | None = None
+    fused_linear_cross_entropy: bool | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    start_step: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +154,9 @@ class Training:
     per_device_train_batch_size: int
     per_device_eval_batch_size: int
     lr_scheduler_type: str
+    decay_ratio: float
+    min_lr_ratio: float
+    optim: str
     warmup_ratio: float
     weight_decay: float
     adam_beta1: float
@@ -114,6 +165,7 @@ class Training:
     max_grad_norm: float
     precision: str
     use_liger_kernel: bool
+    torch_compile: bool
     activation_checkpointing: bool
     logging_steps: int
     save_steps: int
@@ -121,6 +173,15 @@ class Training:
     report_to: list[str]
     trainer_arguments: dict[str, Any]
     eval_steps: int | None = None
+    liger_kernel_config: LigerKernels | None = None
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainTraining(Training):
+    on_bad_loss: str
+    loss_spike_factor: float | None = None
+    fused_linear_cross_entropy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +194,7 @@ class Pretrain:
     tokenizer: PretrainTokenizer
     data: PretrainData
     phases: list[Phase]
-    training: Training
+    training: PretrainTraining
 
 
 @dataclass(frozen=True)
