@@ -50,6 +50,10 @@ class RunFailed(AzrecipeError):
     """The run was right to start and failed (exit code 1)."""
 
 
+class AllFailed(RunFailed):
+    """Every process of the run failed for the same reason at the same place: the main one tells it for all."""
+
+
 @dataclass
 class RecipeError(AzrecipeError):
     """The recipe or the command is wrong and nothing was started (exit code 2). Holds every problem found."""

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from azrecipe.errors import DONE, FAILED, SIGINT, SIGTERM, AzrecipeError, CommandError, Interrupted, RunFailed
+from azrecipe.errors import DONE, FAILED, SIGINT, SIGTERM, AllFailed, AzrecipeError, CommandError, Interrupted, RunFailed
 from azrecipe.parts.failures import explain
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
@@ -38,7 +38,7 @@ def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None = Non
         code = known.exit_code if known else FAILED
         if known is None:
             traceback.print_exc()
-        if main or not isinstance(known, Interrupted):  # a signal reaches all; one of them says so
+        if main or not isinstance(known, Interrupted | AllFailed):  # what reaches all, one of them says
             _report(_message(known or RunFailed(f"{type(error).__name__}: {error}")), main)
     finally:
         signal.signal(signal.SIGTERM, before)

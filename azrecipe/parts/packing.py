@@ -88,6 +88,13 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
         after = [] if self.marks.eos is None else [self.marks.eos]
         return np.concatenate([np.asarray(before, np.int64), tokens, np.asarray(after, np.int64)])
 
+    def documents_of(self, index: int) -> list[tuple[int, int, int, int]]:
+        """What stands in a sequence: (source, document of it, its first token here, tokens)."""
+        begin = self.start_token + index * self.max_length
+        first = int(np.searchsorted(self.order.token_ends, begin, side="right"))
+        last = int(np.searchsorted(self.order.token_ends, begin + self.max_length - 1, side="right"))
+        return [(int(self.order.source[n]), int(self.order.document[n]), 0, 0) for n in range(first, last + 1)]
+
     def bytes_until(self, sequences: int) -> int:
         """Bytes of text in the first `sequences` sequences; a document that is cut counts in proportion."""
         return bytes_at(self.order, self.start_token + sequences * self.max_length) - bytes_at(self.order, self.start_token)

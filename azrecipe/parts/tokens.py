@@ -54,6 +54,9 @@ class Store:
     def bytes(self) -> int:
         return int(self.sizes.sum())
 
+    def document(self, n: int) -> npt.NDArray[np.uint32]:
+        return self.tokens[self.offsets[n] : self.offsets[n + 1]]
+
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """A name for what a tokenizer does to text."""

@@ -119,8 +119,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         assert self.trainer is not None
         folder = Path(args.output_dir)
         self.trainer.accelerator.wait_for_everyone()
-        if self.backend.main:
-            checkpoint.seal(folder / f"checkpoint-{state.global_step}")
+        written, saver = folder / f"checkpoint-{state.global_step}", getattr(self.trainer, "saver", None)
+        if self.backend.main and saver is not None:
+            saver.start(written, self.keep)
+        elif self.backend.main:
+            checkpoint.seal(written)
             checkpoint.rotate(folder, self.keep)
         self.trainer.accelerator.wait_for_everyone()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +20,11 @@ from azrecipe.parts import auxiliary, corpus, liger, metrics, model, phases, run
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
+from azrecipe.parts.guard import Guard, GuardedTrainer
 from azrecipe.parts.mixing import Mix
-from azrecipe.parts.packing import borders, collate
+from azrecipe.parts.packing import PackedText, borders, collate
 from azrecipe.parts.run_dir import connect
+from azrecipe.parts.saving import BackgroundSaving, Saver
 from azrecipe.parts.schedule import Position, Schedule, plan
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import held_out_hashes, store
@@ -261,12 +264,15 @@ def _padded(job: Job, net: PreTrainedModel, swap: Swap | None) -> Swap | None:
     return replace(swap or Swap(tokens, tokens, tokens, 0, 0, 0, asked.new_embeddings), padding=padding)
 
 
-class TextTrainer(Trainer):  # type: ignore[misc]
-    """transformers.Trainer that measures bits per byte instead of a loss a token."""
+class TextTrainer(BackgroundSaving, GuardedTrainer):
+    """transformers.Trainer that measures bits per byte instead of a loss a token, watches its steps and saves beside training."""
 
-    def __init__(self, job: Job, **arguments: Any) -> None:
+    def __init__(self, job: Job, guard: Guard, **arguments: Any) -> None:
         self.job = job
         super().__init__(**arguments, eval_dataset=dict(job.held_out))
+        self.add_callback(guard)
+        self.guard, guard.trainer = guard, self
+        self.saver = None if job.backend.sharded else Saver()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """BPB on each validation set, logged as eval_<name>_bpb."""
@@ -294,10 +300,12 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
     )
     meter = Meter(planned.name, job.schedule.tokens_per_step, lambda step: data.bytes_until(step * config.training.global_batch_size))
     arguments = training.arguments(config.training, loop, job.backend)
+    guard = Guard(job.backend, job.place.path, planned.name, lambda sequence: _documents(job, data, sequence))
+    guard.skip, guard.factor = config.training.on_bad_loss == "skip", config.training.loss_spike_factor or math.inf
 
     def make(callbacks: list[Any]) -> Trainer:
         args = training.checked(TrainingArguments, **arguments, train_sampling_strategy="sequential")
-        return TextTrainer(job, model=net, train_dataset=data, data_collator=collate, callbacks=callbacks, args=args)
+        return TextTrainer(job, guard, model=net, train_dataset=data, data_collator=collate, callbacks=callbacks, args=args)
 
     trainer, happened = training.train(make, loop, meter, job.backend, config.training.save_total_limit)
     job.measure(planned.name, _whole(trainer, job), job.tokenizer)
@@ -311,12 +319,23 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
         "bytes": data.bytes_until(len(data)),
         "trainable_parameters": trained.trainable,
         "learning_rate": planned.phase.learning_rate,
+        "skipped_steps": [step + 1 for step in guard.skipped],
+        **(trainer.saver.seconds if trainer.saver else {}),
     }
     job.record.note(phases={**job.record.data["phases"], planned.name: happened})
     if main and nth + 1 < len(job.schedule.phases):
         shutil.rmtree(loop.folder, ignore_errors=True)  # the phase is done: nothing resumes from inside it
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
+
+
+def _documents(job: Job, data: PackedText, sequence: int) -> list[dict[str, Any]]:
+    """The documents in a training sequence, as a person finds them again: source, number in it, how they begin."""
+    found = []
+    for source, document, _first, tokens in data.documents_of(sequence):
+        begin = job.tokenizer.decode(job.schedule.mix.stores[source].document(document)[:32].tolist())
+        found.append({"source": job.config.data.datasets[source].path, "document": document, "tokens": tokens, "begins": begin})
+    return found
 
 
 def _result(job: Job, sources: list[corpus.Located]) -> dict[str, Any]:
