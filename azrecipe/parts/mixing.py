@@ -108,7 +108,7 @@ class Mix:
         self.stores, self.seed, self.extra, self.limits = stores, seed, extra, limits
         total = sum(weights)
         self.shares = [weight / total for weight in weights]
-        self._lengths = [store.lengths.astype(np.uint32) for store in stores]  # half the memory
+        self._counts = [_counts(store, extra) for store in stores]
         self._queues = [_Queue(self, i) for i in range(len(stores))]
         self._time, self._marks, self._counted = 0.0, [np.zeros((1, 2), np.int64)], np.zeros(2, np.int64)
         document = np.int32 if max(store.documents for store in stores) < 2**31 else np.int64
@@ -134,12 +134,11 @@ class Mix:
 
     def counts(self, source: npt.NDArray[Any], document: npt.NDArray[Any]) -> Ints:
         """Tokens and bytes of documents: [n, 2]."""
-        found = np.empty((len(source), 2), np.int64)
-        for i, store in enumerate(self.stores):
+        found = np.empty(len(source), np.uint64)
+        for i, counts in enumerate(self._counts):
             mine = source == i
-            found[mine, TOKENS] = self._lengths[i][document[mine]] + self.extra
-            found[mine, BYTES] = store.sizes[document[mine]]
-        return found
+            found[mine] = counts.take(document[mine])
+        return found.view(np.uint32).reshape(-1, 2).astype(np.int64)
 
     def order(self, tokens: int = 0, size: int = 0) -> Order:
         """The order up to at least so many tokens and bytes of text, or, with `limits`, to its end where that is nearer.
@@ -191,8 +190,15 @@ class Mix:
         """Keep the running counts at the ends of the blocks that end among these documents."""
         if len(source):
             ends = self._counted + np.cumsum(self.counts(source, document), axis=0)
-            self._marks.append(ends[BLOCK - 1 - before % BLOCK :: BLOCK])
-            self._counted = ends[-1]
+            self._marks.append(ends[BLOCK - 1 - before % BLOCK :: BLOCK].copy())  # a view would hold them all
+            self._counted = ends[-1].copy()
+
+
+def _counts(store: Store, extra: int) -> npt.NDArray[np.uint64]:
+    """Tokens and bytes of each document [documents], each pair in 8 bytes: they are read at random, three times as fast."""
+    counts = np.stack([store.lengths + extra, store.sizes], axis=1)
+    assert counts.max() < 2**32  # no tokenizer reads a document of 4 GiB
+    return counts.astype(np.uint32).view(np.uint64)[:, 0]
 
 
 class _Queue:
@@ -211,6 +217,7 @@ class _Queue:
     def rest(self) -> None:
         """Let go of the epoch's order; it is made again when it is asked for."""
         self.documents: npt.NDArray[Any] | None = None
+        self.starts = np.zeros(0)
 
     def take(self, until: float) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
         """Documents [n] that start before a time, and when they do. Those taken before are left out."""

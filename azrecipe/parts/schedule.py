@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from azrecipe.errors import CommandError
 from azrecipe.parts.mixing import Mix
@@ -102,7 +103,7 @@ class Schedule:
         """Bytes of text that all phases read together."""
         return self.layout.amount(self.sequences)[1]
 
-    @property
+    @cached_property
     def epochs(self) -> list[float]:
         """How many times each source is gone through, from the first document of the order to the end of this run."""
         return self.mix.epochs(self.mix.order(), *self.layout.begun(self.sequences))
