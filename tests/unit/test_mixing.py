@@ -40,7 +40,9 @@ lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
 @settings(max_examples=60, deadline=None)
-@given(stores=st.lists(lengths, min_size=2, max_size=4), weights=st.lists(st.floats(0.05, 20), min_size=4, max_size=4), seed=st.integers(0, 5))
+@given(
+    stores=st.lists(lengths, min_size=2, max_size=4), weights=st.lists(st.floats(0.05, 20), min_size=4, max_size=4), seed=st.integers(0, 5)
+)
 def test_every_source_has_its_share_in_any_window(stores: list[list[int]], weights: list[float], seed: int) -> None:
     """To within one document of each source at either end of a window: an end is off by that much at most, whatever its length."""
     mix = Mix([stored(s, 10_000 * i, bytes_per_token=3 + i) for i, s in enumerate(stores)], weights[: len(stores)], seed, extra=2)
@@ -57,7 +59,9 @@ def test_every_source_has_its_share_in_any_window(stores: list[list[int]], weigh
 
 @settings(max_examples=60, deadline=None)
 @given(a=lengths, b=lengths, weight=st.floats(0.05, 20), seed=st.integers(0, 5))
-def test_of_two_sources_each_has_its_share_to_within_one_document_at_any_point(a: list[int], b: list[int], weight: float, seed: int) -> None:
+def test_of_two_sources_each_has_its_share_to_within_one_document_at_any_point(
+    a: list[int], b: list[int], weight: float, seed: int
+) -> None:
     mix = Mix([stored(a, 0), stored(b, 10_000, bytes_per_token=5)], [weight, 1], seed, extra=2)
     order = mix.order(size=3 * mix.epoch_bytes)
     sizes = order.counts(0, len(order))[:, BYTES]
@@ -114,9 +118,7 @@ def test_each_epoch_holds_every_document_once_in_an_order_of_its_own() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(a=lengths, b=lengths, limits=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)), seed=st.integers(0, 5))
-def test_a_source_that_is_not_begun_again_is_used_to_its_limit(
-    a: list[int], b: list[int], limits: tuple[float, float], seed: int
-) -> None:
+def test_a_source_that_is_not_begun_again_is_used_to_its_limit(a: list[int], b: list[int], limits: tuple[float, float], seed: int) -> None:
     mix = Mix([stored(a, 0), stored(b, 10_000)], [4, 1], seed, 1, limits)
     order = mix.order(tokens=10**9)
     assert mix.ended
