@@ -1,13 +1,14 @@
-"""Documents to training sequences: concatenated, cut to length, and kept from seeing each other.
+"""Documents to training sequences: laid out, and kept from seeing each other.
 
-A document is BOS, its tokens, EOS. `position_ids` restart at each document, which with `use_cache=False` and no
-attention mask makes transformers build attention within documents only. No loss is taken on predicting a BOS.
+A document is BOS, its tokens, EOS. `wrapped`: one after the other, cut where a sequence is full. `bfd` and unpacked: see
+`fitting`. `position_ids` restart at each document, which with `use_cache=False` and no attention mask makes
+transformers build attention within documents only. No loss is taken on predicting a BOS or padding.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,17 @@ import torch
 from torch.utils.data import Dataset
 
 from azrecipe.errors import CannotRun
-from azrecipe.parts.mixing import Ints, Mix, Order
+from azrecipe.parts.fitting import Fitted, Piece
+from azrecipe.parts.mixing import TOKENS, Ints, Mix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from azrecipe.recipe.types import PretrainData
+
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+
+Sequence = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,79 +50,177 @@ def borders(tokenizer: PreTrainedTokenizerBase) -> Borders:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A stretch of a mix: `count` sequences of `max_length` tokens, from token `start` on."""
+class Packing:
+    """How documents become sequences: strategy wrapped, bfd or unpacked; `pad` is the token that fills what is left."""
 
-    start: int
-    count: int
+    strategy: str
     max_length: int
+    marks: Borders
+    pad: int = 0
 
 
-class PackedText(Dataset[dict[str, torch.Tensor]]):
-    """The sequences of a span of a mix. Random access, memory-mapped."""
+def packing(data: PretrainData, tokenizer: PreTrainedTokenizerBase) -> Packing:
+    """What a recipe asks for. Padding is the tokenizer's pad token, else its EOS, else its BOS."""
+    marks = borders(tokenizer)
+    pad = next(token for token in (tokenizer.pad_token_id, marks.eos, marks.bos) if token is not None)
+    return Packing(data.packing_strategy if data.packing else "unpacked", data.max_length, marks, pad)
 
-    def __init__(self, mix: Mix, order: Order, marks: Borders, span: Span) -> None:
-        self.mix, self.order, self.marks = mix, order, marks
-        self.max_length, self.start_token, self.count = span.max_length, span.start, span.count
+
+class Wrapped:
+    """Sequences of `max_length` tokens each from a token of the order on, documents cut where one is full."""
+
+    def __init__(self, mix: Mix, max_length: int, start: int = 0) -> None:
+        self.mix, self.max_length, self.start = mix, max_length, start
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for these sequences; equal for runs that can continue one another, whatever their `max_length`."""
+        return self.mix.fingerprint
+
+    def pieces(self, sequence: int) -> list[Piece]:
+        """What stands in a sequence, in order."""
+        begin = self.start + sequence * self.max_length
+        end = begin + self.max_length
+        order = self.mix.order(tokens=end)
+        nth, found = order.find(TOKENS, begin, "right"), []
+        at = begin
+        while at < end:
+            start, stop = order.before(nth)[TOKENS], order.before(nth + 1)[TOKENS]
+            found.append(Piece(nth, at - start, min(stop, end) - at))
+            at, nth = min(stop, end), nth + 1
+        return found
+
+    def amount(self, sequences: int) -> tuple[int, int]:
+        """Tokens and bytes of text in the first `sequences` sequences; a document that is cut counts in proportion."""
+        end = self.start + sequences * self.max_length
+        order = self.mix.order(tokens=end)
+        return end - self.start, order.bytes_at(end) - order.bytes_at(self.start)
+
+    def reach(self, sequence: int, tokens: int = 0, size: int = 0) -> int:
+        """How many sequences from the given one on hold so many tokens and bytes of text; all there are, where they hold less."""
+        begin = self.start + sequence * self.max_length
+        end = begin + tokens
+        if size:
+            size += self.mix.order(tokens=begin).bytes_at(begin)
+            order = self.mix.order(size=size)
+            end = max(end, order.token_at(min(size, order.bytes)))
+        wanted = -(-(end - begin) // self.max_length)
+        return self.available(sequence + wanted) - sequence
+
+    def available(self, wanted: int) -> int:
+        """How many whole sequences there are, up to `wanted`."""
+        order = self.mix.order(tokens=self.start + wanted * self.max_length)
+        return max(0, min(wanted, (order.tokens - self.start) // self.max_length))
+
+    def begun(self, sequences: int) -> tuple[int, Ints]:
+        """The documents of which a part stands before the end of the first `sequences` sequences: so many, and no further ones."""
+        end = self.start + sequences * self.max_length
+        return self.mix.order(tokens=end).find(TOKENS, end) + 1 if end else 0, np.zeros(0, np.int64)
+
+
+Layout = Wrapped | Fitted
+
+
+def layout(mix: Mix, how: Packing, start: int = 0, cache: Path | None = None) -> Layout:
+    """The sequences of a mix from `start` on, which counts tokens of the order (wrapped) or sequences (the others)."""
+    if how.strategy == "wrapped":
+        return Wrapped(mix, how.max_length, start)
+    return Fitted(mix, how.max_length, how.strategy == "bfd", start, cache)
+
+
+class PackedText(Dataset[Sequence]):
+    """`count` sequences of a layout from number `first` on. Random access, memory-mapped."""
+
+    def __init__(self, sequences: Layout, how: Packing, first: int, count: int) -> None:
+        self.layout, self.how, self.first, self.count = sequences, how, first, count
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One sequence: input_ids, labels and position_ids, each [max_length] int64."""
-        begin = self.start_token + index * self.max_length
-        ids = np.empty(self.max_length, dtype=np.int64)
-        positions = np.empty(self.max_length, dtype=np.int64)
+    def __getitem__(self, index: int) -> Sequence:
+        """One sequence: input_ids, labels and position_ids, each [max_length] int64 (unpacked: [tokens]).
+
+        Padding stands at the end, as a document of its own that no loss is taken on.
+        """
+        pieces = self.layout.pieces(self.first + index)
+        count = sum(piece.tokens for piece in pieces)
+        length = count if self.how.strategy == "unpacked" else self.how.max_length
+        ids = np.full(length, self.how.pad, dtype=np.int64)
+        positions = np.empty(length, dtype=np.int64)
         at = 0
-        nth = int(np.searchsorted(self.order.token_ends, begin, side="right"))
-        while at < self.max_length:
-            document_start = int(self.order.token_ends[nth - 1]) if nth else 0
-            piece = self._document(nth)[begin + at - document_start :][: self.max_length - at]
-            ids[at : at + len(piece)] = piece
-            positions[at : at + len(piece)] = np.arange(len(piece))
-            at += len(piece)
-            nth += 1
+        for piece in pieces:
+            ids[at : at + piece.tokens] = self._tokens(piece)
+            positions[at : at + piece.tokens] = np.arange(piece.tokens)
+            at += piece.tokens
+        positions[at:] = np.arange(length - at)
         labels = ids.copy()
         labels[positions == 0] = IGNORED  # what precedes it is another document
+        labels[at:] = IGNORED
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "position_ids": torch.from_numpy(positions)}
 
-    def _document(self, nth: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        store = self.mix.stores[int(self.order.source[nth])]
-        document = int(self.order.document[nth])
-        tokens = store.tokens[store.offsets[document] : store.offsets[document + 1]].astype(np.int64)
-        before = [] if self.marks.bos is None else [self.marks.bos]
-        after = [] if self.marks.eos is None else [self.marks.eos]
-        return np.concatenate([np.asarray(before, np.int64), tokens, np.asarray(after, np.int64)])
-
     def documents_of(self, index: int) -> list[tuple[int, int, int, int]]:
-        """What stands in a sequence: (source, document of it, its first token here, tokens)."""
-        begin = self.start_token + index * self.max_length
-        first = int(np.searchsorted(self.order.token_ends, begin, side="right"))
-        last = int(np.searchsorted(self.order.token_ends, begin + self.max_length - 1, side="right"))
-        return [(int(self.order.source[n]), int(self.order.document[n]), 0, 0) for n in range(first, last + 1)]
+        """What stands in a sequence: source and document within it, first token of the document (BOS is 0), tokens."""
+        order = self.layout.mix.order()
+        return [
+            (int(order.source[piece.nth]), int(order.document[piece.nth]), piece.first, piece.tokens)
+            for piece in self.layout.pieces(self.first + index)
+        ]
+
+    def _tokens(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.int64]]:
+        order = self.layout.mix.order()
+        tokens = self.layout.mix.stores[int(order.source[piece.nth])].document(int(order.document[piece.nth]))
+        bos, eos = self.how.marks.bos, self.how.marks.eos
+        found = np.empty(piece.tokens, np.int64)
+        before, at = 0 if bos is None else 1, 0
+        if bos is not None and piece.first == 0:
+            found[0], at = bos, 1
+        inside = tokens[max(piece.first - before, 0) : piece.first + piece.tokens - before]
+        found[at : at + len(inside)] = inside
+        if eos is not None and at + len(inside) < piece.tokens:
+            found[-1] = eos
+        return found
+
+    def tokens_until(self, sequences: int) -> int:
+        """Tokens in the first `sequences` sequences, BOS and EOS included, padding not."""
+        return self._until(sequences)[0]
 
     def bytes_until(self, sequences: int) -> int:
         """Bytes of text in the first `sequences` sequences; a document that is cut counts in proportion."""
-        return bytes_at(self.order, self.start_token + sequences * self.max_length) - bytes_at(self.order, self.start_token)
+        return self._until(sequences)[1]
+
+    def _until(self, sequences: int) -> tuple[int, int]:
+        (tokens, size), (before, size_before) = self.layout.amount(self.first + sequences), self.layout.amount(self.first)
+        return tokens - before, size - size_before
 
 
-def bytes_at(order: Order, token: int) -> int:
-    """Bytes of text before a position counted in tokens."""
-    return round(_interpolate(order.token_ends, order.byte_ends, token))
+@dataclass(frozen=True)
+class Collate:
+    """Sequences to a batch: [sequences, longest] of each field, or, `flat`, [1, all their tokens].
+
+    No attention mask: the position ids isolate the documents. transformers' flash attention reads them in a batch of one
+    row only (`_is_packed_sequence` in its modeling_flash_attention_utils); with more rows, documents would see each
+    other. So flash attention takes the flat form, which cuts no corner: a sequence's first label is ignored anyway.
+    """
+
+    pad: int
+    flat: bool
+
+    def __call__(self, sequences: list[Sequence]) -> Sequence:
+        if self.flat:
+            return {key: torch.cat([s[key] for s in sequences])[None] for key in sequences[0]}
+        longest = max(len(s["input_ids"]) for s in sequences)
+        return {key: torch.stack([self._padded(key, s[key], longest) for s in sequences]) for key in sequences[0]}
+
+    def _padded(self, key: str, row: torch.Tensor, longest: int) -> torch.Tensor:
+        """Right padding goes on with the row's positions: nothing looks ahead, and attention needs no mask."""
+        missing = longest - len(row)
+        if not missing:
+            return row
+        if key == "position_ids":
+            return torch.cat([row, torch.arange(len(row), longest)])
+        return torch.nn.functional.pad(row, (0, missing), value=self.pad if key == "input_ids" else IGNORED)
 
 
-def token_at(order: Order, size: int) -> int:
-    """The position in tokens at which so many bytes of text have been read."""
-    return math.ceil(_interpolate(order.byte_ends, order.token_ends, size))
-
-
-def _interpolate(ends: Ints, others: Ints, at: int) -> float:
-    """Read a position on one running count (documents' ends) off on another, linear within a document."""
-    nth = min(int(np.searchsorted(ends, at, side="left")), len(ends) - 1)
-    start, other = (int(ends[nth - 1]), int(others[nth - 1])) if nth else (0, 0)
-    return other + (at - start) / (int(ends[nth]) - start) * (int(others[nth]) - other)
-
-
-def collate(sequences: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch [sequences, max_length] of each field. No attention mask: the position ids isolate the documents."""
-    return {key: torch.stack([s[key] for s in sequences]) for key in sequences[0]}
+def collate(how: Packing, attn_implementation: str) -> Collate:
+    """How a model with this attention takes its batches."""
+    return Collate(how.pad, flat=attn_implementation.startswith("flash"))

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,12 +50,23 @@ class Store:
     def documents(self) -> int:
         return len(self.sizes)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return int(self.sizes.sum())
 
-    def document(self, n: int) -> npt.NDArray[np.uint32]:
-        return self.tokens[self.offsets[n] : self.offsets[n + 1]]
+    @property
+    def count(self) -> int:
+        """Tokens of all documents."""
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document [documents]."""
+        return np.diff(self.offsets)
+
+    def document(self, nth: int) -> npt.NDArray[np.uint32]:
+        """The tokens of one document."""
+        return self.tokens[self.offsets[nth] : self.offsets[nth + 1]]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

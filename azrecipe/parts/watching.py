@@ -38,6 +38,11 @@ class Meter:
     name: str
     tokens_per_step: int
     bytes_at: Callable[[int], int]
+    tokens_at: Callable[[int], int] | None = None  # tokens up to a step, where steps differ
+
+    def tokens(self, step: int) -> int:
+        """Tokens up to a step, padding not counted."""
+        return step * self.tokens_per_step if self.tokens_at is None else self.tokens_at(step)
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -95,16 +100,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             )
         now = time.monotonic()
         steps = state.global_step - self.last_step
-        speed = steps / max(now - self.since, 1e-9)
+        seconds = max(now - self.since, 1e-9)
+        tokens, speed = self.meter.tokens(state.global_step), steps / seconds
+        tokens_per_second = (tokens - self.meter.tokens(self.last_step)) / seconds
         self.since, self.last_step = now, state.global_step
         line = {
             "step": state.global_step,
             "loss": loss,
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "tokens": state.global_step * self.meter.tokens_per_step,
+            "tokens": tokens,
             "bytes": self.meter.bytes_at(state.global_step),
-            "tokens_per_second": round(speed * self.meter.tokens_per_step, 1),
+            "tokens_per_second": round(tokens_per_second, 1),
             "peak_memory_bytes": peak_memory(),
         }
         if self.backend.main:

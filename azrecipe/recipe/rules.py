@@ -34,6 +34,7 @@ def check(root: Node, stage: str) -> list[Problem]:
     if stage == "pretrain":
         found += _phases(root)
         found += _tokenizer_source(root)
+        found += _temperature(root)
     if stage in ("pretrain", "sft"):
         found += _trainer_arguments(root)
     if stage == "tokenizer":
@@ -125,6 +126,16 @@ def _tokenizer_source(root: Node) -> Iterator[Problem]:
         yield Problem(tokenizer.value["candidate"].at, "candidate is one of a tokenizer recipe's: it goes with output_of")
     if ("family" in tokenizer.value) != ("vocab_size" in tokenizer.value):
         yield Problem(tokenizer.at, "family and vocab_size go together: they ask for a new tokenizer")
+
+
+def _temperature(root: Node) -> Iterator[Problem]:
+    """Weights and a temperature are two answers to one question."""
+    datasets = root.get("data", "datasets")
+    if root.get("data", "sampling_temperature") is None or datasets is None or not isinstance(datasets.value, list):
+        return
+    for source in datasets.value:
+        if (weight := source.get("weight")) is not None:
+            yield Problem(weight.at, "weight and data.sampling_temperature both say how much is read of a source: take one of them away")
 
 
 def _candidates(root: Node) -> Iterator[Problem]:

@@ -21,11 +21,11 @@ from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
 from azrecipe.parts.guard import Guard, GuardedTrainer
-from azrecipe.parts.mixing import Mix
-from azrecipe.parts.packing import PackedText, borders, collate
+from azrecipe.parts.mixing import Mix, temperature_weights
+from azrecipe.parts.packing import PackedText, borders, collate, layout, packing
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.saving import BackgroundSaving, Saver
-from azrecipe.parts.schedule import Position, Schedule, plan
+from azrecipe.parts.schedule import Position, Schedule, TextEnds, plan
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import held_out_hashes, store
 from azrecipe.parts.watching import Meter, say
@@ -53,7 +53,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
     own = _check_model(recipe, model_path, tokenizer)
-    schedule = _schedule(recipe, _mix(config, sources, held_out, tokenizer, place.cache), tokenizer, before)
+    schedule = _schedule(recipe, _mix(config, sources, held_out, tokenizer, place.cache), tokenizer, (before, place.cache))
 
     with run_dir.opened(recipe, place, inputs.found):
         record = Record(place)  # read by every process before the process group exists, so that all agree
@@ -145,20 +145,35 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
 
 
 def _mix(config: Pretrain, sources: list[corpus.Located], held_out: Texts, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
-    """The sources, tokenised (once, into the cache) and mixed by weight."""
-    exclude = held_out_hashes(held_out)
+    """The sources, tokenised (once, into the cache) and mixed by weight or temperature."""
+    data, exclude = config.data, held_out_hashes(held_out)
     stores = [store(source, tokenizer, cache, exclude) for source in sources]
-    return Mix(stores, [source.weight for source in config.data.datasets], config.seed, borders(tokenizer).count)
+    weights = [source.weight for source in data.datasets]
+    if data.sampling_temperature is not None:
+        weights = temperature_weights(stores, data.sampling_temperature)
+    once = data.stopping_strategy == "all_exhausted_without_replacement"
+    limits = [1.0 if source.max_epochs is None else source.max_epochs for source in data.datasets] if once else None
+    return Mix(stores, weights, config.seed, borders(tokenizer).count, limits)
 
 
-def _schedule(recipe: Recipe, mix: Mix, tokenizer: PreTrainedTokenizerBase, before: Position | None) -> Schedule:
-    """The phases laid over the mix; refused where the data cannot go on from `before` or a source would be read too often."""
+def _schedule(recipe: Recipe, mix: Mix, tokenizer: PreTrainedTokenizerBase, given: tuple[Position | None, Path]) -> Schedule:
+    """The phases laid over the mix; `given`: where the data go on, and the cache.
+
+    Refused where they cannot go on from there, where the text ends before a phase does, or a source would be read too often.
+    """
     config: Pretrain = recipe.config
-    if before is not None and before.fingerprint != mix.fingerprint:
-        message = "the data cannot go on from there: datasets, weights, validation, seed or tokenizer differ from that run's"
+    before, cache = given
+    how = packing(config.data, tokenizer)
+    sequences = layout(mix, how, before.start if before else 0, cache)
+    if before is not None and before.fingerprint != sequences.fingerprint:
+        message = "the data cannot go on from there: datasets, mixing, packing, validation, seed or tokenizer differ from that run's"
         raise recipe.problem(message, "data", "continue_from")
-    batch = (config.training.global_batch_size, config.data.max_length)
-    schedule = plan(mix, borders(tokenizer), config.phases, batch, before.token if before else 0)
+    try:
+        schedule = plan(sequences, how, config.phases, config.training.global_batch_size)
+    except TextEnds as error:
+        raise recipe.problem(str(error), "phases", error.nth) from None
+    if mix.limits is not None:
+        return schedule
     problems: list[Problem] = []
     for i, (source, stored, epochs) in enumerate(zip(config.data.datasets, mix.stores, schedule.epochs, strict=True)):
         if source.max_epochs is not None and epochs > source.max_epochs + 1 / stored.documents:
@@ -174,7 +189,7 @@ def _describe(job: Job, sources: list[corpus.Located]) -> None:
     schedule = job.schedule
     for source, data, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.epochs, strict=True):
         out = f", {data.excluded} held-out documents left out" if data.excluded else ""
-        size = f"{data.documents:,} documents, {data.bytes:,} bytes, {len(data.tokens):,} tokens"
+        size = f"{data.documents:,} documents, {data.bytes:,} bytes, {data.count:,} tokens"
         say(f"  {source.title}: {size}; {share:.0%} of the text, {epochs:.2f} epochs{out}", job.backend.main)
 
 
@@ -298,14 +313,28 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
     loop = training.Loop(
         planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed
     )
-    meter = Meter(planned.name, job.schedule.tokens_per_step, lambda step: data.bytes_until(step * config.training.global_batch_size))
+    batch = config.training.global_batch_size
+    meter = Meter(
+        planned.name,
+        job.schedule.tokens_per_step,
+        lambda step: data.bytes_until(step * batch),
+        lambda step: data.tokens_until(step * batch),
+    )
     arguments = training.arguments(config.training, loop, job.backend)
     guard = Guard(job.backend, job.place.path, planned.name, lambda sequence: _documents(job, data, sequence))
     guard.skip, guard.factor = config.training.on_bad_loss == "skip", config.training.loss_spike_factor or math.inf
 
     def make(callbacks: list[Any]) -> Trainer:
         args = training.checked(TrainingArguments, **arguments, train_sampling_strategy="sequential")
-        return TextTrainer(job, guard, model=net, train_dataset=data, data_collator=collate, callbacks=callbacks, args=args)
+        return TextTrainer(
+            job,
+            guard,
+            model=net,
+            train_dataset=data,
+            data_collator=collate(job.schedule.how, config.model.attn_implementation),
+            callbacks=callbacks,
+            args=args,
+        )
 
     trainer, happened = training.train(make, loop, meter, job.backend, config.training.save_total_limit)
     job.measure(planned.name, _whole(trainer, job), job.tokenizer)
@@ -315,7 +344,8 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
     if main:
         model.save_model(net, job.tokenizer, job.folder(nth), state)
     happened |= {
-        "tokens": planned.steps * job.schedule.tokens_per_step,
+        "tokens": data.tokens_until(len(data)),
+        "fill": round(job.schedule.fill(nth), 5),
         "bytes": data.bytes_until(len(data)),
         "trainable_parameters": trained.trainable,
         "learning_rate": planned.phase.learning_rate,
@@ -345,7 +375,7 @@ def _result(job: Job, sources: list[corpus.Located]) -> dict[str, Any]:
             "source": source.title,
             "documents": stored.documents,
             "bytes": stored.bytes,
-            "tokens": len(stored.tokens),
+            "tokens": stored.count,
             "share": round(share, 4),
             "epochs": round(epochs, 3),
             "held_out_left_out": stored.excluded,

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azrecipe.parts.mixing import Mix
-from azrecipe.parts.packing import Borders, PackedText, Span, bytes_at, token_at
-from azrecipe.parts.schedule import plan
+from azrecipe.parts import mixing
+from azrecipe.parts.mixing import BYTES, TOKENS, Mix, temperature_weights
+from azrecipe.parts.packing import Borders, PackedText, Packing, layout
+from azrecipe.parts.schedule import Schedule, TextEnds, plan
 from azrecipe.parts.tokens import Store
 from azrecipe.recipe.types import Phase
 
@@ -21,29 +22,88 @@ def stored(lengths: list[int], first: int, bytes_per_token: int = 3) -> Store:
     return Store(f"s{first}", tokens, offsets, np.asarray(lengths, np.int64) * bytes_per_token, 0)
 
 
+def wrapped(max_length: int) -> Packing:
+    return Packing("wrapped", max_length, Borders(bos=1, eos=2))
+
+
+def text(mix: Mix, count: int, max_length: int, start: int = 0) -> PackedText:
+    """The first sequences of a mix, wrapped."""
+    return PackedText(layout(mix, wrapped(max_length), start), wrapped(max_length), 0, count)
+
+
+def planned(mix: Mix, *phases: Phase, start: int = 0) -> Schedule:
+    """Phases in steps of 4 sequences of 10 tokens, wrapped."""
+    return plan(layout(mix, wrapped(10), start), wrapped(10), phases, 4)
+
+
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
 @settings(max_examples=60, deadline=None)
+@given(
+    stores=st.lists(lengths, min_size=2, max_size=4), weights=st.lists(st.floats(0.05, 20), min_size=4, max_size=4), seed=st.integers(0, 5)
+)
+def test_every_source_has_its_share_in_any_window(stores: list[list[int]], weights: list[float], seed: int) -> None:
+    """To within one document of each source at either end of a window: an end is off by that much at most, whatever its length."""
+    mix = Mix([stored(s, 10_000 * i, bytes_per_token=3 + i) for i, s in enumerate(stores)], weights[: len(stores)], seed, extra=2)
+    order = mix.order(size=3 * mix.epoch_bytes)
+    sizes = order.counts(0, len(order))[:, BYTES]
+    all_bytes = np.concatenate([[0], np.cumsum(sizes)])
+    slack = sum(int(store.sizes.max()) for store in mix.stores) + 1e-6
+    for source, share in enumerate(mix.shares):
+        off = np.concatenate([[0], np.cumsum(np.where(order.source == source, sizes, 0))]) - share * all_bytes
+        assert np.abs(off).max() <= slack
+        for window in (1, 7, 50, len(order)):
+            assert np.abs(off[window:] - off[:-window]).max(initial=0) <= 2 * slack
+
+
+@settings(max_examples=60, deadline=None)
 @given(a=lengths, b=lengths, weight=st.floats(0.05, 20), seed=st.integers(0, 5))
-def test_every_source_has_its_share_to_within_one_document_at_any_point(a: list[int], b: list[int], weight: float, seed: int) -> None:
+def test_of_two_sources_each_has_its_share_to_within_one_document_at_any_point(
+    a: list[int], b: list[int], weight: float, seed: int
+) -> None:
     mix = Mix([stored(a, 0), stored(b, 10_000, bytes_per_token=5)], [weight, 1], seed, extra=2)
     order = mix.order(size=3 * mix.epoch_bytes)
-    sizes = np.diff(np.concatenate([[0], order.byte_ends]))
+    sizes = order.counts(0, len(order))[:, BYTES]
+    slack = max(int(store.sizes.max()) for store in mix.stores)
     for source in (0, 1):
         given_bytes = np.cumsum(np.where(order.source == source, sizes, 0))
-        slack = max(int(store.sizes.max()) for store in mix.stores)
-        assert np.all(np.abs(given_bytes - mix.shares[source] * order.byte_ends) <= slack + 1e-6)
+        assert np.all(np.abs(given_bytes - mix.shares[source] * np.cumsum(sizes)) <= slack + 1e-6)
 
 
 @settings(max_examples=40, deadline=None)
-@given(a=lengths, b=lengths, seed=st.integers(0, 5))
-def test_a_longer_order_begins_with_the_shorter_one(a: list[int], b: list[int], seed: int) -> None:
+@given(a=lengths, b=lengths, seed=st.integers(0, 5), asked=st.lists(st.integers(1, 900), min_size=1, max_size=4))
+def test_a_longer_order_begins_with_the_shorter_one_however_it_is_made(a: list[int], b: list[int], seed: int, asked: list[int]) -> None:
+    long = Mix([stored(a, 0), stored(b, 10_000)], [3, 1], seed, extra=1).order(tokens=2_000)
     mix = Mix([stored(a, 0), stored(b, 10_000)], [3, 1], seed, extra=1)
-    short, long = mix.order(tokens=50), mix.order(tokens=2_000)
-    n = len(short.source) - 1  # the last document of the shorter may tie with one that a longer horizon brings in
-    assert np.array_equal(short.source[:n], long.source[:n])
-    assert np.array_equal(short.document[:n], long.document[:n])
+    for tokens in asked:
+        short = mix.order(tokens=tokens)
+        assert short.tokens >= tokens
+        both = min(len(short), len(long))
+        assert np.array_equal(short.source[:both], long.source[:both])
+        assert np.array_equal(short.document[:both], long.document[:both])
+
+
+def test_the_running_counts_are_those_of_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "BLOCK", 4)
+    mix = Mix([stored([5, 9, 2, 7], 0), stored([3, 8, 20], 10_000, 5)], [3, 1], 1, extra=2)
+    mix.order(tokens=60)
+    order = mix.order(tokens=500)
+    ends = np.cumsum(order.counts(0, len(order)), axis=0)
+    assert (order.tokens, order.bytes) == tuple(ends[-1])
+    assert [order.before(n) for n in range(len(order))] == [(0, 0), *map(tuple, ends[:-1].tolist())]
+    for at in range(1, order.tokens):
+        assert order.find(TOKENS, at) == int(np.searchsorted(ends[:, TOKENS], at))
+        assert order.find(TOKENS, at, "right") == int(np.searchsorted(ends[:, TOKENS], at, side="right"))
+    assert order.find(TOKENS, order.tokens + 1) == len(order)
+
+
+def test_the_order_and_its_name_are_those_of_runs_already_begun() -> None:
+    mix = Mix([stored([5, 9, 2, 7, 30, 4, 6, 11], 0), stored([3, 8, 20, 5], 10_000, bytes_per_token=5)], [3, 1], 7, extra=2)
+    order = mix.order(size=600)
+    assert mix.fingerprint == "08267cc6173ce3c6403658785ac1bdfe"
+    assert order.source[:21].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0]
+    assert order.document[:21].tolist() == [0, 2, 6, 7, 2, 4, 5, 1, 3, 2, 3, 4, 0, 1, 3, 0, 6, 7, 1, 5, 7]
 
 
 def test_each_epoch_holds_every_document_once_in_an_order_of_its_own() -> None:
@@ -52,25 +112,48 @@ def test_each_epoch_holds_every_document_once_in_an_order_of_its_own() -> None:
     first, second = order.document[:50], order.document[50:100]
     assert sorted(first) == sorted(second) == list(range(50))
     assert list(first) != list(second)
-    assert mix.epochs(order, 500) == [2.0]
+    assert mix.epochs(order, 100) == [2.0]
+    assert mix.epochs(order, 50, np.asarray([50, 51])) == [1.04]
+
+
+@settings(max_examples=40, deadline=None)
+@given(a=lengths, b=lengths, limits=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)), seed=st.integers(0, 5))
+def test_a_source_that_is_not_begun_again_is_used_to_its_limit(a: list[int], b: list[int], limits: tuple[float, float], seed: int) -> None:
+    mix = Mix([stored(a, 0), stored(b, 10_000)], [4, 1], seed, 1, limits)
+    order = mix.order(tokens=10**9)
+    assert mix.ended
+    for source, (epochs, limit) in enumerate(zip(mix.epochs(order, len(order)), limits, strict=True)):
+        store = mix.stores[source]
+        assert limit - 1e-9 <= epochs < limit + store.sizes.max() / store.bytes  # the document that reaches it is the last
+        read = np.bincount(order.document[order.source == source], minlength=store.documents)
+        assert read.max() - read.min() <= 1
+    free = Mix([stored(a, 0), stored(b, 10_000)], [4, 1], seed, 1)
+    assert mix.fingerprint != free.fingerprint
+    last = [int(np.flatnonzero(order.source == source)[-1]) for source in (0, 1)]
+    both = min(last)  # until the first of them has left, the order is that of an endless mix
+    assert np.array_equal(order.document[:both], free.order(tokens=order.tokens).document[:both])
+
+
+def test_temperature_makes_shares_of_sizes() -> None:
+    stores = [stored([100] * 16, 0), stored([100], 10_000)]
+    assert Mix(stores, temperature_weights(stores, 1), 1, 0).shares == pytest.approx([16 / 17, 1 / 17])
+    assert Mix(stores, temperature_weights(stores, 2), 1, 0).shares == pytest.approx([4 / 5, 1 / 5])
+    assert Mix(stores, temperature_weights(stores, 1e9), 1, 0).shares == pytest.approx([1 / 2, 1 / 2])
 
 
 def test_packed_sequences_hold_every_token_of_every_document_in_order() -> None:
     mix = Mix([stored([3, 8, 1, 20, 5], 100)], [1], seed=1, extra=2)
-    order = mix.order(tokens=400)
-    text = PackedText(mix, order, Borders(bos=1, eos=2), Span(0, 40, 10))
-    stream = np.concatenate([text[i]["input_ids"].numpy() for i in range(40)])
-    expected = np.concatenate(
-        [[1, *mix.stores[0].tokens[mix.stores[0].offsets[d] : mix.stores[0].offsets[d + 1]], 2] for d in order.document]
-    )
+    packed = text(mix, 40, 10)
+    stream = np.concatenate([packed[i]["input_ids"].numpy() for i in range(40)])
+    expected = np.concatenate([[1, *mix.stores[0].document(d), 2] for d in mix.order(tokens=400).document])
     assert np.array_equal(stream, expected[:400])
 
 
 def test_positions_restart_at_each_document_and_no_loss_is_taken_on_what_follows_another() -> None:
     mix = Mix([stored([3, 8, 1, 20, 5], 100)], [1], seed=1, extra=2)
-    text = PackedText(mix, mix.order(tokens=400), Borders(bos=1, eos=2), Span(0, 40, 10))
+    packed = text(mix, 40, 10)
     for i in range(40):
-        sequence = text[i]
+        sequence = packed[i]
         starts = sequence["input_ids"] == 1
         starts[0] = True
         assert bool((sequence["position_ids"][starts] == 0).all())
@@ -80,10 +163,9 @@ def test_positions_restart_at_each_document_and_no_loss_is_taken_on_what_follows
 
 
 def test_bytes_and_tokens_are_each_others_inverse() -> None:
-    mix = Mix([stored([30, 80, 10], 100)], [1], seed=1, extra=2)
-    order = mix.order(tokens=1000)
+    order = Mix([stored([30, 80, 10], 100)], [1], seed=1, extra=2).order(tokens=1000)
     for size in (1, 90, 91, 200, 1000):
-        assert bytes_at(order, token_at(order, size)) == pytest.approx(size, abs=4)
+        assert order.bytes_at(order.token_at(size)) == pytest.approx(size, abs=4)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +180,31 @@ def test_bytes_and_tokens_are_each_others_inverse() -> None:
 )
 def test_every_way_to_give_a_length_becomes_whole_steps(length: dict[str, int], steps: int) -> None:
     mix = Mix([stored([20, 30, 8, 25, 5], 100)], [1], seed=1, extra=2)
-    schedule = plan(mix, Borders(1, 2), [Phase("one", ["all"], 1e-3, **length)], (4, 10), start_token=0)
+    schedule = planned(mix, Phase("one", ["all"], 1e-3, **length))
     assert schedule.phases[0].steps == steps
     assert len(schedule.dataset(0)) == steps * 4
 
 
 def test_a_phase_goes_on_where_the_one_before_ended() -> None:
     mix = Mix([stored([20, 30, 8, 25, 5], 100)], [1], seed=1, extra=2)
-    two = plan(mix, Borders(1, 2), [Phase("a", ["all"], 1e-3, max_steps=2), Phase("b", ["all"], 1e-3, max_steps=3)], (4, 10), start_token=0)
-    alone = plan(mix, Borders(1, 2), [Phase("b", ["all"], 1e-3, max_steps=3)], (4, 10), start_token=80)
+    two = planned(mix, Phase("a", ["all"], 1e-3, max_steps=2), Phase("b", ["all"], 1e-3, max_steps=3))
+    alone = planned(mix, Phase("b", ["all"], 1e-3, max_steps=3), start=80)
     assert [two.dataset(1)[i]["input_ids"].tolist() for i in range(12)] == [alone.dataset(0)[i]["input_ids"].tolist() for i in range(12)]
     assert two.end == alone.end
+    assert two.end.start == 200
+
+
+def test_a_phase_may_end_with_the_text_and_not_ask_for_more() -> None:
+    def once() -> Mix:
+        return Mix([stored([20, 30, 8, 25, 5], 100)], [1], 1, 2, [1.0])  # 98 tokens, 264 bytes: 2 steps of 40 and a rest
+
+    assert planned(once(), Phase("one", ["all"], 1e-3, num_train_epochs=1)).phases[0].steps == 2
+    assert planned(once(), Phase("one", ["all"], 1e-3, max_tokens=98)).phases[0].steps == 2
+    assert planned(once(), Phase("one", ["all"], 1e-3, max_steps=2)).epochs == [1.0]
+    for length in ({"max_steps": 3}, {"max_tokens": 140}, {"max_bytes": 400}, {"num_train_epochs": 1.5}):
+        with pytest.raises(TextEnds, match="are left"):
+            planned(once(), Phase("one", ["all"], 1e-3, **length))  # type: ignore[arg-type]
+    halves = [Phase(name, ["all"], 1e-3, num_train_epochs=0.5) for name in "ab"]
+    with pytest.raises(TextEnds, match="phase c") as error:
+        planned(once(), halves[0], Phase("c", ["all"], 1e-3, num_train_epochs=1))
+    assert error.value.nth == 1
