@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import checkpoint
+from azrecipe.parts import checkpoint, liger
 from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.watching import Meter, Watch, say, trim_metrics
@@ -66,6 +66,7 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
         "max_grad_norm": training.max_grad_norm,
         "bf16": training.precision == "bf16_mixed",
         "use_liger_kernel": training.use_liger_kernel,
+        "liger_kernel_config": liger.choice(training),
         "activation_checkpointing": training.activation_checkpointing,
         "logging_steps": training.logging_steps,
         "logging_first_step": True,

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, corpus, liger, metrics, model, phases, run_dir, training, vocabulary
+from azrecipe.parts import auxiliary, corpus, liger, losses, metrics, model, phases, run_dir, training, vocabulary
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
@@ -127,7 +127,12 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
             check_swap(own, tokenizer, config.tokenizer.new_embeddings)
             auxiliary.check(config.tokenizer.new_embeddings)
     if config.training.use_liger_kernel:
-        liger.check(net.config.model_type)
+        liger.check(recipe, net.config.model_type)
+    if config.training.fused_linear_cross_entropy == "torch":
+        try:
+            losses.check(net)
+        except CommandError as error:
+            raise recipe.problem(f"PyTorch's chunked loss: {error}", "training", "fused_linear_cross_entropy") from None
     limit = getattr(net.config, "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
         raise recipe.problem(
@@ -288,6 +293,8 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
     shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trained.by_pattern.items())
     say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
     net.config.use_cache = False
+    if config.training.fused_linear_cross_entropy == "torch":
+        losses.chunk(net)
     data = job.schedule.dataset(nth)
     loop = training.Loop(
         planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed

@@ -43,7 +43,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     net = model.load_model(base, config.training.precision, config.model.attn_implementation, config.model.revision)
     model.check_sizes(net, tokenizer, base)
     if config.training.use_liger_kernel:
-        liger.check(net.config.model_type)
+        liger.check(recipe, net.config.model_type)
     adapter = lora_config(config.lora, net)
 
     with run_dir.opened(recipe, place, inputs.found):
