@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from azrecipe.errors import CommandError
 from azrecipe.parts.packing import IGNORED
+from azrecipe.parts.throughput import EXPERTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +86,7 @@ def check(skeleton: PreTrainedModel) -> None:
         raise CommandError(f"a {kind}'s head is no plain matrix")
     if skeleton.loss_function is not ForCausalLMLoss:
         raise CommandError(f"a {kind} has a loss of its own")
-    if any(getattr(skeleton.config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+    if any(getattr(skeleton.config, name, None) for name in EXPERTS):
         raise CommandError(f"a {kind} has experts, whose balancing loss the chunked loss would leave out")
     seen: dict[str, Any] = {}
 

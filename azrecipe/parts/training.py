@@ -16,13 +16,14 @@ from azrecipe.errors import CommandError
 from azrecipe.parts import checkpoint, liger
 from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
+from azrecipe.parts.profiling import Profiler
 from azrecipe.parts.watching import Meter, Watch, say, trim_metrics
-from azrecipe.recipe.types import Training
+from azrecipe.recipe.types import Profile, Training
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One training loop: its run directory, where its checkpoints go, how long it is, its peak learning rate."""
+    """One training loop: its run directory, where its checkpoints go, how long it is, its peak learning rate, what is profiled."""
 
     name: str
     run: Path
@@ -30,6 +31,7 @@ class Loop:
     max_steps: int
     learning_rate: float
     seed: int
+    profile: Profile | None = None
 
 
 def check(training: Training, backend: Backend) -> None:
@@ -113,9 +115,14 @@ def train(
     watch = Watch(backend, loop.run, meter, save_total_limit)
     trainer = make([watch])
     watch.trainer = trainer
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    for tracker in get_reporting_integration_callbacks(trainer.args.report_to):
+        trainer.add_callback(trainer.pop_callback(tracker))  # behind ours, which adds to what is logged
+    if loop.profile is not None and backend.main:
+        trainer.add_callback(Profiler(loop.profile, loop.run / "profile", loop.name))
     started = time.monotonic()
     with watch:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

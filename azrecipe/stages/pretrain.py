@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, corpus, liger, losses, metrics, model, phases, run_dir, training, vocabulary
+from azrecipe.parts import auxiliary, corpus, liger, losses, metrics, model, phases, profiling, run_dir, throughput, training, vocabulary
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
@@ -51,6 +51,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     run_dir.check_same(recipe, place, inputs.found)
     own = _check_model(recipe, model_path, tokenizer)
     schedule = _schedule(recipe, _mix(config, sources, held_out, tokenizer, place.cache), tokenizer, before)
+    profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
     with run_dir.opened(recipe, place, inputs.found):
         record = Record(place)  # read by every process before the process group exists, so that all agree
@@ -271,7 +272,19 @@ class TextTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, job: Job, **arguments: Any) -> None:
         self.job = job
+        self.predicted: Any = 0  # tokens predicted since the log asked, on all processes: on a GPU a tensor, so that no step waits
         super().__init__(**arguments, eval_dataset=dict(job.held_out))
+
+    def get_batch_samples(self, *given: Any) -> tuple[list[Any], Any]:
+        """A step's batches, and the number of their labels on all processes."""
+        batches, count = super().get_batch_samples(*given)
+        self.predicted = self.predicted + (0 if count is None else count)
+        return batches, count
+
+    def take_predicted(self) -> int:
+        """The tokens that were predicted since the last call."""
+        count, self.predicted = int(self.predicted), 0
+        return count
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """BPB on each validation set, logged as eval_<name>_bpb."""
@@ -297,9 +310,14 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
         losses.chunk(net)
     data = job.schedule.dataset(nth)
     loop = training.Loop(
-        planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed
-    )
-    meter = Meter(planned.name, job.schedule.tokens_per_step, lambda step: data.bytes_until(step * config.training.global_batch_size))
+        planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed,
+        config.training.profile,
+    )  # fmt: skip
+    words = throughput.tokens_a_word(job.tokenizer, next(iter(job.held_out.values()), []))
+    meter = Meter(
+        planned.name, job.schedule.tokens_per_step, lambda step: data.bytes_until(step * config.training.global_batch_size),
+        config.data.max_length, words,
+    )  # fmt: skip
     arguments = training.arguments(config.training, loop, job.backend)
 
     def make(callbacks: list[Any]) -> Trainer:
