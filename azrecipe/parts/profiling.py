@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class Profiler(TrainerCallback):  # type: ignore[misc]
             schedule=schedule(wait=0, warmup=warmup, active=self.last - begin + 1, repeat=1),
             on_trace_ready=lambda recorded: self._write(recorded, begin, state.global_step),
         )
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it says on stderr that it starts
         self.running.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
