@@ -66,7 +66,8 @@ def flops_per_token(model: nn.Module, length: float) -> float | None:
     passed = sum(size for size, _ in order[below + 1 :])
     every = sum(size for size, _ in order)
     own = sum(size for size, trains in order if trains)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
     attention = 4.0 * config.num_hidden_layers * width * length
     in_head = _size(head) * (2 + 2 * head.requires_grad + 2 * (below < len(order)))
     return float(2 * (every + own + passed) + in_head + attention * (1 + 2 * passed / max(every, 1)))

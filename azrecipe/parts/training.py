@@ -120,7 +120,8 @@ def train(
 
     trainer.remove_callback(PrinterCallback)
     for tracker in get_reporting_integration_callbacks(trainer.args.report_to):
-        trainer.add_callback(trainer.pop_callback(tracker))  # behind ours, which adds to what is logged
+        if (behind := trainer.pop_callback(tracker)) is not None:
+            trainer.add_callback(behind)  # behind ours, which adds to what is logged
     if loop.profile is not None and backend.main:
         trainer.add_callback(Profiler(loop.profile, loop.run / "profile", loop.name))
     started = time.monotonic()

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from azrecipe.parts import throughput
 from azrecipe.parts.profiling import fused
 from azrecipe.parts.vocabulary import load_tokenizer
 from tests.conftest import Done, write
-from tests.small import BASE, SFT, Project
+from tests.small import BASE, SFT, Project, fill
 
 SEEN = """
 stage: pretrain
@@ -25,6 +26,12 @@ phases:
   - {name: long, trainable_parameters: [all], learning_rate: 5e-3, max_steps: 6}
 training: {fused_linear_cross_entropy: torch, profile: {start_step: 3, steps: 2}, report_to: [tensorboard], eval_steps: 3, logging_steps: 2}
 """
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Project:
+    """The small project, nothing trained yet."""
+    return fill(tmp_path)
 
 
 def lines(project: Project, recipe: str) -> list[dict[str, Any]]:
@@ -54,7 +61,7 @@ def test_a_run_is_seen_everywhere_alike(small: Project) -> None:
     # Training BPB: what the labels of these steps cost, over the bytes of the text that they were read from
     nats_a_byte = trained[2]["loss"] * 512 / (trained[2]["bytes"] - trained[1]["bytes"])  # 512 tokens, less BOS and first ones
     assert 0.9 * nats_a_byte < trained[2]["train_bpb"] * math.log(2) < nats_a_byte
-    tokenizer = load_tokenizer(str(small.path("base") / "final"))
+    tokenizer = load_tokenizer(str(small.path("seen") / "final"))
     texts = [json.loads(line)["text"] for line in (small.folder / "held.jsonl").read_text().splitlines()]
     fertility = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts) / sum(len(t.split()) for t in texts)
     for line in trained:
@@ -71,7 +78,8 @@ def test_a_run_is_seen_everywhere_alike(small: Project) -> None:
     for key in ("loss", "train_bpb", "tokens_per_second", "target_words_per_second"):
         values = [line[key] for line in logged if "loss" in line]
         assert [value for _, value in shown[f"train/{key}"]] == pytest.approx(values, rel=1e-5), key
-    assert [value for _, value in shown["eval/target_bpb"]] == pytest.approx([line["eval_target_bpb"] for line in measured], rel=1e-5)
+    values = [line["eval_target_bpb"] for line in logged if "eval_target_bpb" in line]
+    assert [value for _, value in shown["eval/target_bpb"]] == pytest.approx(values, rel=1e-5)
 
     folder = small.path("seen") / "profile"
     assert sorted(path.name for path in folder.iterdir()) == ["long.trace.json.gz", "long.txt"]
@@ -81,11 +89,11 @@ def test_a_run_is_seen_everywhere_alike(small: Project) -> None:
     assert "PyTorch's chunked loss: torch_nn::_linear_cross_entropy_batch_chunked" in table
     assert "Liger: none" in table
     names = {event["name"] for event in json.loads(gzip.decompress((folder / "long.trace.json.gz").read_bytes()))["traceEvents"]}
-    assert {"ProfilerStep#3", "ProfilerStep#4"} & names or {"ProfilerStep#1", "ProfilerStep#2"} <= names
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 2
 
 
-def test_sft_is_profiled_and_shown_too(small: Project) -> None:
-    text = SFT.replace("output_of: cpt.yaml", "output_of: base.yaml").replace("max_steps: 12", "max_steps: 3")
+def test_sft_is_profiled_and_shown_too(small: Project, llama: Path) -> None:
+    text = SFT.replace("output_of: cpt.yaml", f"name_or_path: {llama}").replace("max_steps: 12", "max_steps: 3")
     write(small.folder / "sft.yaml", text.replace("precision:", "report_to: [tensorboard], profile: {start_step: 1, steps: 1}, precision:"))
     small.run("sft")
     assert (small.path("sft") / "profile" / "sft.txt").read_text().startswith("sft, step 1\n")
@@ -97,7 +105,7 @@ def test_sft_is_profiled_and_shown_too(small: Project) -> None:
 def test_what_cannot_be_recorded_or_chunked_is_refused_before_it_trains(small: Project) -> None:
     late = "stage: pretrain\nextends: base.yaml\ntraining: {profile: {start_step: 21}}\n"
     write(small.folder / "late.yaml", late)
-    assert "late.yaml:3:33: no step 21 is trained, so nothing would be recorded: english (20 steps)" in small.run("late", code=2)
+    assert "late.yaml:3:34: no step 21 is trained, so nothing would be recorded: english (20 steps)" in small.run("late", code=2)
     granite = BASE.replace("model_type: llama", "model_type: granite, logits_scaling: 8.0")
     write(small.folder / "granite.yaml", granite.replace("precision:", "fused_linear_cross_entropy: torch, precision:"))
     said = small.run("granite", code=2)
@@ -106,7 +114,7 @@ def test_what_cannot_be_recorded_or_chunked_is_refused_before_it_trains(small: P
     assert not small.path("granite").exists()
 
 
-def test_sft_leaves_the_fused_loss_to_trl(project: object, cli: Callable[..., Done]) -> None:
+def test_sft_leaves_the_fused_loss_to_trl(project: Path, cli: Callable[..., Done]) -> None:
     text = SFT.replace("{output_of: cpt.yaml}", "{name_or_path: ./llama}")
     keys = "use_liger_kernel: true, liger_kernel_config: {fused_linear_cross_entropy: true}, precision:"
     write("r.yaml", text.replace("precision:", keys))
@@ -161,6 +169,5 @@ def test_the_flops_of_a_token_follow_what_trains() -> None:
 
     assert flops("") == 6 * (layers + head) + 3 * attention
     assert flops("embed_tokens") == 4 * layers + 6 * head + 3 * attention
-    assert flops("layers.8.", "layers.9.", "layers.1") == pytest.approx(
-        2 * layers + 4 * layers * 9 / 16 + 4 * head + attention * (1 + 2 * 9 / 16), rel=0.03
-    )
+    upper = flops(*(f"layers.{n}." for n in range(8, 16)))  # nothing goes back through the lower half
+    assert upper == pytest.approx((2 + 4 / 2) * layers + 4 * head + attention * (1 + 2 / 2), rel=0.005)
