@@ -49,7 +49,9 @@ class Profiler(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step + 1
-        if self.running is not None or not self.first - 1 <= step <= self.last or (self.folder / f"{self.name}.txt").exists():
+        if self.running is not None or not self.first - 1 <= step <= self.last or state.max_steps < self.first:
+            return
+        if (self.folder / f"{self.name}.txt").exists():
             return
         warmup = 1 if step < self.first else 0
         begin = max(step, self.first)
