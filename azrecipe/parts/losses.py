@@ -99,6 +99,8 @@ def check(skeleton: PreTrainedModel) -> None:
         skeleton.base_model.register_forward_hook(lambda _module, _given, out: seen.update(hidden=out.last_hidden_state)),
     ]
     before, skeleton.loss_function = skeleton.loss_function, loss
+    attention = skeleton.config._attn_implementation
+    skeleton.set_attn_implementation("eager")  # runs on any device, with any mask
     tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 8, 8, device="meta")  # given whole, as making one looks at values
     try:
@@ -107,6 +109,7 @@ def check(skeleton: PreTrainedModel) -> None:
         raise CommandError(f"what a {kind} does with its logits cannot be seen ({str(error).partition(chr(10))[0]})") from None
     finally:
         skeleton.loss_function = before
+        skeleton.set_attn_implementation(attention)
         for hook in hooks:
             hook.remove()
     if "logits" not in seen or seen["logits"] is not seen.get("out"):

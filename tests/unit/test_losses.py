@@ -188,6 +188,7 @@ def test_an_ordinary_model_is_not_refused() -> None:
         skeleton = build("llama", tie_word_embeddings=True)
     losses.check(skeleton)
     assert skeleton.loss_function.__name__ == "ForCausalLMLoss"
+    assert skeleton.config._attn_implementation == "sdpa"
 
 
 def test_under_ddp_and_fsdp_two_processes_give_the_plain_gradients() -> None:
