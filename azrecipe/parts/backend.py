@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from azrecipe.errors import CannotRun, CommandError, RunFailed
-from azrecipe.parts.liger import patched
+from azrecipe.parts import liger
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -209,11 +209,11 @@ def verify(backend: Backend, trainer: Trainer) -> str:
             problems.append(f"DeepSpeed runs ZeRO stage {stage}, not {backend.kind[4:]}")
     if trainer.args.n_gpu > 1:
         problems.append(f"one process would spread over {trainer.args.n_gpu} GPUs by nn.DataParallel")
-    kernels = patched(model) if trainer.args.use_liger_kernel else []
-    if trainer.args.use_liger_kernel and not kernels:
-        problems.append("use_liger_kernel is true and no layer of the model runs a Liger kernel")
+    kernels = liger.patched(model) if trainer.args.use_liger_kernel else []
+    if trainer.args.use_liger_kernel and (lacking := liger.missing(model, trainer.args.liger_kernel_config)):
+        problems.append(f"Liger's {', '.join(lacking)} was asked for and runs nowhere in the model")
     if problems:
         raise RunFailed(f"{backend.kind} was asked for and is not what runs: {'; '.join(problems)}")
     return f"{backend.kind}, {backend.world} process{'es' if backend.world > 1 else ''}, device {trainer.args.device}" + (
-        f", Liger in {', '.join(kernels)}" if kernels else ""
+        f", Liger: {', '.join(kernels)}" if kernels else ""
     )

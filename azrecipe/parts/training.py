@@ -13,16 +13,17 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import checkpoint
+from azrecipe.parts import checkpoint, liger
 from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
+from azrecipe.parts.profiling import Profiler
 from azrecipe.parts.watching import Meter, Watch, say, trim_metrics
-from azrecipe.recipe.types import Training
+from azrecipe.recipe.types import Profile, Training
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One training loop: its run directory, where its checkpoints go, how long it is, its peak learning rate."""
+    """One training loop: its run directory, where its checkpoints go, how long it is, its peak learning rate, what is profiled."""
 
     name: str
     run: Path
@@ -30,6 +31,7 @@ class Loop:
     max_steps: int
     learning_rate: float
     seed: int
+    profile: Profile | None = None
 
 
 def check(training: Training, backend: Backend) -> None:
@@ -66,6 +68,7 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
         "max_grad_norm": training.max_grad_norm,
         "bf16": training.precision == "bf16_mixed",
         "use_liger_kernel": training.use_liger_kernel,
+        "liger_kernel_config": liger.choice(training),
         "activation_checkpointing": training.activation_checkpointing,
         "logging_steps": training.logging_steps,
         "logging_first_step": True,
@@ -112,9 +115,15 @@ def train(
     watch = Watch(backend, loop.run, meter, save_total_limit)
     trainer = make([watch])
     watch.trainer = trainer
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    for tracker in get_reporting_integration_callbacks(trainer.args.report_to):
+        if (behind := trainer.pop_callback(tracker)) is not None:
+            trainer.add_callback(behind)  # behind ours, which adds to what is logged
+    if loop.profile is not None and backend.main:
+        trainer.add_callback(Profiler(loop.profile, loop.run / "profile", loop.name))
     started = time.monotonic()
     with watch:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

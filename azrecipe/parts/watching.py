@@ -20,6 +20,7 @@ from azrecipe.errors import SIGINT, SIGTERM, Interrupted, RunFailed
 from azrecipe.parts import checkpoint
 from azrecipe.parts.backend import Backend, verify
 from azrecipe.parts.files import write_text
+from azrecipe.parts.throughput import chips_peak, flops_per_token
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -33,12 +34,17 @@ def say(text: str, main: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Meter:
-    """What the log counts: a name for the loop, tokens a step (0 where unknown), and bytes of text up to a step."""
+    """What the log counts: a name for the loop, tokens a step (0 where unknown), and bytes of text up to a step.
+
+    For other units: the length of a sequence in tokens, and tokens a word of the target text (0 where unknown).
+    """
 
     name: str
     tokens_per_step: int
     bytes_at: Callable[[int], int]
     tokens_at: Callable[[int], int] | None = None  # tokens up to a step, where steps differ
+    length: float = 0.0
+    tokens_a_word: float = 0.0
 
     def tokens(self, step: int) -> int:
         """Tokens up to a step, padding not counted."""
@@ -57,7 +63,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.signal = 0
         self.started = self.since = time.monotonic()
         self.first_step = self.last_step = 0
+        self.steps_per_second = 0.0
         self.losses: list[float] = []
+        self.flops: float | None = None  # that a token takes, as a share of what all chips together can do in a second
 
     def __enter__(self) -> Watch:
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -77,6 +85,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.first_step = self.last_step = state.global_step
         resumed = f", from step {state.global_step}" if state.global_step else ""
         say(f"{self.meter.name}: {state.max_steps} steps{resumed} ({line})", self.backend.main)
+        if (peak := chips_peak()) is not None:
+            needed = flops_per_token(self.trainer.accelerator.unwrap_model(self.trainer.model), self.meter.length)
+            self.flops = needed / (peak * self.backend.world) if needed is not None else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.backend.world > 1:
@@ -87,10 +98,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        logs = dict(logs or {})
+        logs = logs if logs is not None else {}
         if "loss" not in logs:
             if self.backend.main and any(key.startswith("eval_") for key in logs):
                 self._write({"step": state.global_step, **logs})
+                bpb = {key[5:-4]: value for key, value in logs.items() if key.endswith("_bpb")}
+                found = ", ".join(f"{name} {value:.3f}" for name, value in bpb.items())
+                say(f"  {self.meter.name} {state.global_step:>6}/{state.max_steps}  bits per byte: {found}", bool(bpb))
             return
         loss = float(logs["loss"])
         self.losses.append(loss)
@@ -98,29 +112,51 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             raise RunFailed(
                 f"{self.meter.name}: the loss is {loss} at step {state.global_step}. Lower learning_rate or raise warmup_ratio; the last checkpoint is kept"
             )
-        now = time.monotonic()
-        steps = state.global_step - self.last_step
-        seconds = max(now - self.since, 1e-9)
-        tokens, speed = self.meter.tokens(state.global_step), steps / seconds
-        tokens_per_second = (tokens - self.meter.tokens(self.last_step)) / seconds
-        self.since, self.last_step = now, state.global_step
-        line = {
-            "step": state.global_step,
-            "loss": loss,
-            "learning_rate": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
-            "tokens": tokens,
-            "bytes": self.meter.bytes_at(state.global_step),
-            "tokens_per_second": round(tokens_per_second, 1),
-            "peak_memory_bytes": peak_memory(),
-        }
+        line = self._line(state, logs)
+        logs.update({key: value for key, value in line.items() if key not in ("step", "loss")})  # for the trackers, which come after
         if self.backend.main:
             self._write(line)
-            remaining = (state.max_steps - state.global_step) * (now - self.started) / max(state.global_step - self.first_step, 1)
-            rate = f"{line['tokens_per_second']:,.0f} tokens/s" if self.meter.tokens_per_step else f"{speed:.2f} steps/s"
-            say(
-                f"  {self.meter.name} {state.global_step:>6}/{state.max_steps}  loss {loss:.3f}  lr {line['learning_rate']:.2e}  {rate}  {duration(remaining)} left"
-            )
+            self._say(state, line)
+
+    def _line(self, state: TrainerState, logs: dict[str, Any]) -> dict[str, Any]:
+        """A line of metrics.jsonl, for the steps since the one before."""
+        now, step, meter = time.monotonic(), state.global_step, self.meter
+        steps, seconds = step - self.last_step, max(now - self.since, 1e-9)
+        tokens = (meter.tokens(step) - meter.tokens(self.last_step)) / seconds
+        rates = {"tokens_per_second": round(tokens, 1)}
+        if meter.tokens_a_word:
+            rates["target_words_per_second"] = round(tokens / meter.tokens_a_word, 1)
+        if self.flops is not None:
+            rates["mfu"] = round(tokens * self.flops, 4)
+        size = meter.bytes_at(step) - meter.bytes_at(self.last_step)
+        predicted = getattr(self.trainer, "take_predicted", lambda: 0)()
+        if size and predicted:
+            rates["train_bpb"] = round(float(logs["loss"]) * predicted / (math.log(2) * size), 5)
+        self.since, self.last_step, self.steps_per_second = now, step, steps / seconds
+        return {
+            "step": step,
+            "loss": float(logs["loss"]),
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": meter.tokens(step),
+            "bytes": meter.bytes_at(step),
+            **rates,
+            "peak_memory_bytes": peak_memory(),
+        }
+
+    def _say(self, state: TrainerState, line: dict[str, Any]) -> None:
+        step, name = state.global_step, self.meter.name
+        remaining = (state.max_steps - step) * (time.monotonic() - self.started) / max(step - self.first_step, 1)
+        parts = [f"loss {line['loss']:.3f}"]
+        if "train_bpb" in line:
+            parts.append(f"BPB {line['train_bpb']:.3f}")
+        parts.append(f"lr {line['learning_rate']:.2e}")
+        parts.append(f"{line['tokens_per_second']:,.0f} tokens/s" if self.meter.tokens_per_step else f"{self.steps_per_second:.2f} steps/s")
+        if "target_words_per_second" in line:
+            parts.append(f"{line['target_words_per_second']:,.0f} words/s")
+        if "mfu" in line:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        say("  ".join([f"  {name} {step:>6}/{state.max_steps}", *parts, f"{duration(remaining)} left"]))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None

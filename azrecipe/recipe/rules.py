@@ -37,6 +37,7 @@ def check(root: Node, stage: str) -> list[Problem]:
         found += _temperature(root)
     if stage in ("pretrain", "sft"):
         found += _trainer_arguments(root)
+        found += _kernels(root, stage)
     if stage == "tokenizer":
         found += _candidates(root)
     if stage == "pipeline":
@@ -161,6 +162,34 @@ def _compare(root: Node) -> Iterator[Problem]:
     compare, matrix = root.get("compare"), root.get("matrix")
     if compare is not None and (matrix is None or not matrix.value):
         yield Problem(compare.at, "compare ranks the cells of a matrix, and there is none: say `matrix:`")
+
+
+def _kernels(root: Node, stage: str) -> Iterator[Problem]:
+    """Kernels that exclude each other, or that nothing would put in."""
+
+    def said(*keys: str) -> Node | None:
+        node = root.get("training", *keys)
+        return node if node is not None and node.value not in (None, False) else None
+
+    chosen, loss = said("liger_kernel_config"), said("fused_linear_cross_entropy")
+    if said("use_liger_kernel") is None:
+        if chosen is not None:
+            yield Problem(chosen.at, "liger_kernel_config chooses among Liger's kernels, and use_liger_kernel is not true")
+        if loss is not None and loss.value == "liger":
+            message = "fused_linear_cross_entropy: liger is one of Liger's kernels, and use_liger_kernel is not true. PyTorch's own: torch"
+            yield Problem(loss.at, message)
+        return
+    whole, fused = (said("liger_kernel_config", name) for name in ("cross_entropy", "fused_linear_cross_entropy"))
+    if whole is not None and fused is not None:
+        yield Problem(fused.at, "cross_entropy and fused_linear_cross_entropy are two ways to one loss; name one of them")
+    elif fused is not None and stage == "sft":
+        message = "sft has no use for Liger's fused_linear_cross_entropy: TRL's SFTTrainer takes the loss a chunk at a time by itself"
+        yield Problem(fused.at, message)
+    elif loss is not None and (other := whole or (fused if loss.value == "torch" else None)) is not None:
+        yield Problem(other.at, f"training.fused_linear_cross_entropy: {loss.value} takes the loss; leave this kernel out")
+    off = root.get("training", "liger_kernel_config", "fused_linear_cross_entropy")
+    if loss is not None and loss.value == "liger" and off is not None and off.value is False:
+        yield Problem(off.at, "training.fused_linear_cross_entropy: liger asks for this kernel, and here it is left out")
 
 
 def _trainer_arguments(root: Node) -> Iterator[Problem]:

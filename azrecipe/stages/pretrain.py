@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, corpus, liger, metrics, model, phases, run_dir, training, vocabulary
+from azrecipe.parts import auxiliary, corpus, liger, losses, metrics, model, phases, profiling, run_dir, throughput, training, vocabulary
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
@@ -54,6 +54,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     run_dir.check_same(recipe, place, inputs.found)
     own = _check_model(recipe, model_path, tokenizer)
     schedule = _schedule(recipe, _mix(config, sources, held_out, tokenizer, place.cache), tokenizer, (before, place.cache))
+    profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
     with run_dir.opened(recipe, place, inputs.found):
         record = Record(place)  # read by every process before the process group exists, so that all agree
@@ -130,7 +131,12 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
             check_swap(own, tokenizer, config.tokenizer.new_embeddings)
             auxiliary.check(config.tokenizer.new_embeddings)
     if config.training.use_liger_kernel:
-        liger.check(net.config.model_type)
+        liger.check(recipe, net.config.model_type)
+    if config.training.fused_linear_cross_entropy == "torch":
+        try:
+            losses.check(net)
+        except CommandError as error:
+            raise recipe.problem(f"PyTorch's chunked loss: {error}", "training", "fused_linear_cross_entropy") from None
     limit = getattr(net.config, "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
         raise recipe.problem(
@@ -284,10 +290,22 @@ class TextTrainer(BackgroundSaving, GuardedTrainer):
 
     def __init__(self, job: Job, guard: Guard, **arguments: Any) -> None:
         self.job = job
+        self.predicted: Any = 0  # tokens predicted since the log asked, on all processes: on a GPU a tensor, so that no step waits
         super().__init__(**arguments, eval_dataset=dict(job.held_out))
         self.add_callback(guard)
         self.guard, guard.trainer = guard, self
         self.saver = None if job.backend.sharded else Saver()
+
+    def get_batch_samples(self, *given: Any) -> tuple[list[Any], Any]:
+        """A step's batches, and the number of their labels on all processes."""
+        batches, count = super().get_batch_samples(*given)
+        self.predicted = self.predicted + (0 if count is None else count)
+        return batches, count
+
+    def take_predicted(self) -> int:
+        """The tokens that were predicted since the last call."""
+        count, self.predicted = int(self.predicted), 0
+        return count
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """BPB on each validation set, logged as eval_<name>_bpb."""
@@ -309,16 +327,21 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
     shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trained.by_pattern.items())
     say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
     net.config.use_cache = False
+    if config.training.fused_linear_cross_entropy == "torch":
+        losses.chunk(net)
     data = job.schedule.dataset(nth)
     loop = training.Loop(
-        planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed
-    )
+        planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed,
+        config.training.profile,
+    )  # fmt: skip
     batch = config.training.global_batch_size
     meter = Meter(
         planned.name,
         job.schedule.tokens_per_step,
         lambda step: data.bytes_until(step * batch),
         lambda step: data.tokens_until(step * batch),
+        config.data.max_length,
+        throughput.tokens_a_word(job.tokenizer, next(iter(job.held_out.values()), [])),
     )
     arguments = training.arguments(config.training, loop, job.backend)
     guard = Guard(job.backend, job.place.path, planned.name, lambda sequence: _documents(job, data, sequence))

@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import chat, liger, model, run_dir, training, vocabulary
+from azrecipe.parts import chat, liger, model, profiling, run_dir, training, vocabulary
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.files import read_json, whole_folder
 from azrecipe.parts.lora import lora_config, merged
@@ -40,10 +40,11 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     if config.training.assistant_only_loss or config.chat_template != "keep" or tokenizer.chat_template is None:
         chat.apply_template(tokenizer, config.chat_template)
     train, held_out, data = _examples(config, tokenizer, conversations)
+    profiling.check(recipe, {"sft": _steps(config, train)}, backend.main)
     net = model.load_model(base, config.training.precision, config.model.attn_implementation, config.model.revision)
     model.check_sizes(net, tokenizer, base)
     if config.training.use_liger_kernel:
-        liger.check(net.config.model_type)
+        liger.check(recipe, net.config.model_type)
     adapter = lora_config(config.lora, net)
 
     with run_dir.opened(recipe, place, inputs.found):
@@ -103,6 +104,13 @@ def _examples(
     return examples["train"], examples["held"], counts
 
 
+def _steps(config: Sft, train: list[chat.Example]) -> int:
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    assert config.training.num_train_epochs is not None
+    return math.ceil(len(train) * config.training.num_train_epochs / config.training.global_batch_size)
+
+
 def order(rows: int, needed: int, seed: int) -> list[int]:
     """Which row comes when: pass after pass, each in an order of its own; the same for every number of processes."""
     passes = [np.random.Generator(np.random.PCG64([seed, i])).permutation(rows) for i in range(math.ceil(needed / rows))]
@@ -121,12 +129,9 @@ def _train(
     config: Sft = recipe.config
     net, tokenizer, adapter = subject
     train, held_out = examples
-    per_step = config.training.global_batch_size
-    steps = config.training.max_steps
-    if steps is None:
-        assert config.training.num_train_epochs is not None
-        steps = math.ceil(len(train) * config.training.num_train_epochs / per_step)
-    loop = training.Loop("sft", place.path, place.checkpoints, steps, config.training.learning_rate, recipe.config.seed)
+    per_step, steps = config.training.global_batch_size, _steps(config, train)
+    loop = training.Loop("sft", place.path, place.checkpoints, steps, config.training.learning_rate, recipe.config.seed,
+                         config.training.profile)  # fmt: skip
     arguments = training.arguments(config.training, loop, backend)
     if not held_out:
         arguments |= {"eval_strategy": "no", "eval_steps": None}
@@ -145,7 +150,7 @@ def _train(
             ),
         )  # fmt: skip
 
-    meter = Meter("sft", round(float(tokens[-1]) / steps), lambda _step: 0)
+    meter = Meter("sft", round(float(tokens[-1]) / steps), lambda _step: 0, float(np.mean(lengths)))
     trainer, happened = training.train(make, loop, meter, backend, config.training.save_total_limit)
     state = training.whole_state(trainer, backend)
     if backend.main:
