@@ -150,7 +150,7 @@ def _train(
             ),
         )  # fmt: skip
 
-    meter = Meter("sft", round(float(tokens[-1]) / steps), lambda _step: 0, float(np.mean(lengths)))
+    meter = Meter("sft", round(float(tokens[-1]) / steps), lambda _step: 0, length=float(np.mean(lengths)))
     trainer, happened = training.train(make, loop, meter, backend, config.training.save_total_limit)
     state = training.whole_state(trainer, backend)
     if backend.main:
