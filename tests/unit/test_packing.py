@@ -150,8 +150,9 @@ def test_a_window_is_not_sorted_by_length_and_keeps_to_its_place_in_the_order(mo
         assert abs(here - there).max() < 2.5 * 64 * 64 / np.mean(sizes)
 
 
-@pytest.mark.parametrize("max_length", [512, 2048])
-def test_real_text_fills_the_sequences(max_length: int) -> None:
+@pytest.fixture(scope="module")
+def azerbaijani() -> Store:
+    """Real documents, in the tokens of a tokenizer of their own."""
     file = ROOT.parent / "shared" / "data" / "az_docs.jsonl.gz"
     if not file.exists():
         pytest.skip(f"no real text: {file} is not there")
@@ -160,7 +161,12 @@ def test_real_text_fills_the_sequences(max_length: int) -> None:
     ids = encode(train_llama3(texts[:300], 2000), texts)
     offsets = np.cumsum([0, *map(len, ids)])
     stream = np.concatenate([np.asarray(i, np.uint32) for i in ids])
-    mix = Mix([Store("az", stream, offsets, np.asarray([len(t.encode()) for t in texts]), 0)], [1], 1, 2)
+    return Store("az", stream, offsets, np.asarray([len(t.encode()) for t in texts]), 0)
+
+
+@pytest.mark.parametrize("max_length", [512, 2048])
+def test_real_text_fills_the_sequences(azerbaijani: Store, max_length: int) -> None:
+    mix = Mix([azerbaijani], [1], 1, 2)
     sequences = Fitted(mix, max_length, True)
     sequences.available(3 * mix.epoch_tokens // max_length)
     assert len(sequences.ends) >= 4
