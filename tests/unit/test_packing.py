@@ -62,7 +62,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.integers(1, 30), max_size=80))
 def test_best_fit_overfills_nothing_and_opens_a_bin_only_where_none_has_room(sizes: list[int]) -> None:
     bins = best_fit(np.asarray(sizes, np.int64), 30)
@@ -78,7 +78,7 @@ def test_best_fit_overfills_nothing_and_opens_a_bin_only_where_none_has_room(siz
         room[bins[nth]] -= sizes[nth]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(a=lengths, b=lengths, seed=st.integers(0, 3), strategy=st.sampled_from(["bfd", "unpacked"]))
 def test_every_token_is_read_once_and_no_document_is_cut_that_fits(a: list[int], b: list[int], seed: int, strategy: str) -> None:
     mix = Mix([stored(a, 100), stored(b, 10_000)], [2, 1], seed, 2, [2.0, 1.0])
