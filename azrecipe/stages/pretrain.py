@@ -172,7 +172,7 @@ def _schedule(recipe: Recipe, mix: Mix, tokenizer: PreTrainedTokenizerBase, give
     how = packing(config.data, tokenizer)
     sequences = layout(mix, how, before.start if before else 0, cache)
     if before is not None and before.fingerprint != sequences.fingerprint:
-        message = "the data cannot go on from there: datasets, mixing, packing, validation, seed or tokenizer differ from that run's"
+        message = "the data cannot go on from there: datasets, weights, validation, seed or tokenizer differ from that run's, or the way to mix or pack"
         raise recipe.problem(message, "data", "continue_from")
     try:
         schedule = plan(sequences, how, config.phases, config.training.global_batch_size)

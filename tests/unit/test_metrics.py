@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 
@@ -10,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from azrecipe.parts.metrics import bits, windows
 from azrecipe.parts.model import load_model
-from azrecipe.parts.packing import Borders, PackedText, Span, collate
 from azrecipe.parts.tokens import encode
 from azrecipe.parts.vocabulary import load_tokenizer, measure
 from tests.conftest import TALES
-from tests.unit.test_mixing import Mix, stored
+from tests.unit.test_packing import one_thread  # noqa: F401
 
 
 @given(ids=st.lists(st.integers(10, 99), max_size=200), max_length=st.integers(2, 40))
@@ -72,15 +71,50 @@ def test_fertility_counts_tokens_a_word(llama: Path) -> None:
     assert found.fertility == tokens / 4
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_packed_document_has_the_logits_that_it_has_alone(llama: Path, training: bool) -> None:
-    model = load_model(str(llama), "float32").train(training)
-    model.config.use_cache = False
-    mix = Mix([stored([7, 9, 12, 5], 10)], [1], seed=3, extra=2)
-    batch = collate([PackedText(mix, mix.order(tokens=60), Borders(0, 1), Span(0, 1, 30))[0]])
-    starts = [*torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist(), 30]
-    with torch.no_grad():
-        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
-        for begin, end in itertools.pairwise(starts):
-            alone = model(input_ids=batch["input_ids"][:, begin:end]).logits[0]
-            assert torch.allclose(packed[begin:end], alone, atol=1e-5)
+@pytest.fixture(scope="module")
+def trained(llama: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The small model after a little training on the tales, so that what stands before a token says something of it."""
+    model, tokenizer = load_model(str(llama), "float32"), load_tokenizer(str(llama))
+    rows = torch.tensor([ids[:60] for ids in encode(tokenizer, [tale * 4 for tale in TALES])])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(rows, labels=rows, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+def test_windowed_and_whole_evaluation_agree_on_short_documents_of_a_trained_model(
+    trained: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = trained
+    texts = [tale[:n] for tale in TALES for n in (20, 35, 60)]
+    longest = 1 + max(map(len, encode(tokenizer, texts)))
+    whole = bits(model, tokenizer, texts, 256, 5)
+    windowed = bits(model, tokenizer, texts, longest, 3)
+    assert whole.per_byte < 2.5  # untrained: over 3
+    assert windowed.per_byte == pytest.approx(whole.per_byte, abs=1e-3)
+    # the tokens and bytes of the text alone: no BOS, no EOS
+    assert whole.tokens == sum(map(len, encode(tokenizer, texts)))
+    assert whole.bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_long_document_is_scored_in_windows_that_overlap_by_half(trained: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+    model, tokenizer = trained
+    text, length = "".join(TALES), 32
+    ids = [tokenizer.bos_token_id, *encode(tokenizer, [text])[0]]
+    assert len(ids) > 3 * length
+    nats, scored = 0.0, 1
+    while scored < len(ids):  # the definition in docs/metrics.md, a window at a time
+        end = min(length if scored == 1 else scored + length // 2, len(ids))
+        window = ids[max(end - length, 0) : end]
+        with torch.no_grad():
+            log_p = model(torch.tensor([window]), use_cache=False).logits[0].log_softmax(-1)
+        for at in range(len(window) - (end - scored), len(window)):
+            nats -= float(log_p[at - 1, window[at]])
+        scored = end
+    found = bits(model, tokenizer, [text], length, 4)
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    assert found.tokens == len(ids) - 1
+    blind = sum(bits(model, tokenizer, [tokenizer.decode(ids[at : at + 16])], length, 4).nats for at in range(1, len(ids), 16))
+    assert found.nats < blind  # a window without half a window before it knows less

@@ -39,7 +39,7 @@ def planned(mix: Mix, *phases: Phase, start: int = 0) -> Schedule:
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     stores=st.lists(lengths, min_size=2, max_size=4), weights=st.lists(st.floats(0.05, 20), min_size=4, max_size=4), seed=st.integers(0, 5)
 )
@@ -57,7 +57,7 @@ def test_every_source_has_its_share_in_any_window(stores: list[list[int]], weigh
             assert np.abs(off[window:] - off[:-window]).max(initial=0) <= 2 * slack
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(a=lengths, b=lengths, weight=st.floats(0.05, 20), seed=st.integers(0, 5))
 def test_of_two_sources_each_has_its_share_to_within_one_document_at_any_point(
     a: list[int], b: list[int], weight: float, seed: int
@@ -71,7 +71,7 @@ def test_of_two_sources_each_has_its_share_to_within_one_document_at_any_point(
         assert np.all(np.abs(given_bytes - mix.shares[source] * np.cumsum(sizes)) <= slack + 1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(a=lengths, b=lengths, seed=st.integers(0, 5), asked=st.lists(st.integers(1, 900), min_size=1, max_size=4))
 def test_a_longer_order_begins_with_the_shorter_one_however_it_is_made(a: list[int], b: list[int], seed: int, asked: list[int]) -> None:
     long = Mix([stored(a, 0), stored(b, 10_000)], [3, 1], seed, extra=1).order(tokens=2_000)
@@ -116,7 +116,7 @@ def test_each_epoch_holds_every_document_once_in_an_order_of_its_own() -> None:
     assert mix.epochs(order, 50, np.asarray([50, 51])) == [1.04]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(a=lengths, b=lengths, limits=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)), seed=st.integers(0, 5))
 def test_a_source_that_is_not_begun_again_is_used_to_its_limit(a: list[int], b: list[int], limits: tuple[float, float], seed: int) -> None:
     mix = Mix([stored(a, 0), stored(b, 10_000)], [4, 1], seed, 1, limits)
