@@ -109,24 +109,21 @@ def bare(folder: Path, asked: argparse.Namespace) -> float:
     from azrecipe.errors import Place
     from azrecipe.parts.corpus import Located
     from azrecipe.parts.mixing import Mix
-    from azrecipe.parts.packing import PackedText, Span, borders, collate
+    from azrecipe.parts.packing import PackedText, Packing, borders, collate, layout
     from azrecipe.parts.tokens import store
     from azrecipe.recipe.types import TextSource
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     stored = store(Located(TextSource(str(folder / "text.jsonl"), "train"), Place("benchmark")), tokenizer, folder / "bare", frozenset())
-    marks = borders(tokenizer)
-    mix = Mix([stored], [1.0], SEED, marks.count)
-    data = PackedText(
-        mix, mix.order(tokens=asked.steps * asked.batch * asked.length), marks, Span(0, asked.steps * asked.batch, asked.length)
-    )
+    how = Packing("wrapped", asked.length, borders(tokenizer))
+    data = PackedText(layout(Mix([stored], [1.0], SEED, how.marks.count), how), how, 0, asked.steps * asked.batch)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     model.config.use_cache = False
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, asked.steps)
     times = []
-    for batch in DataLoader(data, asked.batch, collate_fn=collate):
+    for batch in DataLoader(data, asked.batch, collate_fn=collate(how, "sdpa")):
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
