@@ -34,9 +34,9 @@ def preload() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import transformers  # noqa: F401
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
+    import transformers  # noqa: F401
     import trl  # noqa: F401
 
     import azrecipe.launch.worker
