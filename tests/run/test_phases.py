@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from azrecipe.parts.extension import extend
+from azrecipe.parts.model import build_model, save_model
+from azrecipe.parts.vocabulary import save_tokenizer, train_llama3
 from azrecipe.recipe.load import load
-from tests.conftest import ROOT, write
-from tests.small import BASE, CPT, TOKENIZER, Project, assert_same_weights, fill, weights
+from tests.conftest import ROOT, TALES, write
+from tests.small import CPT, Project, assert_same_weights, fill, weights
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
 EEVE = load(ROOT / "recipes" / "eeve" / "pretrain.yaml").config.phases
 # Two steps for each of the seven phases of the recipe that ships; one with an optimizer and a schedule of its own.
 OWN = "lr_scheduler_type: warmup_stable_decay, decay_ratio: 0.5, min_lr_ratio: 0.1, warmup_ratio: 0.25, optim: adamw_torch, max_grad_norm: 0.1"
@@ -28,26 +40,17 @@ ONE = "[{name: new, trainable_parameters: [new_tokens, new_tokens_head], learnin
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A model of two matrices, an extension of its vocabulary, and the seven phases, padded; a recipe that goes on from there."""
+    """A model of two matrices, an extension of its vocabulary, and the seven phases, padded; recipes that go on from there."""
     project = fill(tmp_path_factory.mktemp("untied"))
-    cpt = (
-        CPT[: CPT.index("phases:")] + "phases:\n" + PHASES + "\n" + CPT[CPT.index("training:") :].replace("save_steps: 4", "save_steps: 3")
-    )
-    write(
-        project.folder / "base.yaml",
-        BASE.replace("tie_word_embeddings: true", "tie_word_embeddings: false").replace("max_steps: 20", "max_steps: 4"),
-    )
-    write(
-        project.folder / "tokenizer.yaml",
-        TOKENIZER[: TOKENIZER.index("candidates")] + "candidates: {more: {kind: extension, new_tokens: 40}}\nselect: more\n",
-    )
-    write(project.folder / "cpt.yaml", cpt.replace("{output_of: tokenizer.yaml}", "{output_of: tokenizer.yaml, pad_to_multiple_of: 64}"))
-    write(
-        project.folder / "after.yaml",
-        f"stage: pretrain\nextends: cpt.yaml\nmodel: {{output_of: cpt.yaml}}\ntokenizer: null\nphases: {ONE}\n",
-    )
-    for recipe in ("base", "tokenizer"):
-        project.run(recipe)
+    own = train_llama3([TALES[0] * 20, TALES[2] * 20], 340)
+    save_model(build_model(CONFIG, own, "float32", "sdpa", seed=1), own, project.folder / "llama")
+    save_tokenizer(extend(own, [TALES[1] * 20, TALES[3] * 20], 40).tokenizer, project.folder / "longer")
+    tokenizer = "{name_or_path: ./longer, pad_to_multiple_of: 64}"
+    cpt = CPT.replace("{output_of: base.yaml}", "{name_or_path: ./llama}").replace("{output_of: tokenizer.yaml}", tokenizer)
+    write(project.folder / "cpt.yaml", f"{cpt[: cpt.index('phases:')]}phases:\n{PHASES}\n{cpt[cpt.index('training:') :]}")
+    after = f"stage: pretrain\nextends: cpt.yaml\nmodel: {{name_or_path: null, output_of: cpt.yaml}}\ntokenizer: null\nphases: {ONE}\n"
+    write(project.folder / "after.yaml", after + "training: {save_steps: 3}\n")
+    write(project.folder / "none.yaml", f"stage: pretrain\nextends: cpt.yaml\ntokenizer: null\nphases: {ONE}\n")
     write(project.folder / "printed.txt", project.run("cpt"))
     return project
 
@@ -90,8 +93,8 @@ def test_each_of_eeve_s_seven_phases_changes_what_it_names_and_nothing_else(unti
             assert set(found.get(matrix, [])) <= (rows or set()), (EEVE[i].name, matrix)
         assert {name for name in found if name.startswith("model.layers.")} == (layers if i >= 5 else set()), EEVE[i].name
         assert ("model.norm.weight" in found) is (i == 5)
-    # The first phase's model is compared with the base: every old row and every other tensor is the base's.
-    base, first = weights(untied.path("base") / "final"), weights(folders[0])
+    # The first phase's model has every old row and every other tensor of the base.
+    base, first = weights(untied.folder / "llama"), weights(folders[0])
     for name, before in base.items():
         assert torch.equal(first[name][: len(before)] if name in (EMBEDDINGS, HEAD) else first[name], before), name
 
@@ -117,28 +120,25 @@ def test_the_learning_rate_of_a_phase_follows_its_own_schedule(untied: Project) 
     assert rates[EEVE[0].name] == pytest.approx([1e-2, 0.5e-2])  # the others': cosine, a warm-up that rounds to none
 
 
-def test_an_interrupted_phase_of_new_tokens_ends_in_the_same_model(untied: Project) -> None:
-    """Killed in the third phase, which starts from the second one's folder; what is new is known again."""
-    for recipe in ("base", "tokenizer"):
-        shutil.copytree(untied.path(recipe), untied.path(recipe, "again"))
-    second = EEVE[1].name
-    code = untied.interrupt("cpt", lambda run: (run / "phases" / second / "new_tokens.json").is_file(), signal.SIGKILL, runs="again")
-    assert code == -signal.SIGKILL
-    untied.run("cpt", runs="again")
-    assert_same_weights(untied.path("cpt", "again") / "final", untied.path("cpt") / "final")
-
-
-def test_a_recipe_that_goes_on_knows_what_is_new(untied: Project) -> None:
+def test_a_recipe_that_goes_on_knows_what_is_new_also_after_an_interruption(untied: Project) -> None:
     untied.run("after")
-    before, after = untied.path("cpt") / "final", untied.path("after") / "final"
-    found, new = changes(before, after), new_rows(before)
+    before, run = untied.path("cpt") / "final", untied.path("after")
+    found, new = changes(before, run / "final"), new_rows(before)
     assert found.keys() == {EMBEDDINGS, HEAD}
     assert all(set(rows) <= new for rows in found.values())
-    assert new_rows(after) == new
+    assert new_rows(run / "final") == new
+    # The run as a signal leaves it after its third step of four.
+    whole = shutil.move(run / "final", untied.folder / "whole")
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "new" / "checkpoint-4")
+    for file, left in (("phases.json", {"phases": {}}), ("status.json", {"state": "interrupted"})):
+        write(run / file, json.dumps({**json.loads((run / file).read_text()), **left}))
+    assert "going on from" in untied.run("after")
+    assert untied.result("after")["phases"]["new"]["resumed_from"] == 3
+    assert_same_weights(whole, run / "final")
 
 
 def test_new_tokens_are_refused_where_the_vocabulary_stays(untied: Project) -> None:
-    write(untied.folder / "none.yaml", f"stage: pretrain\nextends: cpt.yaml\ntokenizer: null\nphases: {ONE}\n")
     said = untied.run("none", code=2)
     assert "none.yaml:4:" in said
     assert "new_tokens matches nothing: no token is known to be new" in said
