@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from azrecipe.parts.extension import extend
 from azrecipe.parts.model import build_model, save_model
 from azrecipe.parts.vocabulary import save_tokenizer, train_llama3
 from azrecipe.recipe.load import load
-from tests.conftest import ROOT, TALES, write
+from tests.conftest import ROOT, TALES, Done, write
 from tests.small import CPT, Project, assert_same_weights, fill, weights
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -138,8 +139,12 @@ def test_a_recipe_that_goes_on_knows_what_is_new_also_after_an_interruption(unti
     assert_same_weights(whole, run / "final")
 
 
-def test_new_tokens_are_refused_where_the_vocabulary_stays(untied: Project) -> None:
-    said = untied.run("none", code=2)
-    assert "none.yaml:4:" in said
-    assert "new_tokens matches nothing: no token is known to be new" in said
-    assert "new_tokens_head matches nothing" in said
+def test_new_tokens_are_refused_where_the_vocabulary_stays(
+    untied: Project, cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(untied.folder)
+    done = cli("run", "none.yaml")
+    assert done.code == 2
+    assert "none.yaml:4:" in done.text
+    assert "new_tokens matches nothing: no token is known to be new" in done.text
+    assert "new_tokens_head matches nothing" in done.text
