@@ -41,7 +41,7 @@ def problem(text: str) -> str | None:
         re.compile(text)
     except re.error as error:
         return f"'{text}' is no group ({ALL}) and no regular expression: {error}"
-    known = NAMED if text.startswith("new") else [name for name in NAMED if name not in NEW_TOKENS]  # embed_tokens is a parameter's name
+    known = NAMED if text.startswith("new") else [name for name in NAMED if name not in NEW_TOKENS]
     if text.isidentifier() and (near := did_you_mean(text, known)):
         return f"there is no group '{text}'{near} Groups: {ALL}; anything else is a regular expression over parameter names"
     return None
