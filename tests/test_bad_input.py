@@ -262,8 +262,8 @@ REFUSED_BY_THE_STAGE = [
     Case("tokenizer larger than the embeddings", PRETRAIN.replace("./llama", "./torn"), ("./torn: its tokenizer has 320 tokens and its embeddings 300 rows: they do not belong together",)),
     Case("the same, evaluate", EVALUATE.replace("./llama", "./torn"), ("./torn: its tokenizer has 320 tokens and its embeddings 300 rows",)),
     Case("the same, sft", SFT.replace("./llama", "./torn"), ("./torn: its tokenizer has 320 tokens and its embeddings 300 rows",)),
-    Case("unknown optimizer", PRETRAIN.replace("float32}", "float32, trainer_arguments: {optim: sdg}}"), ("training: transformers refuses these arguments: sdg is not a valid OptimizerNames",)),
-    Case("unknown optimizer, sft", SFT.replace("float32}", "float32, trainer_arguments: {optim: sdg}}"), ("training: transformers refuses these arguments: sdg is not a valid OptimizerNames",)),
+    Case("value that transformers lacks", PRETRAIN.replace("float32}", "float32, trainer_arguments: {hub_strategy: sdg}}"), ("training: transformers refuses these arguments: sdg is not a valid HubStrategy",)),
+    Case("value that transformers lacks, sft", SFT.replace("float32}", "float32, trainer_arguments: {hub_strategy: sdg}}"), ("training: transformers refuses these arguments: sdg is not a valid HubStrategy",)),
     Case("tracker that is not installed", PRETRAIN.replace("float32}", "float32, report_to: [mlflow]}"), ("report_to: mlflow is not installed: pip install mlflow, or --set training.report_to=[]",), code=3),
     Case("Liger without a GPU", PRETRAIN.replace("float32}", "float32, use_liger_kernel: true}"), ("use_liger_kernel: true needs a GPU", "--set training.use_liger_kernel=false"), code=3, needs_gpu_absent=True),
     Case("Liger and bf16 without a GPU", PRETRAIN.replace("float32}", "bf16_pure, use_liger_kernel: true}"), ("--set training.use_liger_kernel=false --set training.precision=float32",), code=3, needs_gpu_absent=True),
@@ -361,7 +361,7 @@ def test_a_link_to_a_file_that_is_gone(cli: Callable[..., Done]) -> None:
 def test_a_recipe_that_was_refused_runs_once_it_is_right(cli: Callable[..., Done]) -> None:
     """What is refused late, by a library, must not leave a run directory that refuses the corrected recipe."""
     write("r.yaml", SFT)
-    assert cli("run", "r.yaml", *sets("training.trainer_arguments.optim=sdg")).code == 2
+    assert cli("run", "r.yaml", *sets("training.trainer_arguments.hub_strategy=sdg")).code == 2
     done = cli("run", "r.yaml", "--quiet")
     assert done.code == 0, done.text
     assert Path("runs/p/r/result.json").is_file()

@@ -165,3 +165,17 @@ def test_the_quickstart_text_is_what_the_readme_says() -> None:
     for file in data.rglob("*.*"):
         text = file.read_text("utf-8")
         assert text == unicodedata.normalize("NFC", text)
+
+
+def test_eeve_s_phases_fit_the_model_that_they_are_for() -> None:
+    _, steps = load_pipeline(RECIPES / "eeve" / "pipeline.yaml")
+    tokenizer, pretrain = (step.recipe.config for step in steps)
+    name, width = pretrain.model.name_or_path, 4096
+    assert name == tokenizer.tokenizer.name_or_path == "meta-llama/Llama-3.1-8B"
+    assert pretrain.tokenizer.candidate == tokenizer.select
+    new = range(128_256, 128_256 + tokenizer.candidates[tokenizer.select].new_tokens)
+    model = shape(name, vocab_size=new.stop)
+    trained = [phases.freeze(model, phase.trainable_parameters, new).trainable for phase in pretrain.phases]
+    rows, matrix = len(new) * width, new.stop * width
+    layers = count(model) - 2 * matrix - width  # the norm after the last layer is in none
+    assert trained == [rows, rows, 2 * rows, matrix, rows + matrix, count(model), layers]

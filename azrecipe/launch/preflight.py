@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, backend, corpus
+from azrecipe.parts import auxiliary, backend, corpus, optimizers
 from azrecipe.parts.batches import split
 from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.types import Source
@@ -104,6 +104,7 @@ def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
         lambda: auxiliary.check(getattr(tokenizer, "new_embeddings", "")),
         lambda: backend.check_precision(training.precision, training.use_liger_kernel),
         lambda: backend.check_trackers(training.report_to),
+        lambda: optimizers.check(optimizers.named(recipe.config)),
     ):
         try:
             asked()

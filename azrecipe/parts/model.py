@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from azrecipe.errors import CommandError, allowed, did_you_mean
+from azrecipe.parts import new_tokens
 from azrecipe.parts.embeddings import adopt_special_tokens
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import whole_folder
@@ -109,9 +110,17 @@ def count(model: torch.nn.Module) -> int:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: Mapping[str, torch.Tensor] | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: Mapping[str, torch.Tensor] | None = None,
+    new: Sequence[int] = (),
 ) -> None:
-    """Write model and tokenizer into a folder that appears whole or not at all. `state` where the live one is sharded."""
+    """Write model and tokenizer into a folder that appears whole or not at all. `state` where the live one is sharded.
+
+    `new`: the ids of the tokens that are new to it.
+    """
     with whole_folder(folder) as aside:
         model.save_pretrained(aside, state_dict=state)
         save_tokenizer(tokenizer, aside)
+        new_tokens.save(new, aside)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import checkpoint, liger
+from azrecipe.parts import checkpoint, liger, optimizers
 from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.profiling import Profiler
@@ -59,8 +59,7 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
         "per_device_train_batch_size": batch.per_device,
         "gradient_accumulation_steps": batch.accumulation,
         "per_device_eval_batch_size": training.per_device_eval_batch_size,
-        "lr_scheduler_type": training.lr_scheduler_type,
-        "warmup_steps": round(training.warmup_ratio * loop.max_steps),
+        **optimizers.arguments(training, loop.max_steps),
         "weight_decay": training.weight_decay,
         "adam_beta1": training.adam_beta1,
         "adam_beta2": training.adam_beta2,

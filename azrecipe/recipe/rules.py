@@ -5,16 +5,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from azrecipe.errors import Place, Problem, did_you_mean, hint
-from azrecipe.recipe import schema
+from azrecipe.recipe import groups, optimization, schema
 from azrecipe.recipe.yaml_tree import Node
 
-GROUPS = ("all", "embeddings", "head", "attention", "mlp", "norms")
 # Fields of TrainingArguments that follow from the recipe, the launcher or the run directory.
 OWNED = {
     "output_dir", "num_train_epochs", "max_steps", "learning_rate", "gradient_accumulation_steps", "warmup_steps", "bf16", "fp16", "seed",
@@ -22,7 +20,7 @@ OWNED = {
     "label_names", "fsdp", "fsdp_config", "deepspeed", "enable_jit_checkpoint", "load_best_model_at_end", "do_train", "do_eval", "run_name",
     "bf16_full_eval", "disable_tqdm", "average_tokens_across_devices", "overwrite_output_dir", "resume_from_checkpoint", "gradient_checkpointing", "auto_find_batch_size", "ignore_data_skip",
     "accelerator_config", "parallelism_config", "dataloader_drop_last", "max_length", "shuffle_dataset", "include_num_input_tokens_seen",
-    "ddp_timeout",
+    "ddp_timeout", "lr_scheduler_kwargs",
 }  # fmt: skip
 
 
@@ -38,6 +36,7 @@ def check(root: Node, stage: str) -> list[Problem]:
     if stage in ("pretrain", "sft"):
         found += _trainer_arguments(root)
         found += _kernels(root, stage)
+        found += optimization.check(root, stage)
     if stage == "tokenizer":
         found += _candidates(root)
     if stage == "pipeline":
@@ -90,21 +89,8 @@ def _phases(root: Node) -> Iterator[Problem]:
             names.setdefault(name.value, name.place)
         patterns = phase.get("trainable_parameters")
         for pattern in patterns.value if patterns and isinstance(patterns.value, list) else []:
-            if isinstance(pattern.value, str) and pattern.value not in GROUPS:
-                yield from _pattern(pattern, pattern.value)
-
-
-def _pattern(node: Node, text: str) -> Iterator[Problem]:
-    try:
-        re.compile(text)
-    except re.error as error:
-        yield Problem(node.place, f"'{text}' is no group ({', '.join(GROUPS)}) and no regular expression: {error}")
-        return
-    if text.isidentifier() and (near := did_you_mean(text, GROUPS)):
-        yield Problem(
-            node.place,
-            f"there is no group '{text}'{near} Groups: {', '.join(GROUPS)}; anything else is a regular expression over parameter names",
-        )
+            if isinstance(pattern.value, str) and (wrong := groups.problem(pattern.value)):
+                yield Problem(pattern.place, wrong)
 
 
 def _tokenizer_source(root: Node) -> Iterator[Problem]:

@@ -16,13 +16,29 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, corpus, liger, losses, metrics, model, phases, profiling, run_dir, throughput, training, vocabulary
+from azrecipe.parts import (
+    auxiliary,
+    corpus,
+    liger,
+    losses,
+    metrics,
+    model,
+    new_tokens,
+    optimizers,
+    phases,
+    profiling,
+    run_dir,
+    throughput,
+    training,
+    vocabulary,
+)
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
 from azrecipe.parts.guard import Guard, GuardedTrainer
 from azrecipe.parts.mixing import Mix, temperature_weights
 from azrecipe.parts.packing import PackedText, borders, collate, layout, packing
+from azrecipe.parts.row_mask import RowMask
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.saving import BackgroundSaving, Saver
 from azrecipe.parts.schedule import Position, Schedule, TextEnds, plan
@@ -46,19 +62,20 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 
     # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
+    optimizers.check(optimizers.named(config))
     model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
     before = _continued(recipe, inputs)
     sources = inputs.datasets(list(config.data.datasets))
     held_out = inputs.validation(config.data.validation)
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
-    own = _check_model(recipe, model_path, tokenizer)
+    own, new = _check_model(recipe, model_path, tokenizer)
     schedule = _schedule(recipe, _mix(config, sources, held_out, tokenizer, place.cache), tokenizer, (before, place.cache))
     profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
     with run_dir.opened(recipe, place, inputs.found):
         record = Record(place)  # read by every process before the process group exists, so that all agree
-        job = Job(config, place, backend, tokenizer, held_out, schedule, record)
+        job = Job(config, place, backend, tokenizer, held_out, schedule, record, new)
         _describe(job, sources)
         todo = [i for i, phase in enumerate(schedule.phases) if not record.done(phase.name)]
         start = _start(job, own) if len(todo) == len(schedule.phases) else None
@@ -108,10 +125,10 @@ def _tokenizer(
     return vocabulary.load_tokenizer(str(folder))
 
 
-def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """Refuse a model that cannot be built or take this vocabulary, and phases that would train what it has not.
 
-    Returns the model's own tokenizer.
+    Returns the model's own tokenizer, and the ids of the tokens that are new to it.
     """
     config: Pretrain = recipe.config
     asked = config.model
@@ -142,12 +159,13 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
         raise recipe.problem(
             f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions", "data", "max_length"
         )
+    new = new_tokens.find(model_path, own, tokenizer)
     for i, phase in enumerate(config.phases):
         try:
-            phases.freeze(net, phase.trainable_parameters)
+            phases.freeze(net, phase.trainable_parameters, new)
         except CommandError as error:
             raise recipe.problem(str(error), "phases", i, "trainable_parameters") from None
-    return own
+    return own, new
 
 
 def _mix(config: Pretrain, sources: list[corpus.Located], held_out: Texts, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
@@ -227,6 +245,7 @@ class Job:
     held_out: Texts
     schedule: Schedule
     record: Record
+    new: list[int]
 
     def folder(self, nth: int) -> Path:
         """Where the model of a phase is saved: phases/<name>, the last one's in final/."""
@@ -288,8 +307,8 @@ def _padded(job: Job, net: PreTrainedModel, swap: Swap | None) -> Swap | None:
 class TextTrainer(BackgroundSaving, GuardedTrainer):
     """transformers.Trainer that measures bits per byte instead of a loss a token, watches its steps and saves beside training."""
 
-    def __init__(self, job: Job, guard: Guard, **arguments: Any) -> None:
-        self.job = job
+    def __init__(self, job: Job, trained: phases.Trained, guard: Guard, **arguments: Any) -> None:
+        self.job, self.trained = job, trained
         self.predicted: Any = 0  # tokens predicted since the log asked, on all processes: on a GPU a tensor, so that no step waits
         super().__init__(**arguments, eval_dataset=dict(job.held_out))
         self.add_callback(guard)
@@ -307,6 +326,10 @@ class TextTrainer(BackgroundSaving, GuardedTrainer):
         count, self.predicted = int(self.predicted), 0
         return count
 
+    def get_decay_parameter_names(self, model: PreTrainedModel) -> list[str]:
+        """Where weight decay belongs, by `phases.decayed` instead of by name."""
+        return phases.decayed(model, self.trained.masked)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """BPB on each validation set, logged as eval_<name>_bpb."""
         found = {f"eval_{name}_bpb": value for name, value in self.job.bpb(_whole(self, self.job), self.job.tokenizer).items()}
@@ -323,7 +346,7 @@ def _whole(trainer: Trainer, job: Job) -> PreTrainedModel:
 def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
     """Train one phase, measure, and save its model where the next phase, or the reader, finds it."""
     config, planned, main = job.config, job.schedule.phases[nth], job.backend.main
-    trained = phases.freeze(net, planned.phase.trainable_parameters)
+    trained = phases.freeze(net, planned.phase.trainable_parameters, job.new)
     shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trained.by_pattern.items())
     say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
     net.config.use_cache = False
@@ -343,7 +366,7 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
         config.data.max_length,
         throughput.tokens_a_word(job.tokenizer, next(iter(job.held_out.values()), [])),
     )
-    arguments = training.arguments(config.training, loop, job.backend)
+    arguments = training.arguments(optimizers.of_phase(config.training, planned.phase), loop, job.backend)
     guard = Guard(job.backend, job.place.path, planned.name, lambda sequence: _documents(job, data, sequence))
     guard.skip, guard.factor = config.training.on_bad_loss == "skip", config.training.loss_spike_factor or math.inf
 
@@ -351,11 +374,12 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
         args = training.checked(TrainingArguments, **arguments, train_sampling_strategy="sequential")
         return TextTrainer(
             job,
+            trained,
             guard,
             model=net,
             train_dataset=data,
             data_collator=collate(job.schedule.how, config.model.attn_implementation),
-            callbacks=callbacks,
+            callbacks=[*callbacks, RowMask(trained, job.backend.kind)],
             args=args,
         )
 
@@ -365,7 +389,7 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
     net = training.unwrapped(trainer)
     net.config.use_cache = True
     if main:
-        model.save_model(net, job.tokenizer, job.folder(nth), state)
+        model.save_model(net, job.tokenizer, job.folder(nth), state, job.new)
     happened |= {
         "tokens": data.tokens_until(len(data)),
         "fill": round(job.schedule.fill(nth), 5),
