@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.parts import (
@@ -21,30 +18,26 @@ from azrecipe.parts import (
     corpus,
     liger,
     losses,
-    metrics,
     model,
     new_tokens,
     optimizers,
     phases,
     profiling,
     run_dir,
-    throughput,
     training,
     vocabulary,
 )
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
-from azrecipe.parts.files import locked, read_json, whole_folder, write_json
-from azrecipe.parts.guard import Guard, GuardedTrainer
+from azrecipe.parts.files import locked, read_json, whole_folder
 from azrecipe.parts.mixing import Mix, temperature_weights
-from azrecipe.parts.packing import PackedText, borders, collate, layout, packing
-from azrecipe.parts.row_mask import RowMask
+from azrecipe.parts.packing import borders, layout, packing
 from azrecipe.parts.run_dir import connect
-from azrecipe.parts.saving import BackgroundSaving, Saver
 from azrecipe.parts.schedule import Position, Schedule, TextEnds, plan
 from azrecipe.parts.sources import Inputs
+from azrecipe.parts.text_training import Job, Record, train_phase
 from azrecipe.parts.tokens import held_out_hashes, store
-from azrecipe.parts.watching import Meter, say
+from azrecipe.parts.watching import say
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Pretrain
 
@@ -85,7 +78,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             if net is None:
                 net = model.load_model(str(job.folder(i - 1)), config.training.precision, config.model.attn_implementation)
             place.need(14 * model.count(net), "writing checkpoints")  # weights and optimizer, one more than is kept
-            _train(job, net, i)
+            train_phase(job, net, i)
             net = None
         place.finish(_result(job, sources))
     return read_json(place.path / "result.json") or {}
@@ -217,55 +210,6 @@ def _describe(job: Job, sources: list[corpus.Located]) -> None:
         say(f"  {source.title}: {size}; {share:.0%} of the text, {epochs:.2f} epochs{out}", job.backend.main)
 
 
-class Record:
-    """phases.json: what earlier processes of this run have measured and finished. One process writes."""
-
-    def __init__(self, place: run_dir.RunDir) -> None:
-        self.place = place
-        self.file = place.path / "phases.json"
-        self.data: dict[str, Any] = read_json(self.file) or {"bpb": {}, "phases": {}}
-
-    def done(self, phase: str) -> bool:
-        return phase in self.data["phases"]
-
-    def note(self, **changes: Any) -> None:
-        self.data.update(changes)
-        if self.place.main:
-            write_json(self.file, self.data)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every step of this stage looks at."""
-
-    config: Pretrain
-    place: run_dir.RunDir
-    backend: Backend
-    tokenizer: PreTrainedTokenizerBase
-    held_out: Texts
-    schedule: Schedule
-    record: Record
-    new: list[int]
-
-    def folder(self, nth: int) -> Path:
-        """Where the model of a phase is saved: phases/<name>, the last one's in final/."""
-        last = nth + 1 == len(self.schedule.phases)
-        return self.place.final if last else self.place.path / "phases" / self.schedule.phases[nth].name
-
-    def bpb(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-        """Bits per byte on each validation set."""
-        size, length = self.config.training.per_device_eval_batch_size, self.config.data.max_length
-        mixed = self.config.training.precision == "bf16_mixed"  # as it trains, so that before and after are measured alike
-        with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=mixed):
-            return {name: round(metrics.bits(net, tokenizer, texts, length, size).per_byte, 5) for name, texts in self.held_out.items()}
-
-    def measure(self, name: str, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Record BPB under a name, once; every process takes part."""
-        found = self.record.data["bpb"].get(name) or self.bpb(net, tokenizer)
-        self.record.note(bpb={**self.record.data["bpb"], name: found})
-        say(f"  bits per byte, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), self.backend.main)
-
-
 def _start(job: Job, own: PreTrainedTokenizerBase) -> Start:
     """How new embeddings start. What that takes to find out is found out once and cached: a process may wait for another here."""
     method, composed = job.config.tokenizer.new_embeddings, None
@@ -302,117 +246,6 @@ def _padded(job: Job, net: PreTrainedModel, swap: Swap | None) -> Swap | None:
         return swap
     padding = pad_vocabulary(net, vocabulary.rows_needed(job.tokenizer), asked.pad_to_multiple_of)
     return replace(swap or Swap(tokens, tokens, tokens, 0, 0, 0, asked.new_embeddings), padding=padding)
-
-
-class TextTrainer(BackgroundSaving, GuardedTrainer):
-    """transformers.Trainer that measures bits per byte instead of a loss a token, watches its steps and saves beside training."""
-
-    def __init__(self, job: Job, trained: phases.Trained, guard: Guard, **arguments: Any) -> None:
-        self.job, self.trained = job, trained
-        self.predicted: Any = 0  # tokens predicted since the log asked, on all processes: on a GPU a tensor, so that no step waits
-        super().__init__(**arguments, eval_dataset=dict(job.held_out))
-        self.add_callback(guard)
-        self.guard, guard.trainer = guard, self
-        self.saver = None if job.backend.sharded else Saver()
-
-    def get_batch_samples(self, *given: Any) -> tuple[list[Any], Any]:
-        """A step's batches, and the number of their labels on all processes."""
-        batches, count = super().get_batch_samples(*given)
-        self.predicted = self.predicted + (0 if count is None else count)
-        return batches, count
-
-    def take_predicted(self) -> int:
-        """The tokens that were predicted since the last call."""
-        count, self.predicted = int(self.predicted), 0
-        return count
-
-    def get_decay_parameter_names(self, model: PreTrainedModel) -> list[str]:
-        """Where weight decay belongs, by `phases.decayed` instead of by name."""
-        return phases.decayed(model, self.trained.masked)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """BPB on each validation set, logged as eval_<name>_bpb."""
-        found = {f"eval_{name}_bpb": value for name, value in self.job.bpb(_whole(self, self.job), self.job.tokenizer).items()}
-        self.log(dict(found))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[has-type]
-        return found
-
-
-def _whole(trainer: Trainer, job: Job) -> PreTrainedModel:
-    """The model to measure: below DDP's wrapping, whose forward expects a backward; sharded ones as they are."""
-    return trainer.model_wrapped if job.backend.sharded else training.unwrapped(trainer)
-
-
-def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
-    """Train one phase, measure, and save its model where the next phase, or the reader, finds it."""
-    config, planned, main = job.config, job.schedule.phases[nth], job.backend.main
-    trained = phases.freeze(net, planned.phase.trainable_parameters, job.new)
-    shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trained.by_pattern.items())
-    say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
-    net.config.use_cache = False
-    if config.training.fused_linear_cross_entropy == "torch":
-        losses.chunk(net)
-    data = job.schedule.dataset(nth)
-    loop = training.Loop(
-        planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed,
-        config.training.profile,
-    )  # fmt: skip
-    batch = config.training.global_batch_size
-    meter = Meter(
-        planned.name,
-        job.schedule.tokens_per_step,
-        lambda step: data.bytes_until(step * batch),
-        lambda step: data.tokens_until(step * batch),
-        config.data.max_length,
-        throughput.tokens_a_word(job.tokenizer, next(iter(job.held_out.values()), [])),
-    )
-    arguments = training.arguments(optimizers.of_phase(config.training, planned.phase), loop, job.backend)
-    guard = Guard(job.backend, job.place.path, planned.name, lambda sequence: _documents(job, data, sequence))
-    guard.skip, guard.factor = config.training.on_bad_loss == "skip", config.training.loss_spike_factor or math.inf
-
-    def make(callbacks: list[Any]) -> Trainer:
-        args = training.checked(TrainingArguments, **arguments, train_sampling_strategy="sequential")
-        return TextTrainer(
-            job,
-            trained,
-            guard,
-            model=net,
-            train_dataset=data,
-            data_collator=collate(job.schedule.how, config.model.attn_implementation),
-            callbacks=[*callbacks, RowMask(trained, job.backend.kind)],
-            args=args,
-        )
-
-    trainer, happened = training.train(make, loop, meter, job.backend, config.training.save_total_limit)
-    job.measure(planned.name, _whole(trainer, job), job.tokenizer)
-    state = training.whole_state(trainer, job.backend)
-    net = training.unwrapped(trainer)
-    net.config.use_cache = True
-    if main:
-        model.save_model(net, job.tokenizer, job.folder(nth), state, job.new)
-    happened |= {
-        "tokens": data.tokens_until(len(data)),
-        "fill": round(job.schedule.fill(nth), 5),
-        "bytes": data.bytes_until(len(data)),
-        "trainable_parameters": trained.trainable,
-        "learning_rate": planned.phase.learning_rate,
-        "skipped_steps": [step + 1 for step in guard.skipped],
-        **(trainer.saver.seconds if trainer.saver else {}),
-    }
-    job.record.note(phases={**job.record.data["phases"], planned.name: happened})
-    if main and nth + 1 < len(job.schedule.phases):
-        shutil.rmtree(loop.folder, ignore_errors=True)  # the phase is done: nothing resumes from inside it
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
-
-
-def _documents(job: Job, data: PackedText, sequence: int) -> list[dict[str, Any]]:
-    """The documents in a training sequence, as a person finds them again: source, number in it, how they begin."""
-    found = []
-    for source, document, _first, tokens in data.documents_of(sequence):
-        begin = job.tokenizer.decode(job.schedule.mix.stores[source].document(document)[:32].tolist())
-        found.append({"source": job.config.data.datasets[source].path, "document": document, "tokens": tokens, "begins": begin})
-    return found
 
 
 def _result(job: Job, sources: list[corpus.Located]) -> dict[str, Any]:
