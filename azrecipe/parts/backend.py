@@ -16,16 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from azrecipe.errors import CannotRun, CommandError, RunFailed
+from azrecipe.parts import cpu
 from azrecipe.parts.liger import patched
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-SHARDED_ON_CPU = (
-    "This machine has no accelerator, and {kind} would be dropped without a word on CPU. "
-    "What runs here: --accelerate-config ddp (accelerate launch --config_file accelerate_configs/ddp.yaml), or one process"
-)
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -84,11 +79,20 @@ def _fsdp(environment: Mapping[str, str], world: int, rank: int) -> Backend:
     size = {key: int(environment.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1")) for key in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
     if size["TP"] * size["CP"] * size["SP"] != 1:
         raise CommandError("tensor, context and sequence parallelism are not supported")
-    if size["DP_REPLICATE"] * size["DP_SHARD"] != world:
-        raise CommandError(
-            f"the accelerate config replicates over {size['DP_REPLICATE']} and shards over {size['DP_SHARD']} processes, and {world} were started"
-        )
-    return Backend("hsdp" if size["DP_REPLICATE"] > 1 else "fsdp2", world, rank, replicate=size["DP_REPLICATE"])
+    replicate = size["DP_REPLICATE"]
+    wrong = check_mesh(replicate, size["DP_SHARD"], world)
+    if wrong:
+        raise CommandError(wrong)
+    return Backend("hsdp", world, rank, replicate) if replicate > 1 else Backend("fsdp2", world, rank)
+
+
+def check_mesh(replicate: int, shard: int, world: int) -> str:
+    """What is wrong with replicate x shard processes where `world` are started, or "". A shard of -1 is world / replicate."""
+    if shard == -1 and world % replicate:
+        return f"the accelerate config replicates over {replicate} groups of processes, and {world} do not divide by that"
+    if shard != -1 and replicate * shard != world:
+        return f"the accelerate config replicates over {replicate} and shards over {shard} processes, and {world} are started"
+    return ""
 
 
 def _zero_stage(environment: Mapping[str, str]) -> int:
@@ -110,17 +114,15 @@ def set_up() -> Backend:
 
     Raises CommandError or CannotRun.
     """
-    backend = asked(os.environ)
     import torch
 
-    if has_accelerator():
-        return backend
-    if backend.sharded:
-        raise CannotRun(SHARDED_ON_CPU.format(kind=backend.kind))
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate's own gloo path
-    # accelerate launch sets OMP_NUM_THREADS=1, which leaves the other cores of a laptop idle
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    backend = asked(os.environ)
+    if _flag(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not know what a shard size of -1 stands for
+        os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world // backend.replicate)
+    if not has_accelerator():
+        cpu.bring_up(backend.kind, backend.sharded)
+    elif backend.sharded and not torch.cuda.is_available():
+        raise CannotRun(f"{backend.kind} needs GPUs of CUDA or ROCm, or a machine without any accelerator. What runs here: one process")
     return backend
 
 
