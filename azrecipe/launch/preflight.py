@@ -115,6 +115,7 @@ def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
     for asked in (
         lambda: auxiliary.check(getattr(tokenizer, "new_embeddings", "")),
         lambda: backend.check_precision(training.precision, training.use_liger_kernel),
+        lambda: backend.check_compiler(training.torch_compile),
         lambda: backend.check_trackers(training.report_to),
     ):
         try:

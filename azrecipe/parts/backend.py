@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from azrecipe.parts.liger import patched
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -38,6 +41,15 @@ class Backend:
     @property
     def sharded(self) -> bool:
         return self.kind not in ("single", "ddp")
+
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed runs it."""
+        return self.kind.startswith("zero")
+
+    @property
+    def fsdp(self) -> bool:
+        return self.kind in ("fsdp2", "hsdp")
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:
@@ -150,6 +162,18 @@ def check_precision(precision: str, use_liger_kernel: bool) -> str:
     return f"precision: {precision} on a CPU is many times slower than float32" if slow else ""
 
 
+def check_compiler(torch_compile: bool) -> None:
+    """Raise CannotRun where torch.compile has no compiler for what it writes: C++ for a CPU, C for Triton's launchers."""
+    if not torch_compile:
+        return
+    variable, names = ("CC", ("cc", "gcc", "clang")) if has_accelerator() else ("CXX", ("clang++" if sys.platform == "darwin" else "g++",))
+    if not any(shutil.which(name) for name in ([os.environ[variable]] if os.environ.get(variable) else names)):
+        raise CannotRun(
+            f"torch_compile: true needs a compiler, and there is no {' or '.join(names)} here: install one (Debian, Ubuntu: apt-get install g++), "
+            f"name yours in {variable}, or --set training.torch_compile=false"
+        )
+
+
 def check_trackers(report_to: list[str]) -> None:
     """Raise CannotRun for trackers whose package is missing."""
     missing = [name for name in report_to if importlib.util.find_spec(name) is None]
@@ -193,10 +217,10 @@ def verify(backend: Backend, trainer: Trainer) -> str:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world != backend.world or trainer.accelerator.num_processes != backend.world:
         problems.append(f"{world} processes are connected, {backend.world} were asked for")
-    model: Any = trainer.model_wrapped
+    model: Any = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)  # below torch.compile's wrapping
     if backend.kind == "ddp" and not isinstance(model, DistributedDataParallel):
         problems.append(f"the model is a {type(model).__name__}, not DistributedDataParallel")
-    if backend.kind in ("fsdp2", "hsdp"):
+    if backend.fsdp:
         parameters = list(model.parameters())
         if not all(isinstance(p, DTensor) for p in parameters):
             problems.append("its parameters are not sharded")
@@ -205,7 +229,7 @@ def verify(backend: Backend, trainer: Trainer) -> str:
             wanted = (backend.replicate, backend.world // backend.replicate) if backend.kind == "hsdp" else (backend.world,)
             if shape != wanted:
                 problems.append(f"the device mesh is {shape}, not {wanted}")
-    if backend.kind.startswith("zero"):
+    if backend.zero:
         stage = getattr(model, "zero_optimization_stage", lambda: None)()
         if stage != int(backend.kind[4:]):
             problems.append(f"DeepSpeed runs ZeRO stage {stage}, not {backend.kind[4:]}")

@@ -120,7 +120,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         folder = Path(args.output_dir)
         self.trainer.accelerator.wait_for_everyone()
         if self.backend.main:
-            checkpoint.seal(folder / f"checkpoint-{state.global_step}")
+            checkpoint.seal(folder / f"checkpoint-{state.global_step}", self.backend)
             checkpoint.rotate(folder, self.keep)
         self.trainer.accelerator.wait_for_everyone()
 

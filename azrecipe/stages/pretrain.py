@@ -43,6 +43,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 
     # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
+    training.check_resume(place.checkpoints, backend)
     model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
     before = _continued(recipe, inputs)
     sources = inputs.datasets(list(config.data.datasets))
@@ -278,7 +279,8 @@ class TextTrainer(Trainer):  # type: ignore[misc]
 
 def _whole(trainer: Trainer, job: Job) -> PreTrainedModel:
     """The model to measure: below DDP's wrapping, whose forward expects a backward; sharded ones as they are."""
-    return trainer.model_wrapped if job.backend.sharded else training.unwrapped(trainer)
+    net: PreTrainedModel = training.measured(trainer, job.backend)
+    return net
 
 
 def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
@@ -299,7 +301,7 @@ def _train(job: Job, net: PreTrainedModel, nth: int) -> None:
         args = training.checked(TrainingArguments, **arguments, train_sampling_strategy="sequential")
         return TextTrainer(job, model=net, train_dataset=data, data_collator=collate, callbacks=callbacks, args=args)
 
-    trainer, happened = training.train(make, loop, meter, job.backend, config.training.save_total_limit)
+    trainer, happened = training.train(make, loop, meter, job.backend, config.training)
     job.measure(planned.name, _whole(trainer, job), job.tokenizer)
     state = training.whole_state(trainer, job.backend)
     net = training.unwrapped(trainer)
