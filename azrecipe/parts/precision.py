@@ -6,11 +6,12 @@ bf16_pure: weights, gradients and optimizer state in bfloat16, with no float32 c
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from azrecipe.parts.backend import Backend
+from azrecipe.parts.backend import Backend, has_accelerator
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -18,9 +19,16 @@ if TYPE_CHECKING:
 STORED = {"float32": torch.float32, "bf16_mixed": torch.float32, "bf16_pure": torch.bfloat16}
 
 
-def autocast(precision: str, backend: Backend) -> bool:
-    """TrainingArguments.bf16: PyTorch's autocast, but for DeepSpeed, where it would throw the float32 weights away."""
-    return precision == "bf16_mixed" and not backend.zero
+def autocast(precision: str, backend: Backend) -> dict[str, bool]:
+    """TrainingArguments that turn PyTorch's autocast on. Not DeepSpeed's, which would throw the float32 weights away."""
+    if precision != "bf16_mixed" or backend.zero:
+        return {}
+    if has_accelerator():
+        return {"bf16": True}
+    if not backend.sharded:
+        return {"bf16": True, "use_cpu": True}
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # bf16=True is refused without a GPU or use_cpu=True, and that drops the sharding
+    return {}
 
 
 def apply(trainer: Trainer, precision: str, backend: Backend) -> None:

@@ -65,7 +65,7 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
         "adam_beta2": training.adam_beta2,
         "adam_epsilon": training.adam_epsilon,
         "max_grad_norm": training.max_grad_norm,
-        "bf16": precision.autocast(training.precision, backend),
+        **precision.autocast(training.precision, backend),
         "torch_compile": training.torch_compile,
         "use_liger_kernel": training.use_liger_kernel,
         "activation_checkpointing": training.activation_checkpointing,
