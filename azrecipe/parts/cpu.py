@@ -28,6 +28,7 @@ def problem(kind: str) -> str:
 
 def bring_up(kind: str, sharded: bool) -> None:
     """Prepare this process, before transformers is imported. Raises CannotRun where sharding cannot be real."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # Accelerate imports DeepSpeed wherever it is installed, which else looks for one and warns
     if not sharded:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate's own gloo path
     else:
@@ -36,7 +37,6 @@ def bring_up(kind: str, sharded: bool) -> None:
             raise CannotRun(why)
         os.environ.pop("ACCELERATE_USE_CPU", None)  # Accelerate takes it for "neither FSDP nor DeepSpeed"
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # which PartialState.set_device leaves alone
-        os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # it leaves the other processes' weights unset until they are sharded
         _say_gloo()
         if kind.startswith("zero"):

@@ -108,11 +108,18 @@ def terminate_one(project: Project, *arguments: str, steps: int) -> int:
 
 @pytest.fixture(scope="module")
 def stopped(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """FSDP on two processes with accumulation and activation checkpointing, stopped by a SIGTERM to one of them. Only read it."""
+    """FSDP on two processes with accumulation, activation checkpointing and measurements between steps, stopped by a SIGTERM to one of them. Only read it."""
     project = fill(tmp_path_factory.mktemp("stopped"))
     for name in ("base", "tokenizer"):
         shutil.copytree(finished.path(name), project.path(name))
-    extra = ("--set", "training.per_device_train_batch_size=2", "--set", "training.activation_checkpointing=true")
+    extra = (
+        "--set",
+        "training.per_device_train_batch_size=2",
+        "--set",
+        "training.activation_checkpointing=true",
+        "--set",
+        "training.eval_steps=5",
+    )
     assert terminate_one(project, "--accelerate-config", "fsdp", "--num-processes", "2", *extra, steps=11) == 143
     return project
 
@@ -178,7 +185,14 @@ def test_a_checkpoint_of_another_kind_is_refused_before_training_in_words(resuma
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_the_model_that_one_process_trains(small: Project, finished: Project, stage: int) -> None:
-    extra = ("--set", "training.per_device_train_batch_size=2", "--set", "training.activation_checkpointing=true")
+    extra = (
+        "--set",
+        "training.per_device_train_batch_size=2",
+        "--set",
+        "training.activation_checkpointing=true",
+        "--set",
+        "training.eval_steps=5",
+    )
     printed = small.run("cpt", "--accelerate-config", f"zero{stage}", "--num-processes", "2", *extra)
     assert f"zero{stage}, 2 processes" in printed
     assert "built successfully" not in printed  # DeepSpeed compiles nothing
