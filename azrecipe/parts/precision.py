@@ -61,7 +61,8 @@ def problems(trainer: Trainer, precision: str, backend: Backend) -> list[str]:
     )
     if backend.zero:
         optimizer: Any = model.optimizer
-        masters = {p.dtype for group in optimizer.optimizer.param_groups for p in group["params"]}
+        flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # stage 3's, whatever their type; the others' are the optimizer's
+        masters = {p.dtype for p in flat or [p for group in optimizer.optimizer.param_groups for p in group["params"]]}
         if masters != {wanted}:
             wrong.append(f"DeepSpeed's optimizer works on {_names(masters)}, not {_names({wanted})}")
     policy = model._get_fsdp_state()._mp_policy if backend.fsdp else None
