@@ -18,7 +18,7 @@ import torch
 
 from azrecipe.errors import CommandError
 from azrecipe.parts import checkpoint
-from azrecipe.parts.backend import Backend
+from azrecipe.parts.backend import Backend, asked
 from azrecipe.parts.files import read_json, write_json
 from tests.conftest import write
 from tests.small import Project, environment, fill, weights
@@ -300,3 +300,29 @@ def test_deepspeed_still_builds_an_operator_when_it_starts_on_a_cpu() -> None:
     source = (Path(found.origin).parent / "comm" / "torch.py").read_text()
     assert "self.shm_comm_op = build_shm_op()" in source
     assert "deepspeed.ops.__compatible_ops__.get(builder.NAME, False)" in source
+
+
+FSDP = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+MESH = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "backend"),
+    [
+        ({}, Backend("single", 1, 0)),
+        (FSDP, Backend("fsdp2", 8, 0)),
+        ({**MESH, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "-1"}, Backend("hsdp", 8, 0, 2)),
+        ({**MESH, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}, Backend("hsdp", 8, 0, 2)),
+        ({**FSDP, "FSDP_VERSION": "1"}, "only FSDP 2"),
+        ({**MESH, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}, "replicates over 2 and shards over 8 processes, and 8 are started"),
+        ({**MESH, "WORLD_SIZE": "7", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "-1"}, "7 do not divide"),
+        ({**MESH, "PARALLELISM_CONFIG_CP_SIZE": "2"}, "context and sequence parallelism"),
+        ({**FSDP, "ACCELERATE_MIXED_PRECISION": "bf16"}, "training.precision decides"),
+    ],
+)
+def test_what_a_launcher_asked_for(environment: dict[str, str], backend: Backend | str) -> None:
+    if isinstance(backend, Backend):
+        assert asked(environment) == backend
+    else:
+        with pytest.raises(CommandError, match=backend):
+            asked(environment)
