@@ -21,14 +21,15 @@ STORED = {"float32": torch.float32, "bf16_mixed": torch.float32, "bf16_pure": to
 
 def autocast(precision: str, backend: Backend) -> dict[str, bool]:
     """TrainingArguments that turn PyTorch's autocast on. Not DeepSpeed's, which would throw the float32 weights away."""
+    off = {"bf16": False}  # said aloud: SFTConfig's own default is on
     if precision != "bf16_mixed" or backend.zero:
-        return {}
+        return off
     if has_accelerator():
         return {"bf16": True}
     if not backend.sharded:
         return {"bf16": True, "use_cpu": True}
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # bf16=True is refused without a GPU or use_cpu=True, and that drops the sharding
-    return {}
+    return off
 
 
 def apply(trainer: Trainer, precision: str, backend: Backend) -> None:
