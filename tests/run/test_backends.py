@@ -262,18 +262,18 @@ def test_pure_bfloat16_is_pure_when_sharded_and_trains_alike(small: Project) -> 
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_model_trains_alike_goes_on_and_is_saved_plain(small: Project, finished: Project) -> None:
+def test_a_compiled_model_trains_alike_and_its_checkpoint_is_a_plain_one(small: Project, finished: Project) -> None:
+    """Stopped compiled and ended plain: the names in the checkpoint are the model's own."""
     compiled = ("--set", "training.torch_compile=true")
-    code = small.interrupt(
-        "cpt", lambda run: (run / "checkpoints/full/checkpoint-4" / checkpoint.MARKER).exists(), signal.SIGTERM, *compiled
-    )
+    code = small.interrupt("phase1", lambda run: any(run.glob("checkpoints/*/*/" + checkpoint.MARKER)), signal.SIGTERM, *compiled)
     assert code == 143
-    assert "going on from" in small.run("cpt", *compiled)
-    mine, theirs = small.losses("cpt"), finished.losses("cpt")
-    assert mine == pytest.approx(theirs, abs=1e-5)
-    left, right = weights(small.path("cpt") / "final"), weights(finished.path("cpt") / "final")
-    assert left.keys() == right.keys()
-    assert max(float((left[key] - right[key]).abs().max()) for key in left) < 1e-4
+    (found,) = checkpoint.complete(small.path("phase1") / "checkpoints" / "embeddings")[-1:]
+    assert "model.embed_tokens.weight" in weights(found)
+    before = len(lines(small, "phase1"))
+    assert before >= 4
+    assert "going on from" in small.run("phase1")
+    assert small.losses("phase1") == pytest.approx(finished.losses("cpt")[:8], abs=1e-5)
+    assert weights(small.path("phase1") / "final").keys() == weights(finished.path("cpt") / "final").keys()
 
 
 def test_torch_compile_without_a_compiler_is_refused(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
