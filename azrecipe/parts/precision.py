@@ -66,7 +66,7 @@ def problems(trainer: Trainer, precision: str, backend: Backend) -> list[str]:
         masters = {p.dtype for p in flat or [p for group in optimizer.optimizer.param_groups for p in group["params"]]}
         if masters != {wanted}:
             wrong.append(f"DeepSpeed's optimizer works on {_names(masters)}, not {_names({wanted})}")
-    policy = model._get_fsdp_state()._mp_policy if backend.fsdp else None
+    policy = trainer.model_wrapped._get_fsdp_state()._mp_policy if backend.fsdp else None  # FSDP is put around torch.compile's wrapping
     if policy is not None and policy.reduce_dtype not in (None, wanted):
         wrong.append(f"FSDP sums gradients in {_names({policy.reduce_dtype})}, not {_names({wanted})}")
     return wrong

@@ -179,9 +179,11 @@ def whole_state(trainer: Trainer, backend: Backend) -> Mapping[str, torch.Tensor
 
 
 def sharded(trainer: Trainer) -> Any:
-    """The model as the backend shards it, below torch.compile's wrapping."""
+    """The model as the backend shards it. FSDP is put around torch.compile's wrapping, others below it."""
+    from torch.distributed.fsdp import FSDPModule
+
     model = trainer.model_wrapped
-    return getattr(model, "_orig_mod", model)
+    return model if isinstance(model, FSDPModule) else getattr(model, "_orig_mod", model)
 
 
 def measured(trainer: Trainer, backend: Backend) -> Any:
