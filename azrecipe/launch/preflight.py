@@ -6,13 +6,13 @@ A pipeline's last step is looked at before its first one trains for hours.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, backend, corpus, optimizers
+from azrecipe.parts import auxiliary, backend, corpus, cpu, optimizers
 from azrecipe.parts.batches import split
 from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.types import Source
@@ -29,6 +29,7 @@ class Launch:
     kind: str
     processes: int
     machines: int
+    mesh: tuple[int, int] | None = None  # dp_replicate x dp_shard
 
 
 def read(file: Path | None, num_processes: int | None) -> Launch:
@@ -41,7 +42,13 @@ def read(file: Path | None, num_processes: int | None) -> Launch:
         str(config.get("distributed_type", "NO")),
         num_processes or int(config.get("num_processes", 1)),
         int(config.get("num_machines", 1)),
+        _mesh(config.get("parallelism_config") or {}),
     )
+
+
+def _mesh(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    sizes = [int(config.get(f"parallelism_config_dp_{name}_size", 1)) for name in ("replicate", "shard")]
+    return (sizes[0], sizes[1]) if config else None
 
 
 def check(recipes: Sequence[Recipe], launch: Launch) -> None:
@@ -49,7 +56,8 @@ def check(recipes: Sequence[Recipe], launch: Launch) -> None:
     _machines(launch)
     wrong: list[Problem] = []
     lacking: list[str] = []
-    if any(recipe.stage in TRAINING for recipe in recipes):
+    trains = [recipe for recipe in recipes if recipe.stage in TRAINING]
+    if trains:
         lacking += _backend(launch)
     for recipe in recipes:
         for problem in _refusals(recipe, launch.processes):
@@ -74,13 +82,17 @@ def _machines(launch: Launch) -> None:
 
 
 def _backend(launch: Launch) -> list[str]:
+    """Why this machine cannot honour a sharded config. Raises CommandError for processes that do not fit its mesh."""
     if launch.kind not in ("FSDP", "DEEPSPEED"):
         return []
+    if launch.mesh is not None:
+        wrong = backend.check_mesh(*launch.mesh, launch.processes)
+        if wrong:
+            raise CommandError(f"{launch.file}: {wrong}")
     if launch.kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         return [f"{launch.file} needs DeepSpeed: pip install 'azrecipe[deepspeed]'"]
-    if not backend.has_accelerator():
-        return [backend.SHARDED_ON_CPU.format(kind=launch.kind)]
-    return []
+    why = "" if backend.has_accelerator() else cpu.problem(launch.kind)
+    return [why] if why else []
 
 
 def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
@@ -103,6 +115,7 @@ def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
     for asked in (
         lambda: auxiliary.check(getattr(tokenizer, "new_embeddings", "")),
         lambda: backend.check_precision(training.precision, training.use_liger_kernel),
+        lambda: backend.check_compiler(training.torch_compile),
         lambda: backend.check_trackers(training.report_to),
         lambda: optimizers.check(optimizers.named(recipe.config)),
     ):

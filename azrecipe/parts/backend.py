@@ -10,21 +10,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from azrecipe.errors import CannotRun, CommandError, RunFailed
-from azrecipe.parts import liger
+from azrecipe.parts import cpu, liger
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-SHARDED_ON_CPU = (
-    "This machine has no accelerator, and {kind} would be dropped without a word on CPU. "
-    "What runs here: --accelerate-config ddp (accelerate launch --config_file accelerate_configs/ddp.yaml), or one process"
-)
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,15 @@ class Backend:
     @property
     def sharded(self) -> bool:
         return self.kind not in ("single", "ddp")
+
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed runs it."""
+        return self.kind.startswith("zero")
+
+    @property
+    def fsdp(self) -> bool:
+        return self.kind in ("fsdp2", "hsdp")
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:
@@ -84,11 +90,20 @@ def _fsdp(environment: Mapping[str, str], world: int, rank: int) -> Backend:
     size = {key: int(environment.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1")) for key in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
     if size["TP"] * size["CP"] * size["SP"] != 1:
         raise CommandError("tensor, context and sequence parallelism are not supported")
-    if size["DP_REPLICATE"] * size["DP_SHARD"] != world:
-        raise CommandError(
-            f"the accelerate config replicates over {size['DP_REPLICATE']} and shards over {size['DP_SHARD']} processes, and {world} were started"
-        )
-    return Backend("hsdp" if size["DP_REPLICATE"] > 1 else "fsdp2", world, rank, replicate=size["DP_REPLICATE"])
+    replicate = size["DP_REPLICATE"]
+    wrong = check_mesh(replicate, size["DP_SHARD"], world)
+    if wrong:
+        raise CommandError(wrong)
+    return Backend("hsdp", world, rank, replicate) if replicate > 1 else Backend("fsdp2", world, rank)
+
+
+def check_mesh(replicate: int, shard: int, world: int) -> str:
+    """What is wrong with replicate x shard processes where `world` are started, or "". A shard of -1 is world / replicate."""
+    if shard == -1 and world % replicate:
+        return f"the accelerate config replicates over {replicate} groups of processes, and {world} do not divide by that"
+    if shard != -1 and replicate * shard != world:
+        return f"the accelerate config replicates over {replicate} and shards over {shard} processes, and {world} are started"
+    return ""
 
 
 def _zero_stage(environment: Mapping[str, str]) -> int:
@@ -110,17 +125,15 @@ def set_up() -> Backend:
 
     Raises CommandError or CannotRun.
     """
-    backend = asked(os.environ)
     import torch
 
-    if has_accelerator():
-        return backend
-    if backend.sharded:
-        raise CannotRun(SHARDED_ON_CPU.format(kind=backend.kind))
-    os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate's own gloo path
-    # accelerate launch sets OMP_NUM_THREADS=1, which leaves the other cores of a laptop idle
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    backend = asked(os.environ)
+    if _flag(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not know what a shard size of -1 stands for
+        os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world // backend.replicate)
+    if not has_accelerator():
+        cpu.bring_up(backend.kind, backend.sharded)
+    elif backend.sharded and not torch.cuda.is_available():
+        raise CannotRun(f"{backend.kind} needs GPUs of CUDA or ROCm, or a machine without any accelerator. What runs here: one process")
     return backend
 
 
@@ -146,6 +159,18 @@ def check_precision(precision: str, use_liger_kernel: bool) -> str:
             + f"\n  What would run here: the same command with {' '.join(instead)}; whether a model of this size is worth waiting for is another question"
         )
     return f"precision: {precision} on a CPU is many times slower than float32" if slow else ""
+
+
+def check_compiler(torch_compile: bool) -> None:
+    """Raise CannotRun where torch.compile has no compiler for what it writes: C++ for a CPU, C for Triton's launchers."""
+    if not torch_compile:
+        return
+    variable, names = ("CC", ("cc", "gcc", "clang")) if has_accelerator() else ("CXX", ("clang++" if sys.platform == "darwin" else "g++",))
+    if not any(shutil.which(name) for name in ([os.environ[variable]] if os.environ.get(variable) else names)):
+        raise CannotRun(
+            f"torch_compile: true needs a compiler, and there is no {' or '.join(names)} here: install one (Debian, Ubuntu: apt-get install g++), "
+            f"name yours in {variable}, or --set training.torch_compile=false"
+        )
 
 
 def check_trackers(report_to: list[str]) -> None:
@@ -191,10 +216,10 @@ def verify(backend: Backend, trainer: Trainer) -> str:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world != backend.world or trainer.accelerator.num_processes != backend.world:
         problems.append(f"{world} processes are connected, {backend.world} were asked for")
-    model: Any = trainer.model_wrapped
+    model: Any = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)  # below torch.compile's wrapping
     if backend.kind == "ddp" and not isinstance(model, DistributedDataParallel):
         problems.append(f"the model is a {type(model).__name__}, not DistributedDataParallel")
-    if backend.kind in ("fsdp2", "hsdp"):
+    if backend.fsdp:
         parameters = list(model.parameters())
         if not all(isinstance(p, DTensor) for p in parameters):
             problems.append("its parameters are not sharded")
@@ -203,7 +228,7 @@ def verify(backend: Backend, trainer: Trainer) -> str:
             wanted = (backend.replicate, backend.world // backend.replicate) if backend.kind == "hsdp" else (backend.world,)
             if shape != wanted:
                 problems.append(f"the device mesh is {shape}, not {wanted}")
-    if backend.kind.startswith("zero"):
+    if backend.zero:
         stage = getattr(model, "zero_optimization_stage", lambda: None)()
         if stage != int(backend.kind[4:]):
             problems.append(f"DeepSpeed runs ZeRO stage {stage}, not {backend.kind[4:]}")

@@ -1,13 +1,17 @@
-"""Checkpoints that are complete or not there: a marker written last, and the newest whole one found again."""
+"""Checkpoints that are complete or not there: a marker written last, the newest whole one found again, and who can read it."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
+from azrecipe.errors import CommandError
+from azrecipe.parts.backend import Backend
 from azrecipe.parts.files import read_json, sync_tree, write_json
 
 MARKER = "COMPLETE.json"
+WRITTEN_BY = "backend.json"
 
 
 def step_of(folder: Path) -> int:
@@ -15,8 +19,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, backend: Backend) -> None:
     """Sync a written checkpoint to disk and mark it complete; only then does `last_complete` see it."""
+    write_json(folder / WRITTEN_BY, {"kind": backend.kind, "processes": backend.world, "format": _format(backend)})
     sizes = sync_tree(folder)
     write_json(folder / MARKER, sizes)
 
@@ -53,3 +58,34 @@ def rotate(folder: Path, keep: int) -> None:
     for old in complete(folder)[:-keep]:
         (old / MARKER).unlink()
         shutil.rmtree(old)
+
+
+def _format(backend: Backend) -> str | None:
+    return os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") if backend.fsdp else None
+
+
+def check_readable(folder: Path, backend: Backend) -> None:
+    """Raise CommandError where the newest complete checkpoint in or below a folder was written by a backend that this one cannot read.
+
+    One process and DDP read each other's, for any number of processes; so do FSDP and HSDP, which reshard. ZeRO reads what the
+    same stage wrote with the same number of processes.
+    """
+    for place in sorted({found.parent for found in folder.rglob("checkpoint-*/" + MARKER)}):
+        newest = last_complete(place.parent)
+        if newest != place:
+            continue
+        by = read_json(newest / WRITTEN_BY) or {"kind": "ddp"}  # before it was written down there was nothing else
+        kind, world = by["kind"], by.get("processes", 1)
+        if kind.startswith("zero"):
+            same, way = (kind, world) == (backend.kind, backend.world), f"--accelerate-config {kind} --num-processes {world}"
+        elif kind in ("fsdp2", "hsdp"):
+            same = backend.fsdp and by.get("format") == _format(backend)
+            way = f"--accelerate-config fsdp or hsdp and any number of processes (fsdp_state_dict_type: {by.get('format')})"
+        else:
+            same, way = backend.kind in ("single", "ddp"), "one process, or --accelerate-config ddp and any number of processes"
+        if not same:
+            why = ": DeepSpeed's partitions are for one number of processes, and are not converted here" if kind.startswith("zero") else ""
+            raise CommandError(
+                f"{newest} was written by {kind} with {world} process{'es' if world > 1 else ''}, and {backend.kind} with {backend.world} cannot go on from it{why}.\n"
+                f"  Go on with {way}.\n  Or remove {place.parent}: what was trained before is kept, this training begins anew"
+            )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from azrecipe.errors import CommandError, allowed, did_you_mean
+from azrecipe.errors import CommandError, RunFailed, allowed, did_you_mean
 from azrecipe.parts import new_tokens
 from azrecipe.parts.embeddings import adopt_special_tokens
 from azrecipe.parts.failures import explain
@@ -122,5 +122,20 @@ def save_model(
     """
     with whole_folder(folder) as aside:
         model.save_pretrained(aside, state_dict=state)
+        if state is not None:
+            _check_saved(aside, state)
         save_tokenizer(tokenizer, aside)
         new_tokens.save(new, aside)
+
+
+def _check_saved(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Read back the shapes of a model that was gathered from its shards. Raises RunFailed for a weight that is not there whole."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    torn = [name for name, tensor in state.items() if found.get(name) != tuple(tensor.shape)]
+    if torn:
+        raise RunFailed(f"the gathered model was not written whole: {', '.join(torn[:5])}")

@@ -15,6 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from azrecipe.parts import checkpoint
+from azrecipe.parts.backend import Backend
 
 
 def copied(value: Any, seen: dict[tuple[int, int], torch.Tensor] | None = None) -> Any:
@@ -35,7 +36,8 @@ def copied(value: Any, seen: dict[tuple[int, int], torch.Tensor] | None = None) 
 class Saver:
     """One checkpoint on its way to disk at a time. What goes wrong on the way is raised by `check` and `wait`."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
         self.pending: dict[str, Any] = {}
         self.thread: Thread | None = None
         self.error: BaseException | None = None
@@ -82,7 +84,7 @@ class Saver:
                     save_file(state, folder / name, metadata={"format": "pt"})
                 else:
                     torch.save(state, folder / name)
-            checkpoint.seal(folder)
+            checkpoint.seal(folder, self.backend)
             checkpoint.rotate(folder.parent, keep)
         except BaseException as error:
             self.error = error

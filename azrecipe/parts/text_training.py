@@ -88,7 +88,7 @@ class TextTrainer(BackgroundSaving, GuardedTrainer):
         super().__init__(**arguments, eval_dataset=dict(job.held_out))
         self.add_callback(guard)
         self.guard, guard.trainer = guard, self
-        self.saver = None if job.backend.sharded else Saver()
+        self.saver = None if job.backend.sharded else Saver(job.backend)
 
     def get_batch_samples(self, *given: Any) -> tuple[list[Any], Any]:
         """A step's batches, and the number of their labels on all processes."""
@@ -115,7 +115,8 @@ class TextTrainer(BackgroundSaving, GuardedTrainer):
 
 def _whole(trainer: Trainer, job: Job) -> PreTrainedModel:
     """The model to measure: below DDP's wrapping, whose forward expects a backward; sharded ones as they are."""
-    return trainer.model_wrapped if job.backend.sharded else training.unwrapped(trainer)
+    net: PreTrainedModel = training.measured(trainer, job.backend)
+    return net
 
 
 def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
@@ -158,7 +159,7 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
             args=args,
         )
 
-    trainer, happened = training.train(make, loop, meter, job.backend, config.training.save_total_limit)
+    trainer, happened = training.train(make, loop, meter, job.backend, config.training)
     job.measure(planned.name, _whole(trainer, job), job.tokenizer)
     state = training.whole_state(trainer, job.backend)
     net = training.unwrapped(trainer)

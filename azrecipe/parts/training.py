@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from azrecipe.errors import CommandError
-from azrecipe.parts import checkpoint, liger, optimizers
-from azrecipe.parts.backend import Backend, check_devices, check_precision, check_trackers
+from azrecipe.errors import CommandError, RunFailed
+from azrecipe.parts import checkpoint, liger, optimizers, precision
+from azrecipe.parts.backend import Backend, check_compiler, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.profiling import Profiler
 from azrecipe.parts.watching import Meter, Watch, say, trim_metrics
@@ -38,6 +38,7 @@ def check(training: Training, backend: Backend) -> None:
     """Refuse what this machine cannot do, before anything is read. Raises CannotRun, or CommandError for the batch."""
     warning = check_precision(training.precision, training.use_liger_kernel)
     say(warning, backend.main and bool(warning))
+    check_compiler(training.torch_compile)
     check_trackers(training.report_to)
     check_devices(backend)
     split(training.global_batch_size, training.per_device_train_batch_size, backend.world)
@@ -65,7 +66,8 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
         "adam_beta2": training.adam_beta2,
         "adam_epsilon": training.adam_epsilon,
         "max_grad_norm": training.max_grad_norm,
-        "bf16": training.precision == "bf16_mixed",
+        **precision.autocast(training.precision, backend),
+        "torch_compile": training.torch_compile,
         "use_liger_kernel": training.use_liger_kernel,
         "liger_kernel_config": liger.choice(training),
         "activation_checkpointing": training.activation_checkpointing,
@@ -97,12 +99,14 @@ def checked(kind: Callable[..., TrainingArguments], **given: Any) -> TrainingArg
 
 
 def train(
-    make: Callable[[list[Any]], Trainer], loop: Loop, meter: Meter, backend: Backend, save_total_limit: int
+    make: Callable[[list[Any]], Trainer], loop: Loop, meter: Meter, backend: Backend, training: Training
 ) -> tuple[Trainer, dict[str, Any]]:
     """Run one loop, from its last complete checkpoint if there is one; returns the trainer and what happened.
 
-    `make` builds the Trainer with the callbacks given to it. Raises Interrupted after a signal, its checkpoint saved.
+    `make` builds the Trainer with the callbacks given to it. Raises Interrupted after a signal, its checkpoint saved,
+    and CommandError for a checkpoint that this backend cannot read.
     """
+    check_resume(loop.folder, backend)
     if backend.main:
         loop.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_torn(loop.folder)
@@ -111,9 +115,10 @@ def train(
         say(f"{loop.name}: going on from {resume}", backend.main)
     if backend.main:
         trim_metrics(loop.run, loop.name, checkpoint.step_of(resume) if resume else 0)
-    watch = Watch(backend, loop.run, meter, save_total_limit)
-    trainer = make([watch])
-    watch.trainer = trainer
+    watch, proof = Watch(backend, loop.run, meter, training.save_total_limit), _Proof(backend, training.precision)
+    trainer = make([watch, proof])
+    watch.trainer = proof.trainer = trainer
+    precision.apply(trainer, training.precision, backend)
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
     from transformers.trainer_callback import PrinterCallback
 
@@ -126,6 +131,10 @@ def train(
     started = time.monotonic()
     with watch:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if backend.zero:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or the next phase's from_pretrained would load a model that is in parts from the start
     watch.raise_if_interrupted()
     return trainer, {
         "steps": trainer.state.global_step,
@@ -135,15 +144,62 @@ def train(
     }
 
 
+def check_resume(folder: Path, backend: Backend) -> None:
+    """Refuse, before anything is trained, a checkpoint in or below a folder that this backend cannot read. Raises CommandError."""
+    checkpoint.check_readable(folder, backend)
+
+
+class _Proof(TrainerCallback):  # type: ignore[misc]
+    """Stops a training whose weights are not in the number format that was asked for."""
+
+    def __init__(self, backend: Backend, asked: str) -> None:
+        self.backend, self.asked = backend, asked
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        assert self.trainer is not None
+        wrong = precision.problems(self.trainer, self.asked, self.backend)
+        if wrong:
+            raise RunFailed("; ".join(wrong))
+
+
 def whole_state(trainer: Trainer, backend: Backend) -> Mapping[str, torch.Tensor] | None:
-    """The full weights of a sharded model on the main process (every process must call); None where they are not sharded."""
+    """The full weights of a sharded model on the main process (every process must call); None where they are not sharded.
+
+    A tied matrix is in it once. Raises RunFailed where a weight is missing or not whole.
+    """
     if not backend.sharded:
         return None
-    state: Mapping[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    net = unwrapped(trainer)
+    gathered = trainer.accelerator.get_state_dict(sharded(trainer))
+    if not backend.main:
+        return {}
+    tied = getattr(net, "all_tied_weights_keys", None) or {}
+    state = {name.removeprefix("_orig_mod."): value for name, value in gathered.items()}
+    state = {name: value for name, value in state.items() if tied.get(name) not in state}
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in net.named_parameters()}
+    torn = [name for name, size in sizes.items() if name not in state or state[name].numel() != size]
+    if torn:
+        raise RunFailed(
+            f"{backend.kind} gave back {', '.join(torn[:5])} in part or not at all: the model is not saved, the checkpoint is kept"
+        )
     return state
+
+
+def sharded(trainer: Trainer) -> Any:
+    """The model as the backend shards it. FSDP is put around torch.compile's wrapping, others below it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    model = trainer.model_wrapped
+    return model if isinstance(model, FSDPModule) else getattr(model, "_orig_mod", model)
+
+
+def measured(trainer: Trainer, backend: Backend) -> Any:
+    """The model to measure: below DDP's wrapping, whose forward expects a backward; sharded ones as they are."""
+    return sharded(trainer) if backend.sharded else unwrapped(trainer)
 
 
 def unwrapped(trainer: Trainer) -> PreTrainedModel:
     """The model below the backend's wrapping."""
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     return model

@@ -166,7 +166,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.backend.main and saver is not None:
             saver.start(written, self.keep)
         elif self.backend.main:
-            checkpoint.seal(written)
+            checkpoint.seal(written, self.backend)
             checkpoint.rotate(folder, self.keep)
         self.trainer.accelerator.wait_for_everyone()
 

@@ -32,6 +32,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 
     # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
+    training.check_resume(place.checkpoints, backend)
     optimizers.check(optimizers.named(config))
     base = inputs.folder(config.model, "model")
     sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
@@ -152,7 +153,7 @@ def _train(
         )  # fmt: skip
 
     meter = Meter("sft", round(float(tokens[-1]) / steps), lambda _step: 0, length=float(np.mean(lengths)))
-    trainer, happened = training.train(make, loop, meter, backend, config.training.save_total_limit)
+    trainer, happened = training.train(make, loop, meter, backend, config.training)
     state = training.whole_state(trainer, backend)
     if backend.main:
         with whole_folder(place.path / "adapter") as aside:

@@ -61,8 +61,9 @@ def test_a_pipeline_is_refused_for_its_last_step_before_its_first_one_runs(proje
     assert not (project / "runs").exists()
 
 
-def test_a_config_for_several_machines_is_refused_with_the_command_that_works() -> None:
-    launch = preflight.read(config_file("hsdp"), 2)
+def test_a_config_for_several_machines_is_refused_with_the_command_that_works(tmp_path: Path) -> None:
+    text = config_file("hsdp").read_text(encoding="utf-8").replace("num_machines: 1", "num_machines: 2")
+    launch = preflight.read(write(tmp_path / "two.yaml", text), 16)
     assert launch.machines == 2
     with pytest.raises(CommandError, match="--machine_rank"):
         preflight.check([], launch)
