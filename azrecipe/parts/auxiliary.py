@@ -105,14 +105,13 @@ class Text:
     """
 
     def __init__(self, mix: Mix, cap: int) -> None:
-        cap = min(cap, sum(len(store.tokens) + store.documents * mix.extra for store in mix.stores))
+        cap = min(cap, sum(store.count + store.documents * mix.extra for store in mix.stores))
         order = mix.order(tokens=cap)
         used = int(np.searchsorted(order.token_ends, cap, side="left")) + 1
         self.parts: list[npt.NDArray[np.uint32]] = []
         for source, document in zip(order.source[:used].tolist(), order.document[:used].tolist(), strict=True):
-            store = mix.stores[source]
-            start, end = store.offsets[document], store.offsets[document + 1]
-            self.parts += [store.tokens[at : min(at + SENTENCE, end)] for at in range(start, end, SENTENCE)]
+            tokens = mix.stores[source].document(document)
+            self.parts += [tokens[at : at + SENTENCE] for at in range(0, len(tokens), SENTENCE)]
         self.counts = np.bincount(np.concatenate([np.zeros(0, np.uint32), *self.parts]))
         self.names = [str(i) for i in range(len(self.counts))]  # gensim takes an integer for a row, not for a name
 

@@ -55,7 +55,7 @@ class Mix:
 
     def order(self, tokens: int = 0, size: int = 0) -> Order:
         """The order up to at least so many tokens and so many bytes of text."""
-        all_tokens = sum(len(s.tokens) + s.documents * self.extra for s in self.stores)
+        all_tokens = sum(s.count + s.documents * self.extra for s in self.stores)
         horizon = max(size, tokens * self.epoch_bytes / max(all_tokens, 1)) * 1.02 + 1
         while True:
             order = self._until(horizon)
@@ -85,7 +85,7 @@ class Mix:
         lengths, sizes = np.empty(len(source), np.int64), np.empty(len(source), np.int64)
         for i, store in enumerate(self.stores):
             mine = source == i
-            lengths[mine] = np.diff(store.offsets)[document[mine]] + self.extra
+            lengths[mine] = store.lengths[document[mine]] + self.extra
             sizes[mine] = store.sizes[document[mine]]
         return Order(source, document, np.cumsum(lengths), np.cumsum(sizes))
 

@@ -83,7 +83,7 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
     def _document(self, nth: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         store = self.mix.stores[int(self.order.source[nth])]
         document = int(self.order.document[nth])
-        tokens = store.tokens[store.offsets[document] : store.offsets[document + 1]].astype(np.int64)
+        tokens = store.document(document).astype(np.int64)
         before = [] if self.marks.bos is None else [self.marks.bos]
         after = [] if self.marks.eos is None else [self.marks.eos]
         return np.concatenate([np.asarray(before, np.int64), tokens, np.asarray(after, np.int64)])

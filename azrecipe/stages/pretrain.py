@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from azrecipe.errors import CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, corpus, liger, metrics, model, phases, run_dir, training, vocabulary
+from azrecipe.parts import auxiliary, corpus, liger, metrics, model, phases, prepared, run_dir, training, vocabulary
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder, write_json
@@ -24,7 +24,6 @@ from azrecipe.parts.packing import borders, collate
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.schedule import Position, Schedule, plan
 from azrecipe.parts.sources import Inputs
-from azrecipe.parts.tokens import held_out_hashes, store
 from azrecipe.parts.watching import Meter, say
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Pretrain
@@ -50,7 +49,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
     own = _check_model(recipe, model_path, tokenizer)
-    schedule = _schedule(recipe, _mix(config, sources, held_out, tokenizer, place.cache), tokenizer, before)
+    text = prepared.Text(sources, held_out, frozenset(inputs.came))
+    schedule = _schedule(recipe, _mix(config, text, tokenizer, place.cache), tokenizer, before)
 
     with run_dir.opened(recipe, place, inputs.found):
         record = Record(place)  # read by every process before the process group exists, so that all agree
@@ -68,6 +68,23 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             net = None
         place.finish(_result(job, sources))
     return read_json(place.path / "result.json") or {}
+
+
+def prepare(recipe: Recipe, runs_dir: Path) -> tuple[prepared.Prepared, Callable[[], Schedule]]:
+    """Fill the cache with what a run of this recipe reads, as that run does; and what lays its phases over the data.
+
+    Needs no model weights and no GPU. Raises what the run would raise for its tokenizer and its data.
+    """
+    config: Pretrain = recipe.config
+    inputs = Inputs(recipe, runs_dir)
+    cache = run_dir.locate(recipe, runs_dir).cache
+    model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
+    before = _continued(recipe, inputs)
+    sources = inputs.datasets(list(config.data.datasets))
+    held_out = inputs.validation(config.data.validation)
+    tokenizer = _tokenizer(config, inputs, sources, cache, model_path)
+    mix = _mix(config, prepared.Text(sources, held_out, frozenset(inputs.came)), tokenizer, cache)
+    return prepared.Prepared(sources, mix.stores, config.data.max_length), lambda: _schedule(recipe, mix, tokenizer, before)
 
 
 def _continued(recipe: Recipe, inputs: Inputs) -> Position | None:
@@ -141,10 +158,9 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
     return own
 
 
-def _mix(config: Pretrain, sources: list[corpus.Located], held_out: Texts, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
-    """The sources, tokenised (once, into the cache) and mixed by weight."""
-    exclude = held_out_hashes(held_out)
-    stores = [store(source, tokenizer, cache, exclude) for source in sources]
+def _mix(config: Pretrain, text: prepared.Text, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
+    """The sources, tokenised (once, into the cache), without duplicates, and mixed by weight."""
+    stores = prepared.stores(config, text, tokenizer, cache)
     return Mix(stores, [source.weight for source in config.data.datasets], config.seed, borders(tokenizer).count)
 
 
@@ -170,8 +186,8 @@ def _schedule(recipe: Recipe, mix: Mix, tokenizer: PreTrainedTokenizerBase, befo
 def _describe(job: Job, sources: list[corpus.Located]) -> None:
     schedule = job.schedule
     for source, data, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.epochs, strict=True):
-        out = f", {data.excluded} held-out documents left out" if data.excluded else ""
-        size = f"{data.documents:,} documents, {data.bytes:,} bytes, {len(data.tokens):,} tokens"
+        size = f"{data.documents:,} documents, {data.bytes:,} bytes, {data.count:,} tokens"
+        out = prepared.left_out(data)
         say(f"  {source.title}: {size}; {share:.0%} of the text, {epochs:.2f} epochs{out}", job.backend.main)
 
 
@@ -323,14 +339,9 @@ def _result(job: Job, sources: list[corpus.Located]) -> dict[str, Any]:
     schedule, record = job.schedule, job.record
     data = [
         {
-            "source": source.title,
-            "documents": stored.documents,
-            "bytes": stored.bytes,
-            "tokens": len(stored.tokens),
+            **prepared.told(source, stored),
             "share": round(share, 4),
             "epochs": round(epochs, 3),
-            "held_out_left_out": stored.excluded,
-            **({"cleaned": stored.cleaned} if stored.cleaned else {}),
         }
         for source, stored, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.epochs, strict=True)
     ]
