@@ -5,6 +5,8 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import io
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -50,7 +52,8 @@ class File:
         """The file as pyarrow reads it, in any order. Raises OSError."""
         import pyarrow
 
-        return _s3().open_input_file(self.path.removeprefix("s3://")) if is_s3(self.path) else pyarrow.OSFile(self.path)
+        key = self.path.removeprefix("s3://")
+        return _s3(key.partition("/")[0]).open_input_file(key) if is_s3(self.path) else pyarrow.OSFile(self.path)
 
     def open(self) -> IO[bytes]:
         """What is in the file, decompressed, to be read from the start. Raises OSError, EOFError or zlib.error, also later."""
@@ -74,7 +77,7 @@ def on_s3(path: str, place: Where) -> list[File]:
     Raises RecipeError where there are none, CannotRun where S3 does not let us see.
     """
     try:
-        found = list(_listed(path.rstrip("/")))
+        found = list(_listed(path))
     except OSError as error:
         raise _explained(path, error, place) from None
     if not found:
@@ -87,21 +90,21 @@ def _listed(path: str) -> tuple[File, ...]:
     """One look for a process: the files do not change under a run."""
     from pyarrow import fs
 
-    key = path.removeprefix("s3://")
+    key = path.removeprefix("s3://").strip("/")
     parts = key.split("/")
     wild = next((i for i, part in enumerate(parts) if any(c in part for c in WILD)), None)
+    if wild == 0 or not parts[0]:
+        raise FileNotFoundError("the name of a bucket stands before the first /, and is no glob")
     if wild is None:
-        info = _s3().get_file_info(key)
+        info = _s3(parts[0]).get_file_info(key)
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(f"the key does not exist: {path}")
         if info.type == fs.FileType.File:
-            return (File(path, info.size, info.mtime_ns),)
-        found = _s3().get_file_info(fs.FileSelector(key, recursive=True))
-    elif wild == 0:
-        raise FileNotFoundError("the bucket's name cannot be a glob; no such bucket does not exist")
+            return (File(f"s3://{key}", info.size, info.mtime_ns),)
+        found = _s3(parts[0]).get_file_info(fs.FileSelector(key, recursive=True))
     else:
         recursive = wild + 1 < len(parts)
-        chosen = _s3().get_file_info(fs.FileSelector("/".join(parts[:wild]), recursive=recursive))
+        chosen = _s3(parts[0]).get_file_info(fs.FileSelector("/".join(parts[:wild]), recursive=recursive))
         found = [info for info in chosen if _matches(info.path.split("/"), parts)]
     files = [File(f"s3://{info.path}", info.size, info.mtime_ns) for info in found if info.type == fs.FileType.File]
     return tuple(sorted((file for file in files if file.name.endswith(DATA_SUFFIXES)), key=lambda file: file.path))
@@ -116,12 +119,17 @@ def _matches(key: list[str], pattern: list[str]) -> bool:
     return fnmatch.fnmatchcase(key[0], pattern[0]) and _matches(key[1:], pattern[1:])
 
 
-@lru_cache(maxsize=1)
-def _s3() -> Any:
-    """S3 as AWS's tools see it: their credentials, region and AWS_ENDPOINT_URL."""
+@lru_cache
+def _s3(bucket: str) -> Any:
+    """S3 as AWS's tools see it: their credentials and AWS_ENDPOINT_URL (which pyarrow does not look at); the bucket's own region."""
     from pyarrow import fs
 
-    return fs.S3FileSystem(connect_timeout=10, request_timeout=60)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = None
+    if endpoint is None:
+        with suppress(OSError):  # told when the bucket is opened
+            region = fs.resolve_s3_region(bucket)
+    return fs.S3FileSystem(endpoint_override=endpoint, region=region, connect_timeout=10, request_timeout=60)
 
 
 def _explained(path: str, error: OSError, place: Where) -> AzrecipeError:

@@ -31,9 +31,10 @@ import numpy.typing as npt
 
 from azrecipe.errors import CannotRun, RecipeError
 from azrecipe.parts import corpus, duplicates
+from azrecipe.parts.cutting import Cutter
 from azrecipe.parts.files import locked, read_json, sync_folder, sync_tree, write_json
-from azrecipe.parts.processes import Workers
-from azrecipe.parts.tokens import Store, chunks, on_disk, reader, text_hash, tokenizer_hash
+from azrecipe.parts.processes import ALONE, Workers
+from azrecipe.parts.tokens import Store, on_disk, reader, text_hash, tokenizer_hash
 from azrecipe.parts.writing import Tally, nothing_left
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _worked(located: corpus.Located, making: Making, log: _Log) -> Iterator[tupl
     limit = source.source.max_bytes
     if limit is not None and log.made.read >= limit:
         return
-    with TemporaryDirectory() as folder, on_disk(making.tokenizer) as tokenizer, Workers() as workers:
+    with TemporaryDirectory() as folder, on_disk(making.tokenizer) as tokenizer, Workers(alone=ALONE) as workers:
         file = Path(folder, "work")  # once for each process: with each piece it would be much to send
         file.write_bytes(pickle.dumps((located, tokenizer, making.exclude, making.near)))
         held: list[corpus.Piece] = []
@@ -157,16 +158,14 @@ def _worked(located: corpus.Located, making: Making, log: _Log) -> Iterator[tupl
 
 
 @lru_cache(maxsize=1)
-def _opened(file: str) -> tuple[corpus.Reader, str, frozenset[bytes], Deduplication | None]:
+def _opened(file: str) -> tuple[corpus.Reader, Cutter, frozenset[bytes], Deduplication | None]:
     located, tokenizer, exclude, near = pickle.loads(Path(file).read_bytes())
-    return corpus.Reader(located), tokenizer, exclude, near
+    return corpus.Reader(located), Cutter(reader(tokenizer)), exclude, near
 
 
 def _work(file: str, piece: corpus.Piece, limit: int | None = None) -> tuple[Made, list[npt.NDArray[Any]]]:
     """One piece of the source: its tokens, the RECORDs of its documents, and their signatures."""
-    source, tokenizer, exclude, near = _opened(file)
-    backend = reader(tokenizer)
-    backend.encode_special_tokens = True  # special tokens spelled out in the text stay ordinary text
+    source, cut, exclude, near = _opened(file)
     made = Made()
     kept: list[str] = []
     hashes: list[bytes] = []
@@ -181,9 +180,7 @@ def _work(file: str, piece: corpus.Piece, limit: int | None = None) -> tuple[Mad
     records = np.zeros(len(kept), RECORD)
     records["size"] = [len(text.encode()) for text in kept]
     records["hash"] = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
-    tokens = []
-    for chunk in chunks(kept):
-        tokens += [np.asarray(e.ids, np.uint32) for e in backend.encode_batch_fast(chunk, add_special_tokens=False)]
+    tokens = cut(kept)
     records["length"] = [len(ids) for ids in tokens]
     made.documents, made.tokens, made.bytes = len(kept), int(records["length"].sum()), int(records["size"].sum())
     arrays = [np.concatenate([np.zeros(0, np.uint32), *tokens]), records]
