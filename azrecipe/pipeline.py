@@ -53,7 +53,10 @@ def prepare(arguments: argparse.Namespace) -> int:
     chosen = [step.recipe for step in steps] if recipe.stage == "pipeline" else [recipe]
     chosen = [one for one in chosen if one.stage == "pretrain"]
     if not chosen:
-        raise CommandError(f"{recipe.path}: a {recipe.stage} recipe; what can be prepared is pretrain recipes and pipelines with some")
+        article = "an" if recipe.stage == "evaluate" else "a"
+        raise CommandError(
+            f"{recipe.path}: {article} {recipe.stage} recipe; what can be prepared is pretrain recipes and pipelines with some"
+        )
     preflight.check_data(chosen)
     from azrecipe.parts.failures import explain
 

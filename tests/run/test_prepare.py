@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ from azrecipe.parts.storing import Making, store
 from azrecipe.parts.vocabulary import load_tokenizer
 from azrecipe.recipe.types import Deduplication, TextSource
 from tests.conftest import TALES, Done, jsonl, write
-from tests.small import Project, environment
+from tests.small import environment
 
 DATA = """
 stage: pretrain
@@ -83,22 +84,27 @@ def test_a_run_after_prepare_tokenises_nothing_and_both_say_what_was_left_out(jo
     assert more["duplicates"]["samples"][0] == {"document": 0, "repeats": {"source": 0, "document": 0}}
 
 
-def test_a_tokenizer_that_is_not_there_yet_and_what_cannot_be_prepared(small: Project) -> None:
-    def prepare(recipe: str, *more: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "azrecipe", "prepare", f"{recipe}.yaml", *more]
-        return subprocess.run(line, cwd=small.folder, env=environment(), capture_output=True, text=True, timeout=200, check=False)
-
-    done = prepare("phase2")
-    assert done.returncode == 2
-    assert "phase1.yaml" in done.stderr and "Traceback" not in done.stderr
-    done = prepare("sft")
-    assert done.returncode == 2
-    assert "pretrain recipes" in done.stderr
-    shutil.rmtree(small.path("tokenizer"))
-    done = prepare("pipeline")
-    assert done.returncode == 0, done.stderr
-    assert "cpt.yaml: not prepared: it takes from tokenizer.yaml, which has no finished run yet" in done.stderr
-    assert "base.yaml: text" in done.stdout
+def test_a_tokenizer_that_is_not_there_yet_and_what_cannot_be_prepared(
+    job: Path, cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(job)
+    recipe = (job / "r.yaml").read_text()
+    write("next.yaml", re.sub("tokenizer: .*", "tokenizer: {output_of: other.yaml}", recipe))
+    write("other.yaml", recipe)
+    write("pipeline.yaml", "stage: pipeline\nproject: p\nsteps: [other.yaml, next.yaml]\n")
+    done = cli("prepare", "next.yaml")
+    assert done.code == 2
+    assert "next.yaml:5:24: " in done.err and "other.yaml" in done.err
+    done = cli("prepare", "pipeline.yaml")
+    assert done.code == 0, done.text
+    assert "next.yaml: not prepared: it takes from other.yaml, which has no finished run yet" in done.err
+    assert "other.yaml: text" in done.out
+    write(
+        "e.yaml",
+        "stage: evaluate\nproject: p\nmodels: {a: {name_or_path: ./m}}\ndata: {max_length: 32, validation: {t: {path: held.jsonl}}}\n",
+    )
+    done = cli("prepare", "e.yaml")
+    assert (done.code, "an evaluate recipe" in done.err, "pretrain recipes" in done.err) == (2, True, True)
 
 
 def located(path: Path | str, **keys: Any) -> Located:
