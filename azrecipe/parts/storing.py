@@ -217,7 +217,11 @@ class _Log:
             there = [(self.folder / name).stat().st_size for name in self.names]
         except (OSError, ValueError, TypeError, KeyError):
             return False
-        return revision == self.revision and all(size >= sure for size, sure in zip(there, self.sizes, strict=True))
+        return (
+            revision == self.revision
+            and state["cut"] == [corpus.PIECE, corpus.BATCH]
+            and all(size >= sure for size, sure in zip(there, self.sizes, strict=True))
+        )
 
     def append(self, made: Made, arrays: list[npt.NDArray[Any]]) -> None:
         for file, array in zip(self.files, arrays, strict=True):
@@ -237,7 +241,8 @@ class _Log:
             file.flush()
             os.fsync(file.fileno())
         made = {**vars(self.made), "tally": self.made.tally.packed()}
-        write_json(self.folder / "state.json", {"revision": self.revision, "pieces": self.pieces, "sizes": self.sizes, "made": made})
+        state = {"revision": self.revision, "cut": [corpus.PIECE, corpus.BATCH], "pieces": self.pieces, "sizes": self.sizes, "made": made}
+        write_json(self.folder / "state.json", state)
         self.saved = time.monotonic()
 
     def __exit__(self, *_: object) -> None:

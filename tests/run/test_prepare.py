@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from azrecipe.errors import Place, RecipeError
-from azrecipe.parts import storing
+from azrecipe.parts import corpus, storing
 from azrecipe.parts.corpus import Located, identity, texts
 from azrecipe.parts.storing import Making, store
 from azrecipe.parts.vocabulary import load_tokenizer
@@ -113,8 +113,8 @@ def located(path: Path | str, **keys: Any) -> Located:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """Some 4 MB in 8 pieces."""
-    rows = ({"text": f"{TALES[n % 4]}{n} {words(n, 20)} " * 8, "n": n} for n in range(2500))
+    """Some 0.6 MB."""
+    rows = ({"text": f"{TALES[n % 4]}{n} {words(n, 20)} " * 8, "n": n} for n in range(350))
     return write(tmp_path / "large.jsonl", jsonl(*rows))
 
 
@@ -122,15 +122,16 @@ def test_a_store_is_the_same_however_many_processes_make_it(
     large: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     making = Making(load_tokenizer(str(llama)), frozenset(), Deduplication("minhash", 0.8, 3, 32))
-    source = located(large, max_bytes=2_000_000)
+    source = located(large, max_bytes=300_000)
     made = []
     for alone in (10**9, 0):
         monkeypatch.setattr(storing, "ALONE", alone)
+        monkeypatch.setattr(corpus, "PIECE", 40_000)
         folder = tmp_path / f"cache{alone}"
         found = store(source, making, folder)
         made.append({file.name: file.read_bytes() for file in (folder / found.key).iterdir()})
     assert made[0] == made[1]
-    assert 2_000_000 <= found.bytes < 2_003_000
+    assert 300_000 <= found.bytes < 303_000
     backend = making.tokenizer.backend_tokenizer
     kept = list(texts(source))
     assert len(kept) == found.documents
@@ -142,13 +143,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from azrecipe.errors import Place
-from azrecipe.parts import storing
+from azrecipe.parts import corpus, storing
 from azrecipe.parts.corpus import Located
 from azrecipe.parts.vocabulary import load_tokenizer
 from azrecipe.recipe.types import TextSource
 
 if __name__ == "__main__":
-    storing.COMMIT, storing.ALONE = 0.0, int(sys.argv[4])
+    storing.COMMIT, storing.ALONE, corpus.PIECE = 0.0, int(sys.argv[4]), 40_000
     making = storing.Making(load_tokenizer(sys.argv[2]), frozenset())
     print(storing.store(Located(TextSource(sys.argv[1], "train"), Place("r.yaml")), making, Path(sys.argv[3])).key)
 """
@@ -187,7 +188,7 @@ def test_kill_9_while_text_is_tokenised_costs_no_work_and_changes_nothing(large:
 
 def test_a_full_disk_is_told_without_a_word_of_checkpoints(large: Path, llama: Path, tmp_path: Path) -> None:
     script = write(tmp_path / "make.py", SCRIPT)
-    inner = f"mount -t tmpfs -o size=600k none disk && exec {sys.executable} {script} {large} {llama} disk/cache 100000000"
+    inner = f"mount -t tmpfs -o size=300k none disk && exec {sys.executable} {script} {large} {llama} disk/cache 100000000"
     (tmp_path / "disk").mkdir()
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
