@@ -126,7 +126,8 @@ PIECES = st.sampled_from(
 @settings(max_examples=400, deadline=None)
 @given(given_text=st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=30).map("".join)))
 def test_text_cut_by_parts_has_the_ids_of_the_whole_text(cutter: tuple[Cutter, Cutter], given_text: str) -> None:
-    by_parts, whole = ([ids.tolist() for ids in one([given_text])] for one in cutter)
+    texts = [given_text, f"{given_text} {given_text}", f"x {given_text}"]
+    by_parts, whole = ([ids.tolist() for ids in one(texts)] for one in cutter)
     assert by_parts == whole
 
 
