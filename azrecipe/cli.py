@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--num-processes", type=_positive, metavar="N", help="processes to start on this machine")
     run.add_argument("--quiet", action="store_true", help="no table at the end")
 
+    prepare = verbs.add_parser(
+        "prepare",
+        help="tokenise a pretrain recipe's text into the cache, ahead of its run",
+        description="Needs no GPU and no model weights.",
+    )
+    prepare.add_argument("recipe", help="a pretrain recipe, or a pipeline (YAML)")
+    _add_recipe_options(prepare)
+
     validate = verbs.add_parser("validate", help="every problem of every recipe, no torch, no network")
     validate.add_argument("paths", nargs="+", type=Path, metavar="RECIPE", help="recipes, or folders of recipes")
     validate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key before checking")
@@ -109,6 +117,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from azrecipe import pipeline
 
     return pipeline.run(arguments)
+
+
+@_verb
+def _prepare(arguments: argparse.Namespace) -> int:
+    from azrecipe import pipeline
+
+    return pipeline.prepare(arguments)
 
 
 @_verb

@@ -47,6 +47,46 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
+def prepare(arguments: argparse.Namespace) -> int:
+    """`azrecipe prepare`: what the run of a pretrain recipe, or of each in a pipeline, reads is put into the cache, and shown."""
+    recipe, steps = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step, arguments.cell)
+    chosen = [step.recipe for step in steps] if recipe.stage == "pipeline" else [recipe]
+    chosen = [one for one in chosen if one.stage == "pretrain"]
+    if not chosen:
+        article = "an" if recipe.stage == "evaluate" else "a"
+        raise CommandError(
+            f"{recipe.path}: {article} {recipe.stage} recipe; what can be prepared is pretrain recipes and pipelines with some"
+        )
+    preflight.check_data(chosen)
+    from azrecipe.parts.failures import explain
+
+    for one in chosen:
+        missing = _unfinished(one, arguments.runs_dir)
+        if missing and len(chosen) > 1:
+            print(f"{one.path.name}: not prepared: it takes from {', '.join(missing)}, which has no finished run yet", file=sys.stderr)
+            continue
+        try:
+            _prepare(one, arguments.runs_dir)
+        except (OSError, MemoryError) as error:
+            raise explain(error) or error from None
+    return DONE
+
+
+def _prepare(recipe: Recipe, runs_dir: Path) -> None:
+    from azrecipe.report import preparation  # both load what a run loads
+    from azrecipe.stages import pretrain
+
+    made, lay = pretrain.prepare(recipe, runs_dir)
+    preparation.show(recipe.path.name, made)  # before what may be refused: it says why a source is read too often
+    preparation.show_schedule(made, lay())
+
+
+def _unfinished(recipe: Recipe, runs_dir: Path) -> list[str]:
+    """The recipes that one takes from and that have no finished run."""
+    names = dict.fromkeys(Path(output_of).name for _, output_of in _taken(recipe.data))
+    return [name for name in names if not run_of(recipe, runs_dir, Path(name).stem).complete]
+
+
 def _page(run: Path) -> None:
     """A page for people; that it cannot be made is no failure of a run that is complete."""
     try:

@@ -71,6 +71,13 @@ def check(recipes: Sequence[Recipe], launch: Launch) -> None:
         raise CannotRun("\n".join(dict.fromkeys(lacking)))
 
 
+def check_data(recipes: Sequence[Recipe]) -> None:
+    """Raise RecipeError for local files that are not there."""
+    wrong = [problem for recipe in recipes for error in _missing(recipe) for problem in error.problems]
+    if wrong:
+        raise RecipeError(list(dict.fromkeys(wrong)))
+
+
 def _machines(launch: Launch) -> None:
     if launch.machines > 1:
         raise CommandError(
@@ -97,13 +104,7 @@ def _backend(launch: Launch) -> list[str]:
 
 def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
     """What is wrong with one recipe, as far as it can be known without loading a model or asking the hub."""
-    for source, keys in _sources(recipe):
-        try:
-            located = corpus.Located(source, recipe.place(*keys, "path"))
-            if is_local_data(source.path):
-                corpus.files(located)
-        except RecipeError as error:
-            yield error
+    yield from _missing(recipe)
     if recipe.stage not in TRAINING:
         return
     training = recipe.config.training
@@ -122,6 +123,16 @@ def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
         try:
             asked()
         except CannotRun as error:
+            yield error
+
+
+def _missing(recipe: Recipe) -> Iterator[RecipeError]:
+    for source, keys in _sources(recipe):
+        try:
+            located = corpus.Located(source, recipe.place(*keys, "path"))
+            if is_local_data(source.path):
+                corpus.files(located)
+        except RecipeError as error:
             yield error
 
 

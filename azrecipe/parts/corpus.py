@@ -1,25 +1,26 @@
-"""Where documents come from: local files and hub datasets, read one by one and cleaned, each complaint at its place."""
+"""Where documents come from: files and hub datasets, read one by one and cleaned, each complaint at its place."""
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from azrecipe.errors import CannotRun, Place, Problem, RecipeError, did_you_mean, hint
-from azrecipe.parts import writing
-from azrecipe.parts.files import sha256
+from azrecipe.errors import AzrecipeError, CannotRun, Place, Problem, RecipeError, did_you_mean, hint
+from azrecipe.parts import filters, writing
+from azrecipe.parts.opening import File, on_s3
 from azrecipe.parts.writing import Cleaner, Tally
-from azrecipe.recipe.load import DATA_SUFFIXES, is_local_data
+from azrecipe.recipe.load import DATA_SUFFIXES, is_local_data, is_s3
 from azrecipe.recipe.types import HeldOut, Source, TextSource, ValidationSource
 
 Row = dict[str, Any]
+PIECE = 500_000  # bytes of a file that are read, and worked on, at a time
+BATCH = 256  # rows of Parquet or of the hub
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,36 @@ class Located:
 
     @property
     def cleaned(self) -> bool:
-        """Whether the source has a clean-up."""
-        return isinstance(self.source, ValidationSource) and writing.asks(self.source)
+        """Whether the source has a clean-up or filters."""
+        return isinstance(self.source, ValidationSource) and (writing.asks(self.source) or filters.of(self.source) is not None)
+
+    @property
+    def in_files(self) -> bool:
+        """Whether the source is files, here or on S3, and no dataset on the hub."""
+        return is_local_data(self.source.path) or is_s3(self.source.path)
 
     @property
     def title(self) -> str:
         """How messages and results call the source."""
-        parts = [self.source.path, self.source.name, self.source.split if not is_local_data(self.source.path) else None]
+        parts = [self.source.path, self.source.name, None if self.in_files else self.source.split]
         return " ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and what it belongs together with: the value of held_out's `by` column, else its own number in the source."""
+    """A text and what it belongs together with: the value of held_out's `by` column, else its own number in the source.
+
+    `came` is the `text_hash` of the text as it came, before its clean-up.
+    """
 
     text: str
     group: str
+    came: bytes
+
+
+def text_hash(text: str) -> bytes:
+    """A document's content, for telling whether two are the same."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def texts(located: Located, held_out_side: bool = False, tally: Tally | None = None) -> Iterator[str]:
@@ -58,36 +73,59 @@ def texts(located: Located, held_out_side: bool = False, tally: Tally | None = N
 
 
 def documents(located: Located, held_out_side: bool = False, tally: Tally | None = None) -> Iterator[Document]:
-    """The source's documents, cleaned as it asks, in its own order, up to its max_bytes. Those without text are left out.
+    """The source's documents, cleaned and filtered as it asks, in its own order, up to its max_bytes.
 
-    `held_out_side` chooses which documents of a source with `held_out` are meant: those held out, or the others.
-    `tally` counts what was read on that side and what its clean-up did.
-    Raises RecipeError for a file that is missing, not UTF-8 or lacks the column, CannotRun for the hub.
+    Those without text are left out. `held_out_side` chooses which documents of a source with `held_out` are meant: those
+    held out, or the others. `tally` counts what was read on that side and what its clean-up and filters did.
+    Raises RecipeError for a file that is missing, not UTF-8 or lacks the column, CannotRun for the hub or S3.
     """
-    source = located.source
-    assert isinstance(source, ValidationSource)
-    clean, tally = Cleaner(source), tally or Tally()
+    reader = Reader(located)
+    found = reader.read(rows(located, reader.source.text_column, reader.columns), tally or Tally(), held_out_side)
+    return until(found, reader.source.max_bytes)
+
+
+def until(found: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
+    """Documents up to the one that reaches so many bytes of text."""
     total = 0
-    for number, (where, row) in enumerate(rows(located, text_column=source.text_column)):
-        text = _column(row, source.text_column, "text_column", where, located)
-        if not isinstance(text, str):
-            raise located.wrong(f"{where}: column '{source.text_column}' holds {type(text).__name__}, not text")
-        if not text.strip():
-            continue
-        group = str(number)
-        if source.held_out is not None:
-            if source.held_out.by is not None:
-                group = str(_column(row, source.held_out.by, "held_out.by", where, located))
-            # by the text as it came: a document keeps its side when the clean-up changes
-            if is_held_out(text if source.held_out.by is None else group, source.held_out) != held_out_side:
+    for document in found:
+        yield document
+        if max_bytes is not None:
+            total += len(document.text.encode())
+            if total >= max_bytes:
+                return
+
+
+class Reader:
+    """Rows of one source to documents; the same in whichever process."""
+
+    def __init__(self, located: Located) -> None:
+        assert isinstance(located.source, ValidationSource)
+        self.located, self.source = located, located.source
+        self.clean = Cleaner(self.source)
+        asked = filters.of(self.source)
+        self.filter = filters.Filter(asked) if asked else None
+        by = self.source.held_out.by if self.source.held_out else None
+        self.columns = [self.source.text_column, *([by] if by else [])]
+
+    def read(self, rows: Iterable[tuple[Place, Row]], tally: Tally, held_out_side: bool = False) -> Iterator[Document]:
+        """The documents in the rows that are meant and kept."""
+        column, held_out = self.source.text_column, self.source.held_out
+        for number, (where, row) in enumerate(rows):
+            text = _column(row, column, "text_column", where, self.located)
+            if not isinstance(text, str):
+                raise self.located.wrong(f"{where}: column '{column}' holds {type(text).__name__}, not text")
+            if not text.strip():
                 continue
-        text = clean(text, tally)
-        if not text:
-            continue
-        yield Document(text, group)
-        total += len(text.encode())
-        if source.max_bytes is not None and total >= source.max_bytes:
-            return
+            group = str(number)
+            if held_out is not None:
+                if held_out.by is not None:
+                    group = str(_column(row, held_out.by, "held_out.by", where, self.located))
+                # by the text as it came: a document keeps its side when the clean-up changes
+                if is_held_out(text if held_out.by is None else group, held_out) != held_out_side:
+                    continue
+            made = self.clean(text, tally)
+            if made and (self.filter is None or self.filter(made, tally)):
+                yield Document(made, group, text_hash(text))
 
 
 def is_held_out(key: str, held_out: HeldOut) -> bool:
@@ -102,25 +140,68 @@ def _column(row: Row, column: str, key: str, where: Place, located: Located) -> 
     return row[column]
 
 
-def rows(located: Located, text_column: str = "text") -> Iterator[tuple[Place, Row]]:
-    """Every row of a source with the place to name in a complaint. A .txt file is one row, its text in `text_column`."""
-    if not is_local_data(located.source.path):
-        yield from _hub_rows(located)
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source as it was read, small enough to hand to another process: lines of JSON, a whole text, or rows.
+
+    `before`: the lines or rows of the file before it. `data`: bytes of lines or of a text, a pyarrow RecordBatch, or rows.
+    """
+
+    origin: str
+    before: int
+    data: Any
+    size: int
+    kind: str
+
+    def rows(self, located: Located, text_column: str) -> Iterator[tuple[Place, Row]]:
+        """Its rows, each with the place to name in a complaint."""
+        if self.kind == "jsonl":
+            yield from _json_rows(self, located)
+        elif self.kind == "txt":
+            lines = [line for _, line in _lines(self, located)]
+            yield Place(self.origin), {text_column: "\n".join(lines)}
+        elif self.kind == "parquet":
+            for number, row in enumerate(self.data.to_pylist(), self.before + 1):
+                yield Place(self.origin, number, 1), row
+        else:
+            for number, row in enumerate(self.data, self.before + 1):
+                yield Place(f"{self.origin} row {number}"), row
+
+
+def rows(located: Located, text_column: str = "text", columns: Sequence[str] | None = None) -> Iterator[tuple[Place, Row]]:
+    """Every row of a source with the place to name in a complaint. A .txt file is one row, its text in `text_column`.
+
+    `columns` are those that will be looked at; the others of a Parquet file or hub dataset may be missing from the rows.
+    """
+    for piece in pieces(located, columns):
+        yield from piece.rows(located, text_column)
+
+
+def pieces(located: Located, columns: Sequence[str] | None = None) -> Iterator[Piece]:
+    """The source in parts, in order; the same parts each time, as long as its content is the same."""
+    if not located.in_files:
+        yield from _hub_pieces(located, columns)
         return
     for file in files(located):
-        if file.name.endswith((".txt", ".txt.gz")):
-            yield Place(str(file)), {text_column: "\n".join(line for _, line in _lines(file, located))}
-        elif file.name.endswith(".parquet"):
-            yield from _parquet_rows(file, located)
-        else:
-            yield from _json_rows(file, located)
+        yield from _parquet_pieces(file, located, columns) if file.kind == "parquet" else _byte_pieces(file, located)
 
 
-def files(located: Located) -> list[Path]:
-    """The local files that a source's path (a file, a folder or a glob) names, sorted."""
+def files(located: Located) -> list[File]:
+    """The files that a source's path (a file, a folder or a glob, here or on S3) names, sorted."""
     path = located.source.path
     if located.source.split != "train":
-        raise located.wrong(f"a local file has no split '{located.source.split}': leave split out")
+        raise located.wrong(f"a {'local file' if is_local_data(path) else 'file'} has no split '{located.source.split}': leave split out")
+    if is_s3(path):
+        found = on_s3(path, located.place)
+    else:
+        found = [File(str(file)) for file in _local_files(located, path)]
+    for file in found:
+        if not file.name.endswith(DATA_SUFFIXES):
+            raise located.wrong(f"{file}: not a kind of file that can be read. Known: {', '.join(DATA_SUFFIXES)}")
+    return found
+
+
+def _local_files(located: Located, path: str) -> list[Path]:
     matched = sorted(Path(p) for p in glob.glob(path, recursive=True))
     if len(matched) == 1 and matched[0].is_dir():
         matched = sorted(p for p in matched[0].rglob("*") if p.name.endswith(DATA_SUFFIXES))
@@ -132,33 +213,42 @@ def files(located: Located) -> list[Path]:
         near = did_you_mean(Path(path).name, (p.name for p in parent.iterdir())) if parent.is_dir() else ""
         raise located.wrong(f"no such file: {path}{near}")
     for file in matched:
-        if not file.name.endswith(DATA_SUFFIXES):
-            raise located.wrong(f"{file}: not a kind of file that can be read. Known: {', '.join(DATA_SUFFIXES)}")
-        if not file.is_file():
+        if file.name.endswith(DATA_SUFFIXES) and not file.is_file():
             raise located.wrong(f"{file}: {'a link to a file that is gone' if file.is_symlink() else 'not a regular file'}")
     return matched
 
 
-def _lines(file: Path, located: Located) -> Iterator[tuple[int, str]]:
-    opener: Callable[[Path], IO[bytes]] = gzip.open if file.suffix == ".gz" else open  # type: ignore[assignment]
-    number = 0
+def _byte_pieces(file: File, located: Located) -> Iterator[Piece]:
+    """A file of lines in blocks of whole lines; a text file in one."""
+    before = 0
     try:
-        with opener(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise located.wrong(
-            f"{file}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line)"
-        ) from None
+        with file.open() as stream:
+            while block := stream.read(PIECE if file.kind == "jsonl" else -1):
+                block += stream.readline() if file.kind == "jsonl" else b""
+                yield Piece(file.path, before, block, len(block), file.kind)
+                before += block.count(b"\n")
     except (OSError, EOFError, zlib.error) as error:
-        raise located.wrong(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise file.cannot_be_read(error, located.place) from None
 
 
-def _json_rows(file: Path, located: Located) -> Iterator[tuple[Place, Row]]:
-    for number, line in _lines(file, located):
+def _lines(piece: Piece, located: Located) -> Iterator[tuple[int, str]]:
+    """The lines of a piece, numbered as in its file."""
+    lines = piece.data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, piece.before + 1):
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line"
+            raise located.wrong(f"{piece.origin}:{number}: not UTF-8 ({byte})") from None
+
+
+def _json_rows(piece: Piece, located: Located) -> Iterator[tuple[Place, Row]]:
+    for number, line in _lines(piece, located):
         if not line.strip():
             continue
-        where = Place(str(file), number, 1)
+        where = Place(piece.origin, number, 1)
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -179,22 +269,24 @@ def _whole_characters(row: Row) -> bool:
     return True
 
 
-def _parquet_rows(file: Path, located: Located) -> Iterator[tuple[Place, Row]]:
+def _parquet_pieces(file: File, located: Located, columns: Sequence[str] | None) -> Iterator[Piece]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Place(str(file), number, 1), row
+        with pyarrow.parquet.ParquetFile(file.raw()) as parquet:
+            wanted = list(columns) if columns and set(columns) <= set(parquet.schema_arrow.names) else None
+            for batch in parquet.iter_batches(batch_size=BATCH, columns=wanted):
+                yield Piece(file.path, number, batch, batch.nbytes, "parquet")
+                number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
+        if "AWS Error" in str(error):
+            raise file.cannot_be_read(error, located.place) from None
         raise located.wrong(f"{file}: not a Parquet file that can be read: {error}") from None
 
 
-def _hub_rows(located: Located) -> Iterator[tuple[Place, Row]]:
+def _hub_pieces(located: Located, columns: Sequence[str] | None) -> Iterator[Piece]:
     import datasets
 
     source = located.source
@@ -204,9 +296,15 @@ def _hub_rows(located: Located) -> Iterator[tuple[Place, Row]]:
         table = datasets.load_dataset(
             source.path, source.name, split=source.split, data_files=source.data_files, revision=source.revision, streaming=streaming
         )
-        for number, row in enumerate(table, 1):
-            yield Place(f"{located.title} row {number}"), row
-    except MemoryError:
+        number, held = 0, list[Row]()
+        for row in table:
+            held.append({key: row[key] for key in columns} if columns and set(columns) <= row.keys() else row)
+            if len(held) == BATCH:
+                yield _of_rows(located, number, held)
+                number, held = number + BATCH, []
+        if held:
+            yield _of_rows(located, number, held)
+    except (MemoryError, AzrecipeError):
         raise
     except Exception as error:  # the hub's client raises those of whichever HTTP library it is built on
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -217,17 +315,26 @@ def _hub_rows(located: Located) -> Iterator[tuple[Place, Row]]:
         ) from None
 
 
+def _of_rows(located: Located, number: int, held: list[Row]) -> Piece:
+    size = sum(len(value) for row in held for value in row.values() if isinstance(value, str))
+    return Piece(located.title, number, held, size, "rows")
+
+
 def identity(located: Located) -> dict[str, Any]:
-    """What a source is, for a cache key: a local file's content, a hub dataset's name and revision; and what is taken of it."""
+    """What a source is, for a cache key, and what is taken of it.
+
+    A local file by its content; one on S3 by its key, size and time of change; a hub dataset by name and revision.
+    """
     source = located.source
     assert isinstance(source, ValidationSource)
-    if is_local_data(source.path):
-        origin: Any = [sha256(file) for file in files(located)]
+    if located.in_files:
+        origin: Any = [file.version for file in files(located)]
     else:
         origin = [source.path, source.name, source.split, source.data_files, source.revision]
     held_out = source.held_out and [source.held_out.fraction, source.held_out.by]
     found = {"origin": origin, "column": source.text_column, "max_bytes": source.max_bytes, "held_out": held_out}
-    return found | ({"clean_up": clean_up} if (clean_up := writing.identity(source)) else {})
+    found |= {"clean_up": clean_up} if (clean_up := writing.identity(source)) else {}
+    return found | ({"filters": kept} if (kept := filters.identity(source)) else {})
 
 
 def mixed(sources: list[Located], max_bytes: int | None, tallies: Sequence[Tally] | None = None) -> Iterator[tuple[int, str]]:

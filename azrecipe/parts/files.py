@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -111,11 +111,19 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on a file; processes of this machine wait for each other. A dead process holds nothing."""
+def locked(path: Path, told: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold an advisory lock on a file; processes of this machine wait for each other. A dead process holds nothing.
+
+    `told` is called before a wait.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if told is not None:
+                told()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -19,6 +19,7 @@ ALONE = 4_000_000  # characters that this process works on by itself: less is do
 CHUNK = 500_000  # characters that a process takes at a time
 
 Result = TypeVar("Result")
+Chunk = TypeVar("Chunk")
 
 
 def cores() -> int:
@@ -40,6 +41,11 @@ def chunked(texts: Iterable[str], size: int = CHUNK) -> Iterator[list[str]]:
         yield chunk
 
 
+def characters(texts: Any) -> int:
+    """How much work a list of texts is."""
+    return sum(map(len, texts))
+
+
 class Workers:
     """Processes that start once there has been text enough for them, and stay until the `with` ends."""
 
@@ -54,12 +60,14 @@ class Workers:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def map(self, function: Callable[..., Result], given: Sequence[Any], chunks: Iterable[list[str]]) -> Iterator[Result]:
+    def map(
+        self, function: Callable[..., Result], given: Sequence[Any], chunks: Iterable[Chunk], size: Callable[[Chunk], int] = characters
+    ) -> Iterator[Result]:
         """function(*given, chunk) for each chunk, in order. At most two chunks a process are held. Raises CannotRun where one dies."""
         waiting: deque[Future[Result]] = deque()
         try:
             for chunk in chunks:
-                self.alone -= sum(map(len, chunk))
+                self.alone -= size(chunk)
                 if self.count == 1 or self.alone > 0:
                     yield function(*given, chunk)
                     continue

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from azrecipe.parts.corpus import Located, documents, files
-from azrecipe.parts.files import sha256
 from azrecipe.parts.run_dir import RunDir, candidate_of, upstream
 from azrecipe.parts.writing import Tally, nothing_left
-from azrecipe.recipe.load import Recipe, is_local_data
+from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.types import ModelSource, PretrainTokenizer, Source, ValidationSource
 from azrecipe.recipe.yaml_tree import Key
@@ -25,6 +24,7 @@ class Inputs:
         self.found: dict[str, str] = {}
         self.groups: dict[str, list[str]] = {}
         self.tallies: dict[str, Tally] = {}
+        self.came: set[bytes] = set()
 
     def run_of(self, output_of: str, *keys: Key) -> RunDir:
         """The complete run behind an `output_of`. Raises RecipeError at its place."""
@@ -43,10 +43,10 @@ class Inputs:
         return source.name_or_path
 
     def located(self, source: Source, *keys: Key) -> Located:
-        """A dataset with its place in the recipe; local files are hashed."""
+        """A dataset with its place in the recipe; local files are hashed, those on S3 known by size and time of change."""
         found = Located(source, self.recipe.place(*keys, "path"))
-        if is_local_data(source.path):
-            content = [[file.name, sha256(file)] for file in files(found)]
+        if found.in_files:
+            content = [[file.name, file.version] for file in files(found)]
             self.found[dotted(keys)] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return found
 
@@ -57,7 +57,8 @@ class Inputs:
     def validation(self, sources: Mapping[str, ValidationSource]) -> dict[str, list[str]]:
         """The held-out documents of each validation set, read into memory. Raises RecipeError for a set without text.
 
-        Fills `groups` (what each document belongs together with) and, for the sets that are cleaned, `tallies`.
+        Fills `groups` (what each document belongs together with), `came` (their hashes before any clean-up) and, for the
+        sets that are cleaned, `tallies`.
         """
         found = {}
         for name, source in sources.items():
@@ -67,6 +68,7 @@ class Inputs:
             if not read:
                 raise located.wrong(f"validation set '{name}': {located.title} holds no text{nothing_left(tally)}")
             found[name], self.groups[name] = [document.text for document in read], [document.group for document in read]
+            self.came.update(document.came for document in read)
             if located.cleaned:
                 self.tallies[name] = tally
         return found

@@ -1,19 +1,11 @@
-"""Tokenised text on disk: each source once for each tokenizer, memory-mapped, whole or not there.
-
-The store of a source is `tokens.bin` (uint32, all documents one after the other, no special tokens), `offsets.npy`
-(int64, documents + 1: where each document starts) and `sizes.npy` (int64: its bytes of UTF-8 text).
-"""
+"""Tokenised text: the arrays that a source becomes, and the tokenizer that makes them, in this process or in others."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
-import time
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -23,28 +15,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from azrecipe.parts import corpus
-from azrecipe.parts.files import locked, read_json, whole_folder, write_json
-from azrecipe.parts.writing import Tally, nothing_left
+from azrecipe.parts.corpus import text_hash
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+__all__ = ["Store", "chunks", "encode", "held_out_hashes", "on_disk", "reader", "text_hash", "tokenizer_hash"]
+
 BATCH = 256
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Store:
-    """One tokenised source: tokens [all tokens] uint32, offsets [documents + 1], sizes [documents] in bytes."""
+    """One tokenised source. Documents are numbered among those that are kept.
+
+    tokens [all tokens] uint32 and offsets [all documents + 1] are of everything that was tokenised; sizes [documents] in
+    bytes of UTF-8 text are of the kept ones, and so are kept [documents], their numbers among all (None: all are), hashes
+    [documents, 2] uint64 of their text, and signatures [documents, hashes] uint32 for MinHash. `duplicates` says what a
+    deduplication left out.
+    """
 
     key: str
     tokens: npt.NDArray[np.uint32]
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
+    offsets: Ints
+    sizes: Ints
     excluded: int
-    cleaned: dict[str, Any] | None = None  # Tally.report() of a source with a clean-up
+    cleaned: dict[str, Any] | None = None  # Tally.report() of a source with a clean-up or filters
+    hashes: npt.NDArray[np.uint64] | None = None
+    signatures: npt.NDArray[np.uint32] | None = None
+    kept: Ints | None = None
+    duplicates: dict[str, Any] | None = None
 
     @property
     def documents(self) -> int:
@@ -54,19 +57,28 @@ class Store:
     def bytes(self) -> int:
         return int(self.sizes.sum())
 
-    @property
-    def count(self) -> int:
-        """Tokens of all documents."""
-        return len(self.tokens)
+    @cached_property
+    def lengths(self) -> Ints:
+        """Tokens of each document, [documents]."""
+        lengths: Ints = np.diff(self.offsets)
+        return lengths if self.kept is None else lengths[self.kept]
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document [documents]."""
-        return np.diff(self.offsets)
+    @cached_property
+    def count(self) -> int:
+        """Tokens of all documents together."""
+        return int(self.lengths.sum())
 
     def document(self, nth: int) -> npt.NDArray[np.uint32]:
-        """The tokens of one document."""
-        return self.tokens[self.offsets[nth] : self.offsets[nth + 1]]
+        """The tokens of a document, no special ones."""
+        raw = nth if self.kept is None else int(self.kept[nth])
+        return self.tokens[self.offsets[raw] : self.offsets[raw + 1]]
+
+    def only(self, kept: Ints, key: str, duplicates: dict[str, Any]) -> Store:
+        """The same with no documents but those numbered in `kept`, under a key of its own."""
+        hashes = None if self.hashes is None else self.hashes[kept]
+        signatures = None if self.signatures is None else self.signatures[kept]
+        before = kept if self.kept is None else self.kept[kept]
+        return replace(self, key=key, sizes=self.sizes[kept], kept=before, hashes=hashes, signatures=signatures, duplicates=duplicates)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -112,69 +124,6 @@ def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def text_hash(text: str) -> bytes:
-    """A document's content, for telling whether two are the same."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def held_out_hashes(held_out: Mapping[str, list[str]]) -> frozenset[bytes]:
-    """The documents that no training may see."""
-    return frozenset(text_hash(text) for texts in held_out.values() for text in texts)
-
-
-def store(located: corpus.Located, tokenizer: PreTrainedTokenizerBase, cache: Path, exclude: frozenset[bytes]) -> Store:
-    """The tokenised source, from the cache or made now. Processes that start together wait for the one that makes it.
-
-    Documents whose `text_hash` is in `exclude` (the held-out ones) are left out and counted. Raises RecipeError for a
-    source without any text.
-    """
-    what = {
-        "format": FORMAT,
-        "source": corpus.identity(located),
-        "tokenizer": tokenizer_hash(tokenizer),
-        "exclude": hashlib.sha256(b"".join(sorted(exclude))).hexdigest(),
-    }
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache / key
-    if not folder.is_dir():
-        with locked(cache / f"{key}.lock"):
-            if not folder.is_dir():
-                _make(located, tokenizer, folder, exclude)
-    meta = read_json(folder / "meta.json")
-    tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-    return Store(key, tokens, np.load(folder / "offsets.npy"), np.load(folder / "sizes.npy"), meta["excluded"], meta.get("cleaned"))
-
-
-def _make(located: corpus.Located, tokenizer: PreTrainedTokenizerBase, folder: Path, exclude: frozenset[bytes]) -> None:
-    counts: dict[str, Any] = {"excluded": 0}
-    tally = Tally()
-    offsets, sizes = array("q", [0]), array("q")
-    told = time.monotonic()
-    with whole_folder(folder, replace=False) as aside:
-        with (aside / "tokens.bin").open("wb") as out:
-            for batch in chunks(_kept(corpus.texts(located, tally=tally), exclude, counts)):
-                for text, ids in zip(batch, encode(tokenizer, batch), strict=True):
-                    out.write(np.asarray(ids, dtype=np.uint32).tobytes())
-                    offsets.append(offsets[-1] + len(ids))
-                    sizes.append(len(text.encode()))
-                if time.monotonic() > told + 15:
-                    told = time.monotonic()
-                    print(f"  tokenising {located.title}: {len(sizes):,} documents, {offsets[-1]:,} tokens", file=sys.stderr, flush=True)
-        if not sizes:
-            why = f" ({counts['excluded']} documents are all held out)" if counts["excluded"] else ""
-            raise located.wrong(f"{located.title} holds no text{why}{nothing_left(tally)}")
-        if located.cleaned:
-            counts["cleaned"] = tally.report()
-        np.save(aside / "offsets.npy", np.asarray(offsets, dtype=np.int64))
-        np.save(aside / "sizes.npy", np.asarray(sizes, dtype=np.int64))
-        write_json(
-            aside / "meta.json", {"title": located.title, "documents": len(sizes), "tokens": offsets[-1], "bytes": sum(sizes), **counts}
-        )
-
-
-def _kept(texts: Iterable[str], exclude: frozenset[bytes], counts: dict[str, Any]) -> Iterator[str]:
-    for text in texts:
-        if exclude and text_hash(text) in exclude:
-            counts["excluded"] += 1
-        else:
-            yield text
+def held_out_hashes(held_out: Mapping[str, list[str]], came: Iterable[bytes] = ()) -> frozenset[bytes]:
+    """The documents that no training may see: as they are measured, and by the hashes `came` as they were before a clean-up."""
+    return frozenset((*(text_hash(text) for texts in held_out.values() for text in texts), *came))

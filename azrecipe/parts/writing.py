@@ -196,6 +196,20 @@ class Samples:
     def list(self) -> list[dict[str, Any]]:
         return [self.kept[key] for key in sorted(self.kept)]
 
+    def packed(self) -> dict[str, Any]:
+        return {key.hex(): sample for key, sample in self.kept.items()}
+
+    @classmethod
+    def unpacked(cls, data: Mapping[str, Any]) -> Samples:
+        found = cls()
+        found.kept = {bytes.fromhex(key): sample for key, sample in data.items()}
+        return found
+
+    def add(self, other: Samples) -> None:
+        """Take over what was offered to another after this one."""
+        both = {**other.kept, **self.kept}
+        self.kept = {key: both[key] for key in sorted(both)[:SAMPLES]}
+
 
 @dataclass
 class Tally:
@@ -208,8 +222,37 @@ class Tally:
     dropped_bytes: int = 0
     changed_documents: int = 0
     changed: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
     dropped: Samples = field(default_factory=Samples)
     edited: dict[str, Samples] = field(default_factory=dict)
+    refused: dict[str, Samples] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Count in what another counted of the same source, after this one."""
+        for name in ("documents", "bytes", "dropped_documents", "dropped_lines", "dropped_bytes", "changed_documents"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for mine, theirs in ((self.changed, other.changed), (self.filtered, other.filtered)):
+            mine.update({key: mine.get(key, 0) + count for key, count in theirs.items()})
+        self.dropped.add(other.dropped)
+        for held, offered in ((self.edited, other.edited), (self.refused, other.refused)):
+            for key, samples in offered.items():
+                held.setdefault(key, Samples()).add(samples)
+
+    def packed(self) -> dict[str, Any]:
+        """As plain data, for `unpacked`."""
+        found: dict[str, Any] = {**vars(self), "dropped": self.dropped.packed()}
+        return found | {name: {key: held.packed() for key, held in getattr(self, name).items()} for name in ("edited", "refused")}
+
+    @classmethod
+    def unpacked(cls, data: Mapping[str, Any]) -> Tally:
+        """What was packed."""
+        found = {**data, "dropped": Samples.unpacked(data["dropped"])}
+        return cls(**found | {name: {key: Samples.unpacked(held) for key, held in data[name].items()} for name in ("edited", "refused")})
+
+    def refuse(self, reason: str, text: str, found: dict[str, Any]) -> None:
+        """Count a document that a filter drops; `found` is what it found in it."""
+        self.filtered[reason] = self.filtered.get(reason, 0) + 1
+        self.refused.setdefault(reason, Samples()).offer(text[:EXCERPT], lambda: {"text": text[:EXCERPT], **found})
 
     def edit(self, step: str, text: str, edits: list[Edit]) -> None:
         """Count the characters that a step replaced or removed; the first of its edits is offered as a sample."""
@@ -229,7 +272,7 @@ class Tally:
 
     def report(self) -> dict[str, Any]:
         """Counts and samples for meta.json and result.json."""
-        samples = {"dropped": self.dropped.list(), **{step: samples.list() for step, samples in self.edited.items()}}
+        samples = {"dropped": self.dropped.list(), **{name: held.list() for name, held in [*self.edited.items(), *self.refused.items()]}}
         return {
             "documents": self.documents,
             "bytes": self.bytes,
@@ -238,6 +281,7 @@ class Tally:
             "dropped_bytes": self.dropped_bytes,
             "changed_documents": self.changed_documents,
             "changed": dict(self.changed),
+            **({"filtered": dict(self.filtered)} if self.filtered else {}),
             "samples": {name: found for name, found in samples.items() if found},
         }
 
@@ -299,4 +343,6 @@ def identity(source: ValidationSource) -> dict[str, Any]:
 
 def nothing_left(tally: Tally) -> str:
     """The end of a complaint about a source without text: what its clean-up dropped of it."""
-    return f" (its clean-up drops {tally.dropped_documents} of {tally.documents} documents)" if tally.dropped_documents else ""
+    dropped = tally.dropped_documents + sum(tally.filtered.values())
+    who = "filters drop" if tally.filtered and not tally.dropped_documents else "clean-up drops"
+    return f" (its {who} {dropped} of {tally.documents} documents)" if dropped else ""

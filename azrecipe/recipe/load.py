@@ -16,7 +16,7 @@ from azrecipe.recipe.types import STAGE_TYPES, build
 from azrecipe.recipe.yaml_tree import Key, Node
 
 CELLS = "cells"  # the folder of a project that holds the runs of a matrix' cells, one folder a cell
-DATA_SUFFIXES = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.gz")
+DATA_SUFFIXES = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,13 @@ def _unique(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def is_local_data(path: str) -> bool:
-    """Whether a dataset's path names files here rather than a dataset on the hub."""
-    return path.startswith(("./", "../", "/", "~")) or path.endswith(DATA_SUFFIXES)
+    """Whether a dataset's path names files here rather than files on S3 or a dataset on the hub."""
+    return path.startswith(("./", "../", "/", "~")) or (path.endswith(DATA_SUFFIXES) and not is_s3(path))
+
+
+def is_s3(path: str) -> bool:
+    """Whether a dataset's path names files on S3."""
+    return path.startswith("s3://")
 
 
 def is_local_model(path: str) -> bool:

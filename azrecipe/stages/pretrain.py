@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from azrecipe.parts import (
     new_tokens,
     optimizers,
     phases,
+    prepared,
     profiling,
     run_dir,
     training,
@@ -36,7 +37,6 @@ from azrecipe.parts.run_dir import connect
 from azrecipe.parts.schedule import Position, Schedule, TextEnds, plan
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.text_training import Job, Record, train_phase
-from azrecipe.parts.tokens import held_out_hashes, store
 from azrecipe.parts.watching import say
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Pretrain
@@ -64,7 +64,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
     own, new = _check_model(recipe, model_path, tokenizer)
-    schedule = _schedule(recipe, _mix(config, sources, held_out, tokenizer, place.cache), tokenizer, (before, place.cache))
+    mix = _mix(config, prepared.Text(sources, held_out, frozenset(inputs.came)), tokenizer, place.cache)
+    schedule = _schedule(recipe, mix, tokenizer, (before, place.cache))
     profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
     with run_dir.opened(recipe, place, inputs.found):
@@ -83,6 +84,23 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             net = None
         place.finish(_result(job, sources))
     return read_json(place.path / "result.json") or {}
+
+
+def prepare(recipe: Recipe, runs_dir: Path) -> tuple[prepared.Prepared, Callable[[], Schedule]]:
+    """Fill the cache with what a run of this recipe reads, as that run does; and what lays its phases over the data.
+
+    Needs no model weights and no GPU. Raises what the run would raise for its tokenizer and its data.
+    """
+    config: Pretrain = recipe.config
+    inputs = Inputs(recipe, runs_dir)
+    cache = run_dir.locate(recipe, runs_dir).cache
+    model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
+    before = _continued(recipe, inputs)
+    sources = inputs.datasets(list(config.data.datasets))
+    held_out = inputs.validation(config.data.validation)
+    tokenizer = _tokenizer(config, inputs, sources, cache, model_path)
+    mix = _mix(config, prepared.Text(sources, held_out, frozenset(inputs.came)), tokenizer, cache)
+    return prepared.Prepared(sources, mix.stores, config.data.max_length), lambda: _schedule(recipe, mix, tokenizer, (before, cache))
 
 
 def _continued(recipe: Recipe, inputs: Inputs) -> Position | None:
@@ -162,10 +180,9 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
     return own, new
 
 
-def _mix(config: Pretrain, sources: list[corpus.Located], held_out: Texts, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
-    """The sources, tokenised (once, into the cache) and mixed by weight or temperature."""
-    data, exclude = config.data, held_out_hashes(held_out)
-    stores = [store(source, tokenizer, cache, exclude) for source in sources]
+def _mix(config: Pretrain, text: prepared.Text, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
+    """The sources, tokenised (once, into the cache), without duplicates, and mixed by weight or temperature."""
+    data, stores = config.data, prepared.stores(config, text, tokenizer, cache)
     weights = [source.weight for source in data.datasets]
     if data.sampling_temperature is not None:
         weights = temperature_weights(stores, data.sampling_temperature)
@@ -206,8 +223,8 @@ def _schedule(recipe: Recipe, mix: Mix, tokenizer: PreTrainedTokenizerBase, give
 def _describe(job: Job, sources: list[corpus.Located]) -> None:
     schedule = job.schedule
     for source, data, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.epochs, strict=True):
-        out = f", {data.excluded} held-out documents left out" if data.excluded else ""
         size = f"{data.documents:,} documents, {data.bytes:,} bytes, {data.count:,} tokens"
+        out = prepared.left_out(data)
         say(f"  {source.title}: {size}; {share:.0%} of the text, {epochs:.2f} epochs{out}", job.backend.main)
 
 
@@ -253,14 +270,9 @@ def _result(job: Job, sources: list[corpus.Located]) -> dict[str, Any]:
     schedule, record = job.schedule, job.record
     data = [
         {
-            "source": source.title,
-            "documents": stored.documents,
-            "bytes": stored.bytes,
-            "tokens": stored.count,
+            **prepared.told(source, stored),
             "share": round(share, 4),
             "epochs": round(epochs, 3),
-            "held_out_left_out": stored.excluded,
-            **({"cleaned": stored.cleaned} if stored.cleaned else {}),
         }
         for source, stored, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.epochs, strict=True)
     ]

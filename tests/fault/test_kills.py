@@ -172,7 +172,7 @@ def test_a_cache_that_was_being_built_is_built_again(small: Project, finished: P
         dead.wait()
         torn = whole.with_name(f".{whole.name}.{socket.gethostname()}.{dead.pid}.tmp")  # as a killed process leaves it
         shutil.move(whole, torn)
-        (torn / "offsets.npy").unlink(missing_ok=True)
+        (torn / "documents.bin").unlink(missing_ok=True)
     small.run("cpt")
     assert not list(cache.glob(".*.tmp"))
     assert_same_weights(small.path("cpt") / "final", finished.path("cpt") / "final")

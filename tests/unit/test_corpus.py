@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from azrecipe.errors import Place, RecipeError
 from azrecipe.parts.corpus import Located, mixed, texts
+from azrecipe.recipe.load import is_local_data, is_s3
 from azrecipe.recipe.types import HeldOut, TextSource
 from tests.conftest import jsonl, write
 
 
 def source(path: Path | str, weight: float = 1, **keys: object) -> Located:
     return Located(TextSource(path=str(path), split="train", weight=weight, **keys), Place("r.yaml", 1, 1))  # type: ignore[arg-type]
+
+
+def zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    return bytes(pyarrow.compress(data, codec="zstd", asbytes=True))
 
 
 def documents(count: int, size: int, letter: str) -> str:
@@ -48,13 +56,13 @@ def test_the_two_sides_of_a_split_are_disjoint_complete_and_follow_the_group(tmp
     assert held
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "txt", "txt.gz", "parquet", "glob", "folder"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet", "glob", "folder"])
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
     wanted = ["Birinci sənəd.\n\nİkinci abzas.", "Third ə document"]
     path: Path | str = tmp_path / f"a.{kind}"
     if kind.startswith("jsonl"):
         data = "".join(json.dumps({"text": text}) + "\n" for text in wanted).encode()
-        write(path, gzip.compress(data) if kind.endswith("gz") else data)
+        write(path, gzip.compress(data) if kind.endswith("gz") else zstd(data[:9]) + zstd(data[9:]) if kind.endswith("zst") else data)
     elif kind == "parquet":
         import pyarrow
         import pyarrow.parquet
@@ -77,3 +85,19 @@ def test_a_document_that_is_not_text_is_told_by_its_line(tmp_path: Path) -> None
     write(tmp_path / "a.jsonl", '{"text": "one"}\n\n{"text": 5}\n')
     with pytest.raises(RecipeError, match=r"r.yaml:1:1: .*a.jsonl:3:1: column 'text' holds int, not text"):
         list(texts(source(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize("torn", [lambda data: data[:-9], lambda data: data + b"rubbish", lambda _: b"no zstd"])
+def test_a_torn_zstd_file_is_told(tmp_path: Path, torn: Callable[[bytes], bytes]) -> None:
+    whole = zstd(documents(5000, 20, "a").encode())
+    write(tmp_path / "a.jsonl.zst", torn(whole + whole))
+    with pytest.raises(RecipeError, match=r"r.yaml:1:1: .*a.jsonl.zst: cannot be read: "):
+        list(texts(source(tmp_path / "a.jsonl.zst")))
+
+
+def test_s3_is_neither_local_nor_the_hub() -> None:
+    assert not is_local_data("s3://bucket/a.jsonl")
+    assert is_s3("s3://bucket/a.jsonl")
+    assert source("s3://bucket/a.jsonl").title == "s3://bucket/a.jsonl"
+    with pytest.raises(RecipeError, match="a file has no split 'test'"):
+        list(texts(Located(TextSource(path="s3://bucket/a.jsonl", split="test"), Place("r.yaml", 1, 1))))

@@ -16,7 +16,7 @@ from azrecipe.errors import Place, RecipeError
 from azrecipe.parts import scripts
 from azrecipe.parts.corpus import Located, documents, identity, mixed, texts
 from azrecipe.parts.sources import Inputs
-from azrecipe.parts.tokens import store
+from azrecipe.parts.storing import Making, store
 from azrecipe.parts.vocabulary import train_llama3
 from azrecipe.parts.writing import SAMPLES, STEPS, Cleaner, Tally
 from azrecipe.recipe.load import load
@@ -243,15 +243,15 @@ def test_a_store_holds_the_cleaned_text_and_the_account(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(*({"text": text} for text in (nfd("Görüşəcəyik"), CYRILLIC, LATIN))))
     tokenizer = train_llama3([LATIN * 20], 300)
     asked = source(path, normalize=["nfc"], scripts=Scripts(["Latin"]))
-    made, again = (store(asked, tokenizer, tmp_path / "cache", frozenset()) for _ in range(2))
+    made, again = (store(asked, Making(tokenizer, frozenset()), tmp_path / "cache") for _ in range(2))
     decoded = [tokenizer.decode(made.tokens[a:b].tolist()) for a, b in zip(made.offsets[:-1], made.offsets[1:], strict=True)]
     assert decoded == ["Görüşəcəyik", LATIN]
     assert made.bytes == len("Görüşəcəyik".encode()) + len(LATIN.encode())
     assert made.cleaned == again.cleaned
     assert made.cleaned is not None and (made.cleaned["documents"], made.cleaned["dropped_documents"]) == (3, 1)
-    assert store(source(path), tokenizer, tmp_path / "cache", frozenset()).cleaned is None
+    assert store(source(path), Making(tokenizer, frozenset()), tmp_path / "cache").cleaned is None
     with pytest.raises(RecipeError, match=r"holds no text \(its clean-up drops 3 of 3 documents\)"):
-        store(source(path, scripts=Scripts(["Georgian"])), tokenizer, tmp_path / "cache", frozenset())
+        store(source(path, scripts=Scripts(["Georgian"])), Making(tokenizer, frozenset()), tmp_path / "cache")
 
 
 RECIPE = """\

@@ -1,0 +1,264 @@
+"""`azrecipe prepare`: what it fills is what the run reads, from whatever kind of source; and what is left out is said."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from azrecipe.errors import Place, RecipeError
+from azrecipe.parts import corpus, storing
+from azrecipe.parts.corpus import Located, identity, texts
+from azrecipe.parts.storing import Making, store
+from azrecipe.parts.vocabulary import load_tokenizer
+from azrecipe.recipe.types import Deduplication, TextSource
+from tests.conftest import TALES, Done, jsonl, write
+from tests.small import environment
+
+DATA = """
+stage: pretrain
+project: p
+model: {{config: {{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 128}}}}
+tokenizer: {{name_or_path: {llama}}}
+data:
+  max_length: 32
+  datasets: [{{path: text.jsonl, filters: {{min_characters: 20, repetition: true}}}}, {{path: more.jsonl}}]
+  validation: {{target: {{path: held.jsonl, normalize: [invisible]}}}}
+  deduplication: {{method: minhash}}
+phases: [{{name: all, trainable_parameters: [all], learning_rate: 1e-3, max_steps: 2}}]
+training: {{global_batch_size: 2, per_device_train_batch_size: 2, precision: float32}}
+"""
+
+
+def words(seed: int, count: int = 60) -> str:
+    """Text without repetition, other for each seed."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    return " ".join("".join(random.choice(list("abcdefghij"), 5)) for _ in range(count))
+
+
+@pytest.fixture
+def job(tmp_path: Path, llama: Path) -> Path:
+    first, second, held = words(1), words(2), words(3)
+    write(
+        tmp_path / "text.jsonl", jsonl(*({"text": t} for t in (first, second, "short", "spam eggs " * 50, held, words(4), f"{held} more")))
+    )
+    write(tmp_path / "more.jsonl", jsonl({"text": first}, {"text": f"{second} tail"}, {"text": words(5)}))
+    write(tmp_path / "held.jsonl", jsonl({"text": held[:10] + "\u200b" + held[10:]}, {"text": held}))
+    write(tmp_path / "r.yaml", DATA.format(llama=llama))
+    return tmp_path
+
+
+def test_a_run_after_prepare_tokenises_nothing_and_both_say_what_was_left_out(job: Path, run_cli: Callable[..., Done]) -> None:
+    done = run_cli("prepare", "r.yaml")
+    assert done.code == 0, done.text
+    assert "1 held out, 1 min_characters, 1 repetition, 1 near held-out ones" in done.out
+    assert "1 duplicates, 1 near duplicates" in done.out
+    assert "longest" in done.out and "131,072" in done.out and "sequences" in done.out
+    assert not (job / "runs" / "p").exists()
+    cache = job / "runs" / ".cache"
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    assert len([path for path in before if path.name == "tokens.bin"]) == 2
+    done = run_cli("run", "r.yaml")
+    assert done.code == 0, done.text
+    assert "tokenising" not in done.text
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"} == before
+    text, more = json.loads((job / "runs/p/r/result.json").read_text())["data"]
+    assert (text["documents"], text["held_out_left_out"], more["documents"]) == (3, 1, 1)
+    assert text["cleaned"]["filtered"] == {"min_characters": 1, "repetition": 1}
+    assert text["cleaned"]["samples"]["min_characters"] == [{"text": "short", "characters": 5}]
+    assert text["duplicates"]["near_held_out"] == 1
+    assert (more["duplicates"]["exact"], more["duplicates"]["near"]) == (1, 1)
+    assert more["duplicates"]["samples"][0] == {"document": 0, "repeats": {"source": 0, "document": 0}}
+
+
+def test_a_tokenizer_that_is_not_there_yet_and_what_cannot_be_prepared(
+    job: Path, cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(job)
+    recipe = (job / "r.yaml").read_text()
+    write("next.yaml", re.sub("tokenizer: .*", "tokenizer: {output_of: other.yaml}", recipe))
+    write("other.yaml", recipe)
+    write("pipeline.yaml", "stage: pipeline\nproject: p\nsteps: [other.yaml, next.yaml]\n")
+    done = cli("prepare", "next.yaml")
+    assert done.code == 2
+    assert "next.yaml:5:24: " in done.err and "other.yaml" in done.err
+    done = cli("prepare", "pipeline.yaml")
+    assert done.code == 0, done.text
+    assert "next.yaml: not prepared: it takes from other.yaml, which has no finished run yet" in done.err
+    assert "other.yaml: text" in done.out
+    write(
+        "e.yaml",
+        "stage: evaluate\nproject: p\nmodels: {a: {name_or_path: ./m}}\ndata: {max_length: 32, validation: {t: {path: held.jsonl}}}\n",
+    )
+    done = cli("prepare", "e.yaml")
+    assert (done.code, "an evaluate recipe" in done.err, "pretrain recipes" in done.err) == (2, True, True)
+
+
+def located(path: Path | str, **keys: Any) -> Located:
+    return Located(TextSource(path=str(path), split="train", **keys), Place("r.yaml", 1, 1))
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Some 0.6 MB."""
+    rows = ({"text": f"{TALES[n % 4]}{n} {words(n, 20)} " * 8, "n": n} for n in range(350))
+    return write(tmp_path / "large.jsonl", jsonl(*rows))
+
+
+def test_a_store_is_the_same_however_many_processes_make_it(
+    large: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making = Making(load_tokenizer(str(llama)), frozenset(), Deduplication("minhash", 0.8, 3, 32))
+    source = located(large, max_bytes=300_000)
+    made = []
+    for alone in (10**9, 0):
+        monkeypatch.setattr(storing, "ALONE", alone)
+        monkeypatch.setattr(corpus, "PIECE", 40_000)
+        folder = tmp_path / f"cache{alone}"
+        found = store(source, making, folder)
+        made.append({file.name: file.read_bytes() for file in (folder / found.key).iterdir()})
+    assert made[0] == made[1]
+    assert 300_000 <= found.bytes < 303_000
+    backend = making.tokenizer.backend_tokenizer
+    kept = list(texts(source))
+    assert len(kept) == found.documents
+    for n in (0, 17, found.documents - 1):
+        assert found.document(n).tolist() == backend.encode(kept[n], add_special_tokens=False).ids
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from azrecipe.errors import Place
+from azrecipe.parts import corpus, storing
+from azrecipe.parts.corpus import Located
+from azrecipe.parts.vocabulary import load_tokenizer
+from azrecipe.recipe.types import TextSource
+
+if __name__ == "__main__":
+    storing.COMMIT, storing.ALONE, corpus.PIECE = 0.0, int(sys.argv[4]), 40_000
+    making = storing.Making(load_tokenizer(sys.argv[2]), frozenset())
+    print(storing.store(Located(TextSource(sys.argv[1], "train"), Place("r.yaml")), making, Path(sys.argv[3])).key)
+"""
+
+
+def test_kill_9_while_text_is_tokenised_costs_no_work_and_changes_nothing(large: Path, llama: Path, tmp_path: Path) -> None:
+    script = write(tmp_path / "make.py", SCRIPT)
+    line = [sys.executable, str(script), str(large), str(llama), str(tmp_path / "cache"), "100000000"]
+    env = environment()
+    partial = f".*.{socket.gethostname()}.partial"
+    for wanted in (1, 4):  # two kills, each after so many pieces
+        process = subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            states = list((tmp_path / "cache").glob(f"{partial}/state.json")) if (tmp_path / "cache").exists() else []
+            if states and json.loads(states[0].read_text())["pieces"] >= wanted:
+                break
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        states = list((tmp_path / "cache").glob(f"{partial}/state.json"))
+        assert states, "it had ended before it was killed"
+        with (states[0].parent / "tokens.bin").open("ab") as torn:
+            torn.write(b"torn")
+    two = [subprocess.Popen(line, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=200) for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
+    assert sum("going on after" in err for _, err in said) == 1
+    key = said[0][0].strip()
+    assert key == said[1][0].strip()
+    whole = store(located(large), Making(load_tokenizer(str(llama)), frozenset()), tmp_path / "anew")
+    assert whole.key == key
+    for name in ("tokens.bin", "documents.bin"):
+        assert (tmp_path / "cache" / key / name).read_bytes() == (tmp_path / "anew" / key / name).read_bytes()
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_a_full_disk_is_told_without_a_word_of_checkpoints(large: Path, llama: Path, tmp_path: Path) -> None:
+    script = write(tmp_path / "make.py", SCRIPT)
+    inner = f"mount -t tmpfs -o size=300k none disk && exec {sys.executable} {script} {large} {llama} disk/cache 100000000"
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", inner], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert "CannotRun: the disk is full: no room in" in done.stderr
+    assert "checkpoint" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A bucket of a real S3 service on loopback, as pyarrow writes it."""
+    from pyarrow import fs
+
+    server = shutil.which("moto_server") or os.environ.get("MOTO_SERVER")
+    if server is None:
+        pytest.skip("needs moto_server (pip install 'moto[server]'), on the PATH or named by MOTO_SERVER")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    changes = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
+    process = subprocess.Popen([server, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log, env={**os.environ, **changes})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changes.items():
+            patch.setenv(name, value)
+        for _ in range(600):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        s3 = fs.S3FileSystem(endpoint_override=changes["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
+        s3.create_dir("bucket")
+        yield s3
+    process.kill()
+    process.wait()
+    log.close()
+
+
+def test_files_on_s3_are_read_as_local_ones(bucket: Any, tmp_path: Path, llama: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    wanted = [f"sənəd {n}" for n in range(900)]
+    parts = [jsonl(*({"text": text} for text in wanted[a : a + 300])).encode() for a in (0, 300, 600)]
+    two = pyarrow.compress(parts[2][:5001], codec="zstd", asbytes=True) + pyarrow.compress(parts[2][5001:], codec="zstd", asbytes=True)
+    for name, data in {"t/a.jsonl": parts[0], "t/b.jsonl.gz": gzip.compress(parts[1]), "t/in/c.jsonl.zst": two, "t/note.md": b"no"}.items():
+        with bucket.open_output_stream(f"bucket/{name}", compression=None) as out:
+            out.write(data)
+    pyarrow.parquet.write_table(pyarrow.table({"text": wanted, "n": range(900)}), "bucket/p/all.parquet", filesystem=bucket)
+    for path in ("s3://bucket/t/", "s3://bucket/t", "s3://bucket/**/*.jsonl*", "s3://bucket/p/*.parquet"):
+        assert list(texts(located(path))) == wanted, path
+    assert list(texts(located("s3://bucket/t/*.jsonl*"))) == wanted[:600]
+    with pytest.raises(RecipeError, match=r"r.yaml:1:1: no such file on S3: s3://bucket/none.jsonl"):
+        list(texts(located("s3://bucket/none.jsonl")))
+    with pytest.raises(RecipeError, match=r"no such file on S3: s3://other/"):
+        list(texts(located("s3://other/")))
+    with pytest.raises(RecipeError, match=r"s3://bucket/t/\*.txt: no file there ends in"):
+        list(texts(located("s3://bucket/t/*.txt")))
+    [origin] = identity(located("s3://bucket/t/a.jsonl"))["origin"]
+    assert origin.startswith(f"s3://bucket/t/a.jsonl {len(parts[0])} ")
+
+
+def test_s3_that_cannot_be_reached_is_told_with_the_place(tmp_path: Path, run_cli: Callable[..., Done], llama: Path) -> None:
+    write(tmp_path / "held.jsonl", jsonl({"text": words(1)}))
+    write(tmp_path / "more.jsonl", jsonl({"text": words(2)}))
+    write(tmp_path / "r.yaml", DATA.format(llama=llama).replace("text.jsonl", "s3://bucket/text.jsonl"))
+    env = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    done = run_cli("prepare", "r.yaml", env=env)
+    assert done.code == 3, done.text
+    assert "r.yaml:8:14: S3 cannot be reached for s3://bucket/text.jsonl" in done.err
+    assert "Traceback" not in done.text
