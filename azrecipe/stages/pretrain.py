@@ -56,6 +56,9 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
     training.check_resume(place.checkpoints, backend)
+    if backend.zero and config.training.on_bad_loss == "skip":
+        message = "DeepSpeed changes the weights within its backward pass, so a bad step can stop the run and cannot be skipped: on_bad_loss: stop"
+        raise recipe.problem(message, "training", "on_bad_loss")
     optimizers.check(optimizers.named(config))
     model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
     before = _continued(recipe, inputs)
