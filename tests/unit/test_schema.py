@@ -14,7 +14,7 @@ import pytest
 from azrecipe.errors import RecipeError
 from azrecipe.recipe import schema
 from azrecipe.recipe.load import load
-from azrecipe.recipe.types import STAGE_TYPES
+from azrecipe.recipe.types import STAGE_TYPES, LigerKernels
 from tests.conftest import ROOT, write
 
 COMPOSED = {"extends", "fragment", "variables"}  # gone once a recipe is resolved
@@ -91,7 +91,7 @@ def test_every_object_but_transformers_own_has_a_dataclass() -> None:
 
 
 def test_every_key_is_read_by_some_code() -> None:
-    read = set()
+    read = {f.name for f in fields(LigerKernels)}  # handed to Liger whole, by their names
     for file in (ROOT / "azrecipe").rglob("*.py"):
         if file != ROOT / "azrecipe/recipe/types.py":
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
