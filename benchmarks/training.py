@@ -110,11 +110,12 @@ def bare(folder: Path, asked: argparse.Namespace) -> float:
     from azrecipe.parts.corpus import Located
     from azrecipe.parts.mixing import Mix
     from azrecipe.parts.packing import PackedText, Packing, borders, collate, layout
-    from azrecipe.parts.tokens import store
+    from azrecipe.parts.storing import Making, store
     from azrecipe.recipe.types import TextSource
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    stored = store(Located(TextSource(str(folder / "text.jsonl"), "train"), Place("benchmark")), tokenizer, folder / "bare", frozenset())
+    located = Located(TextSource(str(folder / "text.jsonl"), "train"), Place("benchmark"))
+    stored = store(located, Making(tokenizer, frozenset()), folder / "bare")
     how = Packing("wrapped", asked.length, borders(tokenizer))
     data = PackedText(layout(Mix([stored], [1.0], SEED, how.marks.count), how), how, 0, asked.steps * asked.batch)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)

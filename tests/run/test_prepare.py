@@ -210,7 +210,12 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    changes = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    changes = {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
     log = (tmp_path_factory.mktemp("s3") / "log").open("w")
     process = subprocess.Popen([server, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log, env={**os.environ, **changes})
     with pytest.MonkeyPatch.context() as patch:
@@ -221,7 +226,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        s3 = fs.S3FileSystem(endpoint_override=changes["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
+        s3 = fs.S3FileSystem(endpoint_override=changes["AWS_ENDPOINT_URL"], allow_bucket_creation=True, allow_delayed_open=True)
         s3.create_dir("bucket")
         yield s3
     process.kill()
@@ -260,5 +265,5 @@ def test_s3_that_cannot_be_reached_is_told_with_the_place(tmp_path: Path, run_cl
     env = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     done = run_cli("prepare", "r.yaml", env=env)
     assert done.code == 3, done.text
-    assert "r.yaml:8:14: S3 cannot be reached for s3://bucket/text.jsonl" in done.err
+    assert "r.yaml:8:21: S3 cannot be reached for s3://bucket/text.jsonl" in done.err
     assert "Traceback" not in done.text
