@@ -123,7 +123,7 @@ def _check_saved(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     """Read back the shapes of a model that was gathered from its shards. Raises RunFailed for a weight that is not there whole."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no mapping
