@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from azrecipe.errors import CommandError, RunFailed
+from azrecipe.errors import CannotRun, CommandError, RunFailed
 from azrecipe.parts import checkpoint, liger, optimizers, precision
 from azrecipe.parts.backend import Backend, check_compiler, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
@@ -39,6 +39,10 @@ def check(training: Training, backend: Backend) -> None:
     warning = check_precision(training.precision, training.use_liger_kernel)
     say(warning, backend.main and bool(warning))
     check_compiler(training.torch_compile)
+    if training.torch_compile and backend.zero:
+        raise CannotRun(
+            "torch_compile: true is not verified with DeepSpeed: --accelerate-config fsdp, or --set training.torch_compile=false"
+        )
     check_trackers(training.report_to)
     check_devices(backend)
     split(training.global_batch_size, training.per_device_train_batch_size, backend.world)
