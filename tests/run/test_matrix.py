@@ -27,7 +27,7 @@ set:
       - {name: full, trainable_parameters: [all], learning_rate: 5e-3, max_bytes: 6000}
 matrix:
   baseline: {cpt.yaml: {tokenizer.candidate: baseline, phases: [{name: full, trainable_parameters: [all], learning_rate: 5e-3, max_bytes: 8000}]}}
-  broken: {cpt.yaml: {training.trainer_arguments: {optim: sdg}}}
+  broken: {cpt.yaml: {training.trainer_arguments: {hub_strategy: sdg}}}
   custom: {cpt.yaml: {tokenizer.candidate: custom}}
   random: {cpt.yaml: {tokenizer.candidate: custom, tokenizer.new_embeddings: random}}
 compare: {price_per_hour: 30}
