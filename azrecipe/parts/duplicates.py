@@ -79,7 +79,7 @@ def unique(stores: Sequence[Store], sources: Sequence[Located], held_out: Sequen
         raise RecipeError([Problem(s.place, message.format(s.title)) for s in empty])
     found = read_json(folder / "meta.json")["sources"]
     return [
-        s if len(numbers) == s.documents else s.only(numbers, hashlib.sha256(f"{key} {s.key}".encode()).hexdigest()[:32], told)
+        s.light() if len(numbers) == s.documents else s.only(numbers, hashlib.sha256(f"{key} {s.key}".encode()).hexdigest()[:32], told)
         for s, numbers, told in zip(stores, kept, found, strict=True)
     ]
 

@@ -14,12 +14,13 @@ from azrecipe.parts.embeddings import adopt_special_tokens
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import whole_folder
 from azrecipe.parts.hub import opening
+from azrecipe.parts.precision import STORED
 from azrecipe.parts.vocabulary import rows_needed, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS = {"float32": torch.float32, "bf16_mixed": torch.float32, "bf16_pure": torch.bfloat16, "bfloat16": torch.bfloat16}
+WEIGHTS = {**STORED, "bfloat16": torch.bfloat16}
 
 
 def load_model(path: str, precision: str, attn_implementation: str = "sdpa", revision: str | None = None) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,11 @@ from azrecipe.parts import checkpoint
 from azrecipe.parts.backend import Backend
 
 
-def copied(value: Any, seen: dict[tuple[int, int], torch.Tensor] | None = None) -> Any:
+def copied(value: Any, seen: dict[tuple[Any, ...], torch.Tensor] | None = None) -> Any:
     """A copy in main memory of nested state; a tensor that stands in it twice (a tied matrix) is copied once."""
     seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
-        key = (value.data_ptr(), value.numel())
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride())
         if key not in seen or not value.numel():
             seen[key] = value.detach().to("cpu", copy=True).contiguous()
         return seen[key]
@@ -88,6 +89,7 @@ class Saver:
             checkpoint.rotate(folder.parent, keep)
         except BaseException as error:
             self.error = error
+            shutil.rmtree(folder, ignore_errors=True)  # what is left of it would take the room that the next one needs
         self.written += time.monotonic() - started
 
 
@@ -123,12 +125,14 @@ class BackgroundSaving(Trainer):  # type: ignore[misc]
         return loss
 
     def train(self, *arguments: Any, **more: Any) -> Any:
-        """Train; the last checkpoint is whole when this returns."""
+        """Train; the last checkpoint is whole when this returns, on every process: a launcher ends the others when one leaves."""
         try:
-            return super().train(*arguments, **more)
+            done = super().train(*arguments, **more)
         finally:
             if self.saver is not None:
                 self.saver.wait()
+        self.accelerator.wait_for_everyone()
+        return done
 
 
 def _without_ties(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,6 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -108,7 +107,7 @@ def _wait(located: corpus.Located) -> None:
 
 
 def _make(located: corpus.Located, making: Making, folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}.{socket.gethostname()}.partial")
+    aside = folder.with_name(f".{folder.name}.partial")
     told = Progress(located.title)
     with _pinned(located) as (pinned, revision), _Log(aside, making.near is not None, revision) as log, _explained(located, log):
         if log.pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Mapping
@@ -13,11 +14,12 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from azrecipe.parts import losses, metrics, model, optimizers, phases, run_dir, throughput, training
+from azrecipe.parts import checkpoint, losses, metrics, model, optimizers, phases, run_dir, throughput, training
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.files import read_json, write_json
 from azrecipe.parts.guard import Guard, GuardedTrainer
 from azrecipe.parts.packing import PackedText, collate
+from azrecipe.parts.precision import STORED
 from azrecipe.parts.row_mask import RowMask
 from azrecipe.parts.saving import BackgroundSaving, Saver
 from azrecipe.parts.schedule import Schedule
@@ -107,16 +109,30 @@ class TextTrainer(BackgroundSaving, GuardedTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """BPB on each validation set, logged as eval_<name>_bpb."""
-        found = {f"eval_{name}_bpb": value for name, value in self.job.bpb(_whole(self, self.job), self.job.tokenizer).items()}
+        found = {
+            f"eval_{name}_bpb": value for name, value in self.job.bpb(training.measured(self, self.job.backend), self.job.tokenizer).items()
+        }
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[has-type]
         return found
 
 
-def _whole(trainer: Trainer, job: Job) -> PreTrainedModel:
-    """The model to measure: below DDP's wrapping, whose forward expects a backward; sharded ones as they are."""
-    net: PreTrainedModel = training.measured(trainer, job.backend)
-    return net
+def release() -> None:
+    """Give back what a finished phase held: its trainer and callbacks know each other, and only a collection ends that."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def room(job: Job, net: PreTrainedModel, nth: int) -> int:
+    """Bytes of disk that a phase still writes: its checkpoints, one more than is kept, and its model."""
+    training_, planned = job.config.training, job.schedule.phases[nth]
+    width: int = STORED[training_.precision].itemsize
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    each = width * (model.count(net) + 2 * trained)  # weights, and two moments of what trains
+    there = len(checkpoint.complete(job.place.checkpoints / planned.name))
+    most = min(training_.save_total_limit + 1, math.ceil(planned.steps / training_.save_steps))
+    return int(max(most - there, 1) * each + width * model.count(net))
 
 
 def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
@@ -125,6 +141,9 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
     trained = phases.freeze(net, planned.phase.trainable_parameters, job.new)
     shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trained.by_pattern.items())
     say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
+    if main:
+        checkpoint.remove_torn(job.place.checkpoints / planned.name)
+    job.place.need(room(job, net, nth), "the phase's checkpoints and its model")
     net.config.use_cache = False
     if config.training.fused_linear_cross_entropy == "torch":
         losses.chunk(net)
@@ -160,7 +179,7 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
         )
 
     trainer, happened = training.train(make, loop, meter, job.backend, config.training)
-    job.measure(planned.name, _whole(trainer, job), job.tokenizer)
+    job.measure(planned.name, training.measured(trainer, job.backend), job.tokenizer)
     state = training.whole_state(trainer, job.backend)
     net = training.unwrapped(trainer)
     net.config.use_cache = True
@@ -183,9 +202,11 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
 
 
 def _documents(job: Job, data: PackedText, sequence: int) -> list[dict[str, Any]]:
-    """The documents in a training sequence, as a person finds them again: source, number in it, how they begin."""
+    """The documents in a training sequence: source, number among those that it gives (not held out, not filtered away), how they begin."""
     found = []
     for source, document, _first, tokens in data.documents_of(sequence):
-        begin = job.tokenizer.decode(job.schedule.mix.stores[source].document(document)[:32].tolist())
-        found.append({"source": job.config.data.datasets[source].path, "document": document, "tokens": tokens, "begins": begin})
+        store = job.schedule.mix.stores[source]
+        begin = job.tokenizer.decode(store.document(document)[:32].tolist())
+        number = document if store.kept is None else int(store.kept[document])
+        found.append({"source": job.config.data.datasets[source].path, "document": number, "tokens": tokens, "begins": begin})
     return found

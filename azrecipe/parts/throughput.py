@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from azrecipe.parts.backend import has_accelerator
 from azrecipe.parts.tokens import encode
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def peak_flops(device: str) -> float | None:
 
 def chips_peak() -> float | None:
     """The same of the GPU that this process trains on; None without one, or for one that is not known."""
-    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() and has_accelerator() else None
 
 
 def flops_per_token(model: nn.Module, length: float) -> float | None:

@@ -75,10 +75,12 @@ class Store:
 
     def only(self, kept: Ints, key: str, duplicates: dict[str, Any]) -> Store:
         """The same with no documents but those numbered in `kept`, under a key of its own."""
-        hashes = None if self.hashes is None else self.hashes[kept]
-        signatures = None if self.signatures is None else self.signatures[kept]
         before = kept if self.kept is None else self.kept[kept]
-        return replace(self, key=key, sizes=self.sizes[kept], kept=before, hashes=hashes, signatures=signatures, duplicates=duplicates)
+        return replace(self, key=key, sizes=self.sizes[kept], kept=before, duplicates=duplicates).light()
+
+    def light(self) -> Store:
+        """The same without what only the search for duplicates reads."""
+        return replace(self, hashes=None, signatures=None)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,7 +17,7 @@ from azrecipe.parts import checkpoint, liger, optimizers, precision
 from azrecipe.parts.backend import Backend, check_compiler, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.profiling import Profiler
-from azrecipe.parts.watching import Meter, Watch, say, trim_metrics
+from azrecipe.parts.watching import Meter, Watch, say, trim_lines
 from azrecipe.recipe.types import Profile, Training
 
 
@@ -56,7 +56,9 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
     """
     batch = split(training.global_batch_size, training.per_device_train_batch_size, backend.world)
     if training.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(loop.run / "tensorboard"))
+        folder = loop.run / "tensorboard"
+        if os.environ.get("TENSORBOARD_LOGGING_DIR", str(folder)).startswith(str(folder)):  # a user's own stays
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / loop.name)  # each phase counts its steps from 0
     return {
         "output_dir": str(loop.folder),
         "max_steps": loop.max_steps,
@@ -118,7 +120,8 @@ def train(
     if resume is not None:
         say(f"{loop.name}: going on from {resume}", backend.main)
     if backend.main:
-        trim_metrics(loop.run, loop.name, checkpoint.step_of(resume) if resume else 0)
+        for name in ("metrics.jsonl", "bad_batches.jsonl"):
+            trim_lines(loop.run / name, loop.name, checkpoint.step_of(resume) if resume else 0)
     watch, proof = Watch(backend, loop.run, meter, training.save_total_limit), _Proof(backend, training.precision)
     trainer = make([watch, proof])
     watch.trainer = proof.trainer = trainer

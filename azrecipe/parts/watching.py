@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from azrecipe.errors import SIGINT, SIGTERM, Interrupted, RunFailed
+from azrecipe.errors import SIGINT, SIGTERM, AllFailed, Interrupted
 from azrecipe.parts import checkpoint
 from azrecipe.parts.backend import Backend, verify
 from azrecipe.parts.files import write_text
@@ -24,6 +24,9 @@ from azrecipe.parts.throughput import chips_peak, flops_per_token
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+
+KEPT_LOGS = 100  # lines of the log that transformers keeps in every checkpoint: metrics.jsonl has them all
 
 
 def say(text: str, main: bool = True) -> None:
@@ -99,6 +102,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         logs = logs if logs is not None else {}
+        del state.log_history[:-KEPT_LOGS]
         if "loss" not in logs:
             if self.backend.main and any(key.startswith("eval_") for key in logs):
                 self._write({"step": state.global_step, **logs})
@@ -109,7 +113,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         loss = float(logs["loss"])
         self.losses.append(loss)
         if not math.isfinite(loss):
-            raise RunFailed(
+            raise AllFailed(
                 f"{self.meter.name}: the loss is {loss} at step {state.global_step}. Lower learning_rate or raise warmup_ratio; the last checkpoint is kept"
             )
         line = self._line(state, logs)
@@ -137,7 +141,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             "step": step,
             "loss": float(logs["loss"]),
             "learning_rate": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
+            "grad_norm": finite(logs.get("grad_norm")),
             "tokens": meter.tokens(step),
             "bytes": meter.bytes_at(step),
             **rates,
@@ -181,6 +185,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps({"phase": self.meter.name, **line}) + "\n")
 
 
+def finite(value: Any) -> float | None:
+    """A number as JSON knows it; None for what is none."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
 def peak_memory() -> int:
     """Most bytes in use so far: on a GPU what PyTorch allocated there, on CPU the process' resident size."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -199,12 +208,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02} h"
 
 
-def trim_metrics(run: Path, phase: str, step: int) -> None:
-    """Drop lines of metrics.jsonl after the step that a run resumes from, so that no step stands there twice.
+def trim_lines(file: Path, phase: str, step: int) -> None:
+    """Drop a phase's lines of a file after the step that a run resumes from, so that no step stands there twice.
 
     A line that a crash tore is dropped too.
     """
-    file = run / "metrics.jsonl"
     if not file.exists():
         return
     kept, dropped = [], False

@@ -20,7 +20,8 @@ OWNED = {
     "label_names", "fsdp", "fsdp_config", "deepspeed", "enable_jit_checkpoint", "load_best_model_at_end", "do_train", "do_eval", "run_name",
     "bf16_full_eval", "disable_tqdm", "average_tokens_across_devices", "overwrite_output_dir", "resume_from_checkpoint", "gradient_checkpointing", "auto_find_batch_size", "ignore_data_skip",
     "accelerator_config", "parallelism_config", "dataloader_drop_last", "max_length", "shuffle_dataset", "include_num_input_tokens_seen",
-    "ddp_timeout", "lr_scheduler_kwargs",
+    "ddp_timeout", "save_only_model", "restore_callback_states_from_checkpoint", "torch_compile_backend", "torch_compile_mode", "save_on_each_node",
+    "push_to_hub", "lr_scheduler_kwargs",
 }  # fmt: skip
 
 
@@ -29,10 +30,12 @@ def check(root: Node, stage: str) -> list[Problem]:
     found: list[Problem] = []
     found += _recipes_exist(root, schema.document(stage))
     found += _apostrophes(root, schema.document(stage))
+    found += _filters(root)
     if stage == "pretrain":
         found += _phases(root)
         found += _tokenizer_source(root)
         found += _temperature(root)
+        found += _ignored(root)
     if stage in ("pretrain", "sft"):
         found += _trainer_arguments(root)
         found += _kernels(root, stage)
@@ -123,6 +126,29 @@ def _temperature(root: Node) -> Iterator[Problem]:
     for source in datasets.value:
         if (weight := source.get("weight")) is not None:
             yield Problem(weight.at, "weight and data.sampling_temperature both say how much is read of a source: take one of them away")
+
+
+def _ignored(root: Node) -> Iterator[Problem]:
+    """Keys of `data` that nothing reads beside what else is there."""
+    packing, strategy = root.get("data", "packing"), root.get("data", "packing_strategy")
+    if packing and packing.value is False and strategy and strategy.value != "wrapped":
+        yield Problem(strategy.at, "packing: false packs nothing: packing_strategy says nothing then, take one of them away")
+    method = root.get("data", "deduplication", "method")
+    if method and method.value == "exact":
+        default = (schema.below(schema.below(schema.document("pretrain"), "data") or {}, "deduplication") or {}).get("properties", {})
+        for key in ("threshold", "ngram_size", "num_perm"):
+            node = root.get("data", "deduplication", key)
+            if node and node.value != default[key]["default"]:
+                yield Problem(node.at, f"{key} is minhash's, and method is exact")
+
+
+def _filters(root: Node) -> Iterator[Problem]:
+    """Limits that no document can keep."""
+    datasets = root.get("data", "datasets")
+    for source in datasets.value if datasets and isinstance(datasets.value, list) else []:
+        low, high = source.get("filters", "min_characters"), source.get("filters", "max_characters")
+        if low and high and isinstance(low.value, int) and isinstance(high.value, int) and low.value > high.value:
+            yield Problem(low.at, f"min_characters = {low.value:,} is more than max_characters = {high.value:,}: no document is left")
 
 
 def _candidates(root: Node) -> Iterator[Problem]:

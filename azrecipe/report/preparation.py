@@ -44,11 +44,12 @@ def show_schedule(made: Prepared, schedule: Schedule) -> None:
     """What the phases read, on stdout."""
     phases = Table(title="Phases")
     phases.add_column("phase")
-    for column in ("steps", "sequences", "tokens"):
+    for column in ("steps", "sequences", "tokens", "fill"):
         phases.add_column(column, justify="right")
-    for planned in schedule.phases:
+    for nth, planned in enumerate(schedule.phases):
         sequences = planned.steps * schedule.global_batch_size
-        phases.add_row(planned.name, f"{planned.steps:,}", f"{sequences:,}", f"{planned.steps * schedule.tokens_per_step:,}")
+        tokens = schedule.dataset(nth).tokens_until(sequences)
+        phases.add_row(planned.name, f"{planned.steps:,}", f"{sequences:,}", f"{tokens:,}", f"{schedule.fill(nth):.2%}")
     read = Table(title="Epochs of each source, to the end of the last phase")
     read.add_column("source", overflow="fold")
     read.add_column("epochs", justify="right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from azrecipe.parts.packing import borders, layout, packing
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.schedule import Position, Schedule, TextEnds, plan
 from azrecipe.parts.sources import Inputs
-from azrecipe.parts.text_training import Job, Record, train_phase
+from azrecipe.parts.text_training import Job, Record, release, train_phase
 from azrecipe.parts.watching import say
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Pretrain
@@ -75,6 +76,9 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         record = Record(place)  # read by every process before the process group exists, so that all agree
         job = Job(config, place, backend, tokenizer, held_out, schedule, record, new)
         _describe(job, sources)
+        for phase in schedule.phases[:-1]:
+            if backend.main and record.done(phase.name):  # a kill may have come between its end and this
+                shutil.rmtree(place.checkpoints / phase.name, ignore_errors=True)
         todo = [i for i, phase in enumerate(schedule.phases) if not record.done(phase.name)]
         start = _start(job, own) if len(todo) == len(schedule.phases) else None
         connect(place)  # the process group starts here: nothing above made one process wait for another inside it
@@ -82,9 +86,9 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         for i in todo:
             if net is None:
                 net = model.load_model(str(job.folder(i - 1)), config.training.precision, config.model.attn_implementation)
-            place.need(14 * model.count(net), "writing checkpoints")  # weights and optimizer, one more than is kept
             train_phase(job, net, i)
             net = None
+            release()
         place.finish(_result(job, sources))
     return read_json(place.path / "result.json") or {}
 

@@ -142,9 +142,13 @@ def test_a_full_disk_stops_the_run_in_words_with_the_last_checkpoint_kept(small:
     if in_small_disk(["true"], small.folder, "4m").returncode != 0:
         pytest.skip("mounting a file system of its own is not permitted here")
     used = sum(f.stat().st_size for f in (small.folder / "seed").rglob("*") if f.is_file())
-    command = small.command("cpt", "--set", "training.save_steps=1", "--set", "training.save_total_limit=50")
-    keep = ["sh", "-c", '"$@"; code=$?; rm -rf kept; cp -r runs/small/cpt kept; exit $code', "sh", *command]
-    done = in_small_disk(keep, small.folder, str(used + 2_500_000))
+    command = small.command(
+        "cpt", "--set", "training.save_steps=1", "--set", "training.save_total_limit=2", "--set", "phases[1].max_steps=500"
+    )
+    # there was room when the run began, and something else takes it while it trains
+    fill = "(until ls runs/small/cpt/checkpoints/full/*/COMPLETE.json; do sleep 0.1; done; cat /dev/zero > runs/filler) >/dev/null 2>&1 &"
+    keep = ["sh", "-c", fill + ' "$@"; code=$?; rm -rf kept; cp -r runs/small/cpt kept; exit $code', "sh", *command]
+    done = in_small_disk(keep, small.folder, str(used + 20_000_000))
     assert done.returncode == 3, done.stderr
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
