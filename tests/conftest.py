@@ -130,3 +130,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_model(build_model(config, tokenizer, "float32", "sdpa", seed=1), tokenizer, folder)
     return folder
+
+
+def pytest_configure() -> None:
+    """One core for each test process and what it starts: threads of several small trainings on the same cores only wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker.isdigit() and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import QUESTIONS, ROOT, TALES, jsonl, write
+from tests.forkserver import Server
 
 BASE = """
 stage: pretrain
@@ -111,6 +113,15 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
 
 
+PREFORKED = hasattr(os, "fork") and sys.platform == "linux"
+
+
+@cache
+def server() -> Server:
+    """This test process' fork server."""
+    return Server(environment())
+
+
 @dataclass
 class Project:
     """A folder with recipes and text, and the ways to run them."""
@@ -137,6 +148,13 @@ class Project:
 
     def run(self, recipe: str, *arguments: str, runs: str = "runs", launcher: Sequence[str] = (), code: int = 0) -> str:
         """Run a recipe in a process of its own and return what it printed."""
+        if not launcher and PREFORKED:
+            out = self.folder / f".printed-{recipe}-{time.monotonic_ns()}"
+            pid = server().start(self.command(recipe, *arguments, runs=runs)[3:], self.folder, environment(), out)
+            ended, printed = server().wait(pid, 300), out.read_text(encoding="utf-8", errors="replace")
+            out.unlink()
+            assert ended == code, f"exit code {ended}\n{printed}"
+            return printed
         done = subprocess.run(
             self.command(recipe, *arguments, runs=runs, launcher=launcher),
             cwd=self.folder,
@@ -151,6 +169,13 @@ class Project:
 
     def interrupt(self, recipe: str, when: Callable[[Path], bool], number: int, *arguments: str, runs: str = "runs") -> int:
         """Start a recipe, send a signal as soon as `when(run directory)` holds, and return the exit code."""
+        if PREFORKED:
+            pid = server().start(self.command(recipe, *arguments, runs=runs)[3:], self.folder, environment(), Path(os.devnull))
+            while server().poll(pid) is None and not when(self.path(recipe, runs)):
+                time.sleep(0.002)
+            if server().poll(pid) is None:
+                (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+            return server().wait(pid, 120)
         process = subprocess.Popen(
             self.command(recipe, *arguments, runs=runs),
             cwd=self.folder,

@@ -23,25 +23,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tests.forkserver import preload
 from tests.small import ROOT, fill
 
 RECIPE = "cpt.yaml"
 RUN = Path("small") / "cpt"
-
-
-def preload() -> None:
-    """Import what a run imports, and start no thread: forks of a process with threads can hang."""
-    import torch
-
-    torch.set_num_threads(1)
-    import torch.distributed.checkpoint
-    import torch.distributed.fsdp
-    import transformers  # noqa: F401
-    import trl  # noqa: F401
-
-    import azrecipe.launch.worker
-    import azrecipe.stages.pretrain
-    import azrecipe.stages.tokenizer  # noqa: F401
 
 
 def environments(config: str | None, processes: int) -> list[dict[str, str]]:
