@@ -386,7 +386,7 @@ FSDP = {**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         ({**FSDP, "FSDP_VERSION": "1"}, 2, "only FSDP 2 is supported: say fsdp_version: 2"),
         ({**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, 2, "use accelerate_configs/hsdp.yaml"),
         ({**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, 2, "tensor, context and sequence parallelism"),
-        ({**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}, 2, "shards over 4 processes, and 2 were started"),
+        ({**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}, 2, "shards over 4 processes, and 2 are started"),
     ],
 )  # fmt: skip
 def test_refused_launches(env: dict[str, str], code: int, says: str, cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,7 @@ def test_a_pipeline_is_not_one_process_of_a_run(cli: Callable[..., Done]) -> Non
     ("args", "code", "says"),
     [
         (("--accelerate-config", "ddp", "--num-processes", "3"), 2, "training.global_batch_size = 2 does not divide over 3 processes"),
-        (("--accelerate-config", "fsdp", "--num-processes", "2"), 3, "FSDP would be dropped without a word on CPU"),
+        (("--accelerate-config", "fsdp", "--num-processes", "2", "--set", "training.use_liger_kernel=true"), 3, "needs a GPU"),
     ],
 )
 def test_the_exit_code_comes_through_the_launcher(args: tuple[str, ...], code: int, says: str, run_cli: Callable[..., Done]) -> None:

@@ -81,7 +81,7 @@ class Job:
         say(f"  bits per byte, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), self.backend.main)
 
 
-class TextTrainer(BackgroundSaving, GuardedTrainer):
+class TextTrainer(BackgroundSaving, GuardedTrainer, training.FilledGroups):
     """transformers.Trainer that measures bits per byte instead of a loss a token, watches its steps and saves beside training."""
 
     def __init__(self, job: Job, trained: phases.Trained, guard: Guard, **arguments: Any) -> None:

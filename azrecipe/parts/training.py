@@ -104,6 +104,20 @@ def checked(kind: Callable[..., TrainingArguments], **given: Any) -> TrainingArg
         raise CommandError(f"training: transformers refuses these arguments: {error}") from None
 
 
+class FilledGroups(Trainer):  # type: ignore[misc]
+    """transformers.Trainer whose optimizer has no group without parameters.
+
+    transformers makes one for what decays and one for what does not, either of which may be empty. FSDP's checkpoints do not give the
+    settings of an empty group back, and the first step after a resume then fails (torch 2.13, set_optimizer_state_dict).
+    """
+
+    def create_optimizer(self, *arguments: Any, **more: Any) -> torch.optim.Optimizer:
+        """The optimizer, as ever."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments, **more)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+
 def train(
     make: Callable[[list[Any]], Trainer], loop: Loop, meter: Meter, backend: Backend, training: Training
 ) -> tuple[Trainer, dict[str, Any]]:

@@ -143,8 +143,11 @@ def _train(
     chosen = order(len(rows), steps * per_step, recipe.config.seed)
     tokens = np.concatenate([[0], np.cumsum([lengths[i] for i in chosen])])
 
+    class AdapterTrainer(training.FilledGroups, SFTTrainer):  # type: ignore[misc]
+        """TRL's trainer, imported here because it is heavy."""
+
     def make(callbacks: list[Any]) -> Any:
-        return SFTTrainer(
+        return AdapterTrainer(
             model=net, processing_class=tokenizer, peft_config=adapter, callbacks=callbacks,
             train_dataset=Dataset.from_list(rows).select(chosen), eval_dataset=Dataset.from_list(held) if held else None,
             args=training.checked(

@@ -69,7 +69,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_changes_a_weight(poiso
     assert "bad_batches.jsonl" in told and "on_bad_loss=skip" in told
     assert "Traceback" not in told
     line = lines(poisoned)[0]
-    assert POISON in documents(line) or "\ufffd" in documents(line)
+    assert '"document": 7,' in documents(line)
     assert "text.jsonl" in documents(line)
     assert not (run_folder(poisoned) / "final").exists()
     # going on with the step left out: as a run that left it out from the start
@@ -90,8 +90,8 @@ def test_two_processes_name_the_same_documents(poisoned: Project) -> None:
     told = poisoned.run("bad", "--num-processes", "2", code=1)
     assert told.count("the loss is nan at step") == 1
     line = lines(poisoned)[0]
-    assert POISON in documents(line) or "\ufffd" in documents(line)
-    assert not any("\ufffd" in documents(line, n) for n, batch in enumerate(line["batches"]) if isinstance(batch["loss"], float))  # type: ignore
+    assert '"document": 7,' in documents(line)
+    assert not any('"document": 7,' in documents(line, n) for n, batch in enumerate(line["batches"]) if isinstance(batch["loss"], float))  # type: ignore
 
 
 def test_a_spike_is_left_out_and_killed_runs_judge_alike(small: Project, finished: Project) -> None:
