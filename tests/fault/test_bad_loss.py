@@ -91,7 +91,7 @@ def test_two_processes_name_the_same_documents(poisoned: Project) -> None:
     assert told.count("the loss is nan at step") == 1
     line = lines(poisoned)[0]
     assert '"document": 7,' in documents(line)
-    assert not any('"document": 7,' in documents(line, n) for n, batch in enumerate(line["batches"]) if isinstance(batch["loss"], float))  # type: ignore
+    assert line["batches"][0]["loss"] == "nan" and any(isinstance(batch["loss"], float) for batch in line["batches"])  # type: ignore
 
 
 def test_a_spike_is_left_out_and_killed_runs_judge_alike(small: Project, finished: Project) -> None:
