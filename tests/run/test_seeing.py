@@ -43,7 +43,7 @@ def scalars(project: Project, recipe: str) -> dict[str, list[tuple[int, float]]]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, list[tuple[int, float]]] = {}
-    for file in sorted((project.path(recipe) / "tensorboard").glob("*/*")):  # a folder for each phase
+    for file in sorted((project.path(recipe) / "tensorboard").glob("*/*"), key=lambda f: f.name):  # a folder a phase, the time in the name
         events = EventAccumulator(str(file)).Reload()
         for tag in events.Tags()["scalars"]:
             found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
