@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from azrecipe.errors import CannotRun
+from azrecipe.parts.processes import cores
 
 
 def problem(kind: str) -> str:
@@ -76,5 +77,4 @@ def _use_the_cores() -> None:
     """A process' share of the cores: accelerate launch sets OMP_NUM_THREADS=1, which leaves the others of a laptop idle."""
     import torch
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

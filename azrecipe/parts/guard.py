@@ -80,9 +80,9 @@ class Guard(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
             raise AllFailed(f"{where}{many}. The last checkpoint is kept. {advice}")
         say(f"  {where}. The step is skipped", self.backend.main)
-        self._leave_out(mine)
+        self._leave_out()
 
-    def _leave_out(self, mine: torch.Tensor) -> None:
+    def _leave_out(self) -> None:
         """No gradient, no change: an optimizer passes over parameters that have none, its moments included."""
         assert self.trainer is not None
         for parameter in self.trainer.model_wrapped.parameters():

@@ -22,6 +22,7 @@ from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Inte
 from azrecipe.parts.backend import share
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json, write_text
+from azrecipe.parts.processes import cores
 from azrecipe.recipe import schema
 from azrecipe.recipe.load import CELLS, Recipe, is_local_data, is_local_model
 from azrecipe.recipe.overrides import dotted
@@ -290,7 +291,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),

@@ -24,6 +24,16 @@ from tests.conftest import write
 from tests.small import Project, environment, fill, weights
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
+# Accumulation, activation checkpointing and measurements between steps
+EVERYTHING = (
+    "--set",
+    "training.per_device_train_batch_size=2",
+    "--set",
+    "training.activation_checkpointing=true",
+    "--set",
+    "training.eval_steps=5",
+)
+
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 CLOSE = 5e-6  # a loss near 5 in float32: what is summed over processes is summed in another order
 QUICK = """
@@ -112,15 +122,7 @@ def stopped(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Proj
     project = fill(tmp_path_factory.mktemp("stopped"))
     for name in ("base", "tokenizer"):
         shutil.copytree(finished.path(name), project.path(name))
-    extra = (
-        "--set",
-        "training.per_device_train_batch_size=2",
-        "--set",
-        "training.activation_checkpointing=true",
-        "--set",
-        "training.eval_steps=5",
-    )
-    assert terminate_one(project, "--accelerate-config", "fsdp", "--num-processes", "2", *extra, steps=11) == 143
+    assert terminate_one(project, "--accelerate-config", "fsdp", "--num-processes", "2", *EVERYTHING, steps=11) == 143
     return project
 
 
@@ -185,15 +187,7 @@ def test_a_checkpoint_of_another_kind_is_refused_before_training_in_words(resuma
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_the_model_that_one_process_trains(small: Project, finished: Project, stage: int) -> None:
-    extra = (
-        "--set",
-        "training.per_device_train_batch_size=2",
-        "--set",
-        "training.activation_checkpointing=true",
-        "--set",
-        "training.eval_steps=5",
-    )
-    printed = small.run("cpt", "--accelerate-config", f"zero{stage}", "--num-processes", "2", *extra)
+    printed = small.run("cpt", "--accelerate-config", f"zero{stage}", "--num-processes", "2", *EVERYTHING)
     assert f"zero{stage}, 2 processes" in printed
     assert "built successfully" not in printed  # DeepSpeed compiles nothing
     assert "phase full: trains 31,392 of 31,392" in printed
