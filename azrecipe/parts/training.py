@@ -126,7 +126,7 @@ def train(
     `make` builds the Trainer with the callbacks given to it. Raises Interrupted after a signal, its checkpoint saved,
     and CommandError for a checkpoint that this backend cannot read.
     """
-    check_resume(loop.folder, backend)
+    checkpoint.check_readable(loop.folder, backend)
     if backend.main:
         loop.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_torn(loop.folder)
@@ -163,11 +163,6 @@ def train(
         "seconds": round(time.monotonic() - started, 1),
         "resumed_from": checkpoint.step_of(resume) if resume else None,
     }
-
-
-def check_resume(folder: Path, backend: Backend) -> None:
-    """Refuse, before anything is trained, a checkpoint in or below a folder that this backend cannot read. Raises CommandError."""
-    checkpoint.check_readable(folder, backend)
 
 
 class _Proof(TrainerCallback):  # type: ignore[misc]

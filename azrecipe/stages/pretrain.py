@@ -16,6 +16,7 @@ from accelerate import PartialState
 from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.parts import (
     auxiliary,
+    checkpoint,
     corpus,
     liger,
     losses,
@@ -56,7 +57,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 
     # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
-    training.check_resume(place.checkpoints, backend)
+    checkpoint.check_readable(place.checkpoints, backend)
     if backend.zero and config.training.on_bad_loss == "skip":
         message = "DeepSpeed changes the weights within its backward pass, so a bad step can stop the run and cannot be skipped: on_bad_loss: stop"
         raise recipe.problem(message, "training", "on_bad_loss")

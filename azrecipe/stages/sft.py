@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import chat, liger, model, optimizers, profiling, run_dir, training, vocabulary
+from azrecipe.parts import chat, checkpoint, liger, model, optimizers, profiling, run_dir, training, vocabulary
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.files import read_json, whole_folder
 from azrecipe.parts.lora import lora_config, merged
@@ -32,7 +32,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 
     # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
-    training.check_resume(place.checkpoints, backend)
+    checkpoint.check_readable(place.checkpoints, backend)
     optimizers.check(optimizers.named(config))
     base = inputs.folder(config.model, "model")
     sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
