@@ -29,7 +29,11 @@ class Launch:
     kind: str
     processes: int
     machines: int
-    mesh: tuple[int, int] | None = None  # dp_replicate x dp_shard
+    mesh: backend.Mesh | None = None
+
+    @property
+    def context(self) -> int:
+        return self.mesh.context if self.mesh else 1
 
 
 def read(file: Path | None, num_processes: int | None) -> Launch:
@@ -46,9 +50,9 @@ def read(file: Path | None, num_processes: int | None) -> Launch:
     )
 
 
-def _mesh(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    sizes = [int(config.get(f"parallelism_config_dp_{name}_size", 1)) for name in ("replicate", "shard")]
-    return (sizes[0], sizes[1]) if config else None
+def _mesh(config: Mapping[str, Any]) -> backend.Mesh | None:
+    sizes = [int(config.get(f"parallelism_config_{name}_size", 1)) for name in ("dp_replicate", "dp_shard", "cp")]
+    return backend.Mesh(*sizes) if config else None
 
 
 def check(recipes: Sequence[Recipe], launch: Launch) -> None:
@@ -60,7 +64,7 @@ def check(recipes: Sequence[Recipe], launch: Launch) -> None:
     if trains:
         lacking += _backend(launch)
     for recipe in recipes:
-        for problem in _refusals(recipe, launch.processes):
+        for problem in _refusals(recipe, launch):
             if isinstance(problem, RecipeError):
                 wrong += problem.problems
             else:
@@ -93,7 +97,7 @@ def _backend(launch: Launch) -> list[str]:
     if launch.kind not in ("FSDP", "DEEPSPEED"):
         return []
     if launch.mesh is not None:
-        wrong = backend.check_mesh(*launch.mesh, launch.processes)
+        wrong = launch.mesh.problem(launch.processes)
         if wrong:
             raise CommandError(f"{launch.file}: {wrong}")
     if launch.kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
@@ -102,16 +106,20 @@ def _backend(launch: Launch) -> list[str]:
     return [why] if why else []
 
 
-def _refusals(recipe: Recipe, processes: int) -> Iterator[AzrecipeError]:
+def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
     """What is wrong with one recipe, as far as it can be known without loading a model or asking the hub."""
     yield from _missing(recipe)
     if recipe.stage not in TRAINING:
         return
     training = recipe.config.training
     try:
-        split(training.global_batch_size, training.per_device_train_batch_size, processes)
+        split(training.global_batch_size, training.per_device_train_batch_size, launch.processes // launch.context)
     except CommandError as error:
         yield recipe.problem(str(error), "training", "global_batch_size")
+    try:
+        backend.check_context(launch.context, recipe)
+    except RecipeError as error:
+        yield error
     tokenizer = getattr(recipe.config, "tokenizer", None)
     for asked in (
         lambda: auxiliary.check(getattr(tokenizer, "new_embeddings", "")),

@@ -17,21 +17,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from azrecipe.errors import CannotRun, CommandError, RunFailed
+from azrecipe.errors import CannotRun, CommandError, Problem, RecipeError, RunFailed
 from azrecipe.parts import cpu, liger
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from azrecipe.recipe.load import Recipe
+
 
 @dataclass(frozen=True)
 class Backend:
-    """How the processes of a run share the work. kind: single, ddp, fsdp2, hsdp or zero1/2/3."""
+    """How the processes of a run share the work. kind: single, ddp, fsdp2, hsdp or zero1/2/3.
+
+    `context` processes at a time read the same sequences, each a part of every one.
+    """
 
     kind: str
     world: int
     rank: int
     replicate: int = 1
+    context: int = 1
+
+    @property
+    def readers(self) -> int:
+        """How many processes, or groups of `context` of them, read different sequences."""
+        return self.world // self.context
 
     @property
     def main(self) -> bool:
@@ -88,22 +99,37 @@ def _fsdp(environment: Mapping[str, str], world: int, rank: int) -> Backend:
             raise CommandError("HYBRID_SHARD belongs to FSDP 1 and FSDP 2 ignores it: use accelerate_configs/hsdp.yaml")
         return Backend("fsdp2", world, rank)
     size = {key: int(environment.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1")) for key in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
-    if size["TP"] * size["CP"] * size["SP"] != 1:
-        raise CommandError("tensor, context and sequence parallelism are not supported")
-    replicate = size["DP_REPLICATE"]
-    wrong = check_mesh(replicate, size["DP_SHARD"], world)
+    if size["TP"] * size["SP"] != 1:
+        raise CommandError(
+            "tensor and sequence parallelism are not supported; parallelism_config_cp_size is for sequences that outgrow a GPU"
+        )
+    mesh = Mesh(size["DP_REPLICATE"], size["DP_SHARD"], size["CP"])
+    wrong = mesh.problem(world)
     if wrong:
         raise CommandError(wrong)
-    return Backend("hsdp", world, rank, replicate) if replicate > 1 else Backend("fsdp2", world, rank)
+    return Backend("hsdp" if mesh.replicate > 1 else "fsdp2", world, rank, mesh.replicate, mesh.context)
 
 
-def check_mesh(replicate: int, shard: int, world: int) -> str:
-    """What is wrong with replicate x shard processes where `world` are started, or "". A shard of -1 is world / replicate."""
-    if shard == -1 and world % replicate:
-        return f"the accelerate config replicates over {replicate} groups of processes, and {world} do not divide by that"
-    if shard != -1 and replicate * shard != world:
-        return f"the accelerate config replicates over {replicate} and shards over {shard} processes, and {world} are started"
-    return ""
+@dataclass(frozen=True)
+class Mesh:
+    """The sizes in an accelerate config's parallelism_config. A shard of -1 is azrecipe's word for what is left over."""
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+
+    def problem(self, world: int) -> str:
+        """What is wrong with it where `world` processes are started, or ""."""
+        groups = self.replicate * self.context
+        if self.replicate > 1 and self.context > 1:
+            return "the accelerate config splits sequences and replicates the model as well, which is not verified: dp_replicate_size 1"
+        if self.shard == -1 and world % groups:
+            what = f"splits each sequence over {self.context}" if self.context > 1 else f"replicates over {self.replicate} groups of"
+            return f"the accelerate config {what} processes, and {world} do not divide by that"
+        if self.shard != -1 and groups * self.shard != world:
+            context = f", splits sequences over {self.context}" if self.context > 1 else ""
+            return f"the accelerate config replicates over {self.replicate}{context} and shards over {self.shard} processes, and {world} are started"
+        return ""
 
 
 def _zero_stage(environment: Mapping[str, str]) -> int:
@@ -129,9 +155,9 @@ def set_up() -> Backend:
 
     backend = asked(os.environ)
     if _flag(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not know what a shard size of -1 stands for
-        os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world // backend.replicate)
+        os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world // (backend.replicate * backend.context))
     if not has_accelerator():
-        cpu.bring_up(backend.kind, backend.sharded)
+        cpu.bring_up(backend.kind, backend.sharded, backend.context > 1)
     elif backend.sharded and not torch.cuda.is_available():
         raise CannotRun(f"{backend.kind} needs GPUs of CUDA or ROCm, or a machine without any accelerator. What runs here: one process")
     return backend
@@ -182,6 +208,31 @@ def check_trackers(report_to: list[str]) -> None:
         )
 
 
+def check_context(context: int, recipe: Recipe) -> None:
+    """Raise RecipeError for what cannot be trained with sequences split over processes. PyTorch's ring attention knows causal masks only."""
+    if context == 1:
+        return
+    if recipe.stage != "pretrain":
+        raise recipe.problem("sequences split over processes (cp_size) are for pretraining: use accelerate_configs/fsdp.yaml", "stage")
+    config, problems = recipe.config, []
+    if config.data.packing:
+        message = "the accelerate config splits sequences over processes, which drops masks: packed documents would see each other. packing: false"
+        problems.append(Problem(recipe.place("data", "packing"), message))
+    if config.model.attn_implementation != "sdpa":
+        problems.append(
+            Problem(
+                recipe.place("model", "attn_implementation"),
+                "the accelerate config splits sequences over processes, which is for sdpa only",
+            )
+        )
+    if config.training.torch_compile:
+        problems.append(
+            Problem(recipe.place("training", "torch_compile"), "not verified with sequences split over processes: torch_compile: false")
+        )
+    if problems:
+        raise RecipeError(problems)
+
+
 def check_devices(backend: Backend) -> None:
     """Raise CannotRun for one process among several GPUs: transformers would spread it over them by nn.DataParallel."""
     import torch
@@ -221,6 +272,9 @@ def verify(backend: Backend, trainer: Trainer) -> str:
         problems.append(f"the model is a {type(model).__name__}, not DistributedDataParallel")
     if backend.fsdp:
         parameters = list(model.parameters())
+        split = getattr(trainer.accelerator.parallelism_config, "cp_size", 1)
+        if split != backend.context:
+            problems.append(f"sequences are split over {split} processes, not {backend.context}")
         if not all(isinstance(p, DTensor) for p in parameters):
             problems.append("its parameters are not sharded")
         else:
@@ -239,6 +293,7 @@ def verify(backend: Backend, trainer: Trainer) -> str:
         problems.append(f"Liger's {', '.join(lacking)} was asked for and runs nowhere in the model")
     if problems:
         raise RunFailed(f"{backend.kind} was asked for and is not what runs: {'; '.join(problems)}")
-    return f"{backend.kind}, {backend.world} process{'es' if backend.world > 1 else ''}, device {trainer.args.device}" + (
+    context = f", each sequence over {backend.context}" if backend.context > 1 else ""
+    return f"{backend.kind}, {backend.world} process{'es' if backend.world > 1 else ''}{context}, device {trainer.args.device}" + (
         f", Liger: {', '.join(kernels)}" if kernels else ""
     )

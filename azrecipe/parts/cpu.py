@@ -27,8 +27,11 @@ def problem(kind: str) -> str:
     return ""
 
 
-def bring_up(kind: str, sharded: bool) -> None:
-    """Prepare this process, before transformers is imported. Raises CannotRun where sharding cannot be real."""
+def bring_up(kind: str, sharded: bool, context: bool) -> None:
+    """Prepare this process, before transformers is imported; `context`: for sequences split over processes.
+
+    Raises CannotRun where sharding cannot be real.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"  # Accelerate imports DeepSpeed wherever it is installed, which else looks for one and warns
     if not sharded:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate's own gloo path
@@ -42,6 +45,8 @@ def bring_up(kind: str, sharded: bool) -> None:
         _say_gloo()
         if kind.startswith("zero"):
             _build_nothing()
+        if context:
+            _split_attention()
     _use_the_cores()
 
 
@@ -71,6 +76,37 @@ def _build_nothing() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _split_attention() -> None:
+    """Give PyTorch's context parallelism the CPU's attention operator, forward and backward.
+
+    Its dispatcher asks a table that names CUDA's operators only (torch 2.13.0, distributed/tensor/experimental/_context_parallel/
+    _attention.py, custom_ops); the ring that the sequence goes round is PyTorch's own and serves any of them.
+    """
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    ring: Any = _attention
+
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+    def attend(operator: Any, arguments: tuple[Any, ...], more: dict[str, Any]) -> tuple[DTensor, ...]:
+        given = dict(zip((argument.name for argument in operator._schema.arguments), arguments, strict=False)) | more
+        mesh, placements = given["query"].device_mesh, given["query"].placements
+        if given.pop("attn_mask", None) is not None:
+            raise CannotRun("sequences that are split over processes are attended to without a mask only")
+        local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in given.items()}
+        group, tokens = mesh.get_group(), 2  # the dimension of [batch, heads, tokens, width]
+        if operator is forward:
+            found = ring._templated_ring_attention(group, tokens, operator, **{"is_causal": False, **local})
+        else:
+            found = ring._templated_ring_attention_backward(group, tokens, operator, grad_out_name="grad_out", **local)
+        return tuple(DTensor.from_local(each, mesh, placements, run_check=False) for each in found)
+
+    ring.custom_ops |= {forward: attend, backward: attend}
 
 
 def _use_the_cores() -> None:

@@ -117,14 +117,15 @@ class Guard(TrainerCallback, ExportableState):  # type: ignore[misc]
             every = gathered
         if not self.backend.main:
             return
-        size, accumulation = self.trainer.args.per_device_train_batch_size, len(mine)
+        size, accumulation, context = self.trainer.args.per_device_train_batch_size, len(mine), self.backend.context
         batches = []
         for nth in range(accumulation):
-            for rank, losses in enumerate(every):
+            for reader in range(self.backend.readers):
                 # sequences go to the processes batch by batch, in turn
-                first = ((step * accumulation + nth) * self.backend.world + rank) * size
+                first = ((step * accumulation + nth) * self.backend.readers + reader) * size
                 here = [{"sequence": first + i, "documents": self.documents(first + i)} for i in range(size)]
-                share = losses[nth] * accumulation
+                parts = every[reader * context : (reader + 1) * context]
+                share = sum(losses[nth] for losses in parts) / context * accumulation
                 batches.append({"loss": share if math.isfinite(share) else str(share), "sequences": here})
         batches.sort(key=lambda batch: -batch["loss"] if isinstance(batch["loss"], float) else -math.inf)
         line = {"phase": self.name, "step": step + 1, "reason": reason, "loss": loss if math.isfinite(loss) else str(loss),

@@ -53,9 +53,10 @@ class _Chunked:
         """As the model's own; with labels [batch, length], `loss` as transformers' ForCausalLMLoss gives it, and no logits."""
         if labels is None:
             return super().forward(*given, **kwargs)  # type: ignore[misc]
-        count = kwargs.pop("num_items_in_batch", None)
+        count, following = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         hidden = self.base_model(*given, **kwargs).last_hidden_state
-        following = pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+        if following is None:  # given where a sequence is split over processes: a token's next may be another's
+            following = pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
         total = self.get_output_embeddings()(hidden, following)
         count = (following != IGNORED).sum() if count is None else count
         return CausalLMOutputWithPast(loss=total / (count.to(total.device) if torch.is_tensor(count) else count))

@@ -43,6 +43,13 @@ def skeleton(path: str, attn_implementation: str = "sdpa", revision: str | None 
         )
 
 
+def partial_attention(net: PreTrainedModel) -> list[str]:
+    """The kinds of a model's layers that do not see all that precedes (sliding windows, chunks, recurrence), as its configuration names them."""
+    config = net.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if getattr(config, "sliding_window", None) else [])
+    return sorted({kind for kind in kinds if kind != "full_attention"})
+
+
 def embedding_shape(path: str, revision: str | None = None) -> tuple[int, int, int] | None:
     """(rows, width, matrices: 1 where input and output are tied, else 2) by a model's configuration; None where there is none."""
     from transformers import AutoConfig

@@ -204,11 +204,12 @@ class Collate:
 
     pad: int
     flat: bool
+    multiple: int = 1  # of which a batch's length is, by padding
 
     def __call__(self, sequences: list[Sequence]) -> Sequence:
         if self.flat:
             return {key: torch.cat([s[key] for s in sequences])[None] for key in sequences[0]}
-        longest = max(len(s["input_ids"]) for s in sequences)
+        longest = -(-max(len(s["input_ids"]) for s in sequences) // self.multiple) * self.multiple
         return {key: torch.stack([self._padded(key, s[key], longest) for s in sequences]) for key in sequences[0]}
 
     def _padded(self, key: str, row: torch.Tensor, longest: int) -> torch.Tensor:
@@ -221,6 +222,9 @@ class Collate:
         return torch.nn.functional.pad(row, (0, missing), value=self.pad if key == "input_ids" else IGNORED)
 
 
-def collate(how: Packing, attn_implementation: str) -> Collate:
-    """How a model with this attention takes its batches."""
-    return Collate(how.pad, flat=attn_implementation.startswith("flash"))
+def collate(how: Packing, attn_implementation: str, context: int = 1) -> Collate:
+    """How a model with this attention takes its batches; each sequence is split over `context` processes.
+
+    A process of those gets two pieces, one from the front and one from the back, so that all have as much to attend to.
+    """
+    return Collate(how.pad, flat=attn_implementation.startswith("flash"), multiple=2 * context if context > 1 else 1)

@@ -173,7 +173,7 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
             guard,
             model=net,
             train_dataset=data,
-            data_collator=collate(job.schedule.how, config.model.attn_implementation),
+            data_collator=collate(job.schedule.how, config.model.attn_implementation, job.backend.context),
             callbacks=[*callbacks, RowMask(trained, job.backend.kind)],
             args=args,
         )

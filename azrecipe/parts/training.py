@@ -45,7 +45,7 @@ def check(training: Training, backend: Backend) -> None:
         )
     check_trackers(training.report_to)
     check_devices(backend)
-    split(training.global_batch_size, training.per_device_train_batch_size, backend.world)
+    split(training.global_batch_size, training.per_device_train_batch_size, backend.readers)
 
 
 def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
     The global batch is split over the processes; `precision` is applied by the weights' dtype and autocast, never by
     the launcher. Raises CommandError where the batch does not divide.
     """
-    batch = split(training.global_batch_size, training.per_device_train_batch_size, backend.world)
+    batch = split(training.global_batch_size, training.per_device_train_batch_size, backend.readers)
     if training.report_to:
         folder = loop.run / "tensorboard"
         if os.environ.get("TENSORBOARD_LOGGING_DIR", str(folder)).startswith(str(folder)):  # a user's own stays

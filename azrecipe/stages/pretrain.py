@@ -30,7 +30,7 @@ from azrecipe.parts import (
     training,
     vocabulary,
 )
-from azrecipe.parts.backend import Backend
+from azrecipe.parts.backend import Backend, check_context
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder
 from azrecipe.parts.mixing import Mix, temperature_weights
@@ -57,6 +57,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 
     # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
+    check_context(backend.context, recipe)
     checkpoint.check_readable(place.checkpoints, backend)
     if backend.zero and config.training.on_bad_loss == "skip":
         message = "DeepSpeed changes the weights within its backward pass, so a bad step can stop the run and cannot be skipped: on_bad_loss: stop"
@@ -68,7 +69,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     held_out = inputs.validation(config.data.validation)
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
-    own, new = _check_model(recipe, model_path, tokenizer)
+    own, new = _check_model(recipe, model_path, tokenizer, backend.context)
     mix = _mix(config, prepared.Text(sources, held_out, frozenset(inputs.came)), tokenizer, place.cache)
     schedule = _schedule(recipe, mix, tokenizer, (before, place.cache))
     profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
@@ -145,8 +146,10 @@ def _tokenizer(
     return vocabulary.load_tokenizer(str(folder))
 
 
-def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """Refuse a model that cannot be built or take this vocabulary, and phases that would train what it has not.
+def _check_model(
+    recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTokenizerBase, context: int
+) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """Refuse a model that cannot be built, take this vocabulary or be split over `context` processes, and phases that would train what it has not.
 
     Returns the model's own tokenizer, and the ids of the tokens that are new to it.
     """
@@ -174,6 +177,11 @@ def _check_model(recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTo
             losses.check(net)
         except CommandError as error:
             raise recipe.problem(f"PyTorch's chunked loss: {error}", "training", "fused_linear_cross_entropy") from None
+    if context > 1 and (kinds := model.partial_attention(net)):
+        message = (
+            f"its {', '.join(kinds)} layers see less than all that precedes, and sequences split over processes need layers that see all"
+        )
+        raise recipe.problem(message, "model")
     limit = getattr(net.config, "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
         raise recipe.problem(

@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from azrecipe.errors import CommandError
 from azrecipe.parts import chat, checkpoint, liger, model, optimizers, profiling, run_dir, training, vocabulary
-from azrecipe.parts.backend import Backend
+from azrecipe.parts.backend import Backend, check_context
 from azrecipe.parts.files import read_json, whole_folder
 from azrecipe.parts.lora import lora_config, merged
 from azrecipe.parts.run_dir import connect
@@ -32,6 +32,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 
     # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
+    check_context(backend.context, recipe)
     checkpoint.check_readable(place.checkpoints, backend)
     optimizers.check(optimizers.named(config))
     base = inputs.folder(config.model, "model")
