@@ -33,7 +33,7 @@ lint: $(READY)
 
 test: lint
 	@echo "==> pytest"
-	@.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile
+	@.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv runs dist build

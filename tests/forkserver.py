@@ -2,16 +2,22 @@
 
 The server (`python -m tests.forkserver`) reads a request a line (JSON: argv, cwd, env, out) from stdin and answers with lines of JSON:
 {"started": pid} at once, {"ended": pid, "code": exit code, negative for a signal} later. A fork leads a session of its own, as a command
-started with start_new_session=True does, and starts no thread before it is the command.
+started with start_new_session=True does, and starts no thread before it is the command. The processes that it starts in turn (a pipeline's
+steps, the launcher, the launcher's workers) are forks of it likewise. Tests of the launchers themselves start what a user starts.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
+import signal
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,11 +27,15 @@ def preload() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import accelerate.commands.launch  # noqa: F401
     import torch.distributed.checkpoint
+    import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler
     import torch.distributed.fsdp
+    import torch.distributed.run
     import transformers  # noqa: F401
     import trl  # noqa: F401
 
+    import azrecipe.launch.launcher
     import azrecipe.launch.worker
     import azrecipe.stages.evaluate
     import azrecipe.stages.pretrain
@@ -68,21 +78,102 @@ def _run(request: dict[str, Any]) -> NoReturn:
     try:
         os.setsid()
         os.chdir(request["cwd"])
-        os.environ.clear()
-        os.environ.update(request["env"])
         out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for here, there in ((nothing, 0), (out, 1), (out, 2)):
             os.dup2(here, there)
-        from azrecipe import cli
+        _start_by_forks()
+        code = _module("azrecipe", request["argv"], request["env"])
+    finally:
+        os._exit(code)
 
-        code = cli.main(request["argv"])
+
+def _module(name: str, argv: list[str], env: Mapping[str, str]) -> int:
+    """What `python -m name argv` does, in this process; returns its exit code."""
+    from azrecipe import cli
+    from azrecipe.launch import command, launcher
+
+    try:
+        os.environ.clear()
+        os.environ.update(env)
+        sys.argv = [name, *argv]
+        logging.disable(logging.NOTSET)  # the launcher's own choice
+        command._stopped.clear()
+        return int(launcher.main() if name == "azrecipe.launch.launcher" else cli.main(argv))
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+
+
+class Fork:
+    """What this process starts as `python -m azrecipe…`, as a fork: as much of subprocess.Popen as is asked of it."""
+
+    def __init__(self, args: Sequence[str], env: Mapping[str, str] | None, start_new_session: bool) -> None:
+        self.args = args
+        self.returncode: int | None = None
+        at = list(args).index("-m")
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 70
+        try:
+            if start_new_session:
+                os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = _module(args[at + 1], list(args[at + 2 :]), dict(os.environ if env is None else env))
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if done else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if until is None:
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            elif time.monotonic() > until:
+                raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
+            else:
+                time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _start_by_forks() -> None:
+    """From now on this process starts azrecipe's modules as forks, and everything else as ever."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    real = subprocess.Popen
+
+    class Popen(real):  # type: ignore[type-arg,misc]
+        def __new__(cls, args: Any, *_: Any, env: Any = None, start_new_session: bool = False, **more: Any) -> Any:
+            ours = isinstance(args, list | tuple) and args[0] == sys.executable and "-m" in args[1:3]
+            if ours and args[list(args).index("-m") + 1].startswith("azrecipe") and not any(more.values()):
+                return Fork(args, env, start_new_session)
+            return super().__new__(cls)
+
+    subprocess.Popen = Popen  # type: ignore[misc]
+    subprocess_handler.Popen = Popen
 
 
 class Server:
