@@ -385,7 +385,7 @@ FSDP = {**TWO, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         ({**TWO, "ACCELERATE_USE_MEGATRON_LM": "true"}, 2, "Megatron-LM is not a backend of azrecipe"),
         ({**FSDP, "FSDP_VERSION": "1"}, 2, "only FSDP 2 is supported: say fsdp_version: 2"),
         ({**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, 2, "use accelerate_configs/hsdp.yaml"),
-        ({**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, 2, "tensor, context and sequence parallelism"),
+        ({**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, 2, "tensor and sequence parallelism are not supported"),
         ({**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}, 2, "shards over 4 processes, and 2 are started"),
     ],
 )  # fmt: skip

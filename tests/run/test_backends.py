@@ -299,6 +299,8 @@ def test_deepspeed_still_builds_an_operator_when_it_starts_on_a_cpu() -> None:
 FSDP = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 MESH = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
 
+SPLIT = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
+
 
 @pytest.mark.parametrize(
     ("environment", "backend"),
@@ -310,7 +312,14 @@ MESH = {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG
         ({**FSDP, "FSDP_VERSION": "1"}, "only FSDP 2"),
         ({**MESH, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}, "replicates over 2 and shards over 8 processes, and 8 are started"),
         ({**MESH, "WORLD_SIZE": "7", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "-1"}, "7 do not divide"),
-        ({**MESH, "PARALLELISM_CONFIG_CP_SIZE": "2"}, "context and sequence parallelism"),
+        ({**FSDP, **SPLIT, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "-1"}, Backend("fsdp2", 8, 0, 1, 2)),
+        ({**FSDP, **SPLIT, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}, Backend("fsdp2", 8, 0, 1, 2)),
+        (
+            {**FSDP, **SPLIT, "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"},
+            "splits sequences over 2 and shards over 8 processes, and 8 are started",
+        ),
+        ({**MESH, "PARALLELISM_CONFIG_CP_SIZE": "2"}, "not verified: dp_replicate_size 1"),
+        ({**MESH, "PARALLELISM_CONFIG_SP_SIZE": "2"}, "tensor and sequence parallelism are not supported"),
         ({**FSDP, "ACCELERATE_MIXED_PRECISION": "bf16"}, "training.precision decides"),
     ],
 )

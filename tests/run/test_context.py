@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,14 @@ def test_what_cannot_be_split_is_refused_before_anything_is_started(small: Proje
         "cpt", *CONTEXT, "--num-processes", "3", *UNPACKED, code=2
     )
     assert not small.path("cpt").exists()
+
+
+def test_pytorch_still_splits_cuda_s_attention_only() -> None:
+    """parts/cpu.py adds the CPU's operators to this table; the day they are in it, that is not needed."""
+    code = "from torch.distributed.tensor.experimental._context_parallel import _attention; print(*_attention.custom_ops)"
+    named = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "_scaled_dot_product_efficient_attention" in named
+    assert "for_cpu" not in named
 
 
 def test_a_model_whose_layers_see_a_window_only_is_refused(small: Project) -> None:
