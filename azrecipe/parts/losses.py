@@ -64,11 +64,16 @@ class _Chunked:
 
 def chunk(model: PreTrainedModel) -> None:
     """Compute a model's loss a chunk of the logits at a time from now on. `check` says whether a model can have it."""
-    if isinstance(model, _Chunked):
+    if chunked(model):
         return
     head = model.get_output_embeddings()
     head.__class__ = _derived(_Head, type(head))
     model.__class__ = _derived(_Chunked, type(model))
+
+
+def chunked(model: object) -> bool:
+    """Whether a model's loss is computed so."""
+    return isinstance(model, _Chunked)
 
 
 def _derived(first: type, own: type) -> type:

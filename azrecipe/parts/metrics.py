@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from azrecipe.errors import CannotRun
+from azrecipe.parts import losses
 from azrecipe.parts.tokens import encode
 
 if TYPE_CHECKING:
@@ -95,10 +96,13 @@ def _score(model: PreTrainedModel, batch: list[Window]) -> torch.Tensor:
         labels[row, window.context : len(window.ids)] = torch.tensor(window.ids[window.context :])
     ids, labels = ids.to(model.device), labels.to(model.device)
     positions = torch.arange(longest, device=ids.device).expand_as(ids)
+    if losses.chunked(model):
+        total: torch.Tensor = model(input_ids=ids, labels=labels, position_ids=positions, use_cache=False, num_items_in_batch=1).loss
+        return total.double().cpu()
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     # a row at a time: float32 logits of a whole batch at a large vocabulary would not fit
-    losses = [F.cross_entropy(logits[row, :-1].float(), labels[row, 1:], reduction="sum").double().cpu() for row in range(len(batch))]
-    return torch.stack(losses).sum()
+    rows = [F.cross_entropy(logits[row, :-1].float(), labels[row, 1:], reduction="sum").double().cpu() for row in range(len(batch))]
+    return torch.stack(rows).sum()
 
 
 def _position() -> tuple[int, int]:

@@ -262,6 +262,8 @@ def _begin(job: Job, model_path: str | None, own: PreTrainedTokenizerBase, start
         job.record.note(vocabulary=asdict(swap) if swap else None, parameters=model.count(net))
         return net
     net = model.load_model(model_path, config.training.precision, asked.attn_implementation, asked.revision)
+    if config.training.fused_linear_cross_entropy == "torch":
+        losses.chunk(net)
     job.measure("base", net.to(PartialState().device), own)
     same = vocabulary.same_vocabulary(own, job.tokenizer)
     swap = _padded(job, net, None if same else swap_vocabulary(net, own, job.tokenizer, start))

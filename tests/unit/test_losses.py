@@ -14,9 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import losses
-from tests.conftest import ROOT
-from tests.small import environment
+from azrecipe.parts import losses, metrics
+from tests.conftest import ROOT, TALES
+from tests.small import Project, environment
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -203,3 +203,19 @@ def test_under_ddp_and_fsdp_two_processes_give_the_plain_gradients() -> None:
     for kind, (_, loss, gradient) in found.items():
         assert loss < 1e-6, kind
         assert gradient < 2e-6, kind
+
+
+def test_bits_per_byte_are_those_of_the_plain_head_and_need_no_logits(finished: Project) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished.path("base") / "final"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = [TALES[0] * 12, TALES[1], TALES[2] * 3]  # the first is longer than a window
+    plain = metrics.bits(model, tokenizer, texts, 32, 2)
+    losses.chunk(model)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda _module, _given, out: seen.append(out.dim()))
+    chunked = metrics.bits(model, tokenizer, texts, 32, 2)
+    assert set(seen) == {0}
+    assert (chunked.bytes, chunked.tokens) == (plain.bytes, plain.tokens)
+    assert chunked.nats == pytest.approx(plain.nats, rel=2e-6)
