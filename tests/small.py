@@ -122,6 +122,18 @@ def server() -> Server:
     return Server(environment())
 
 
+def called(command: Sequence[str], folder: Path, timeout: float = 300) -> tuple[int, str]:
+    """The exit code and the output of a command; `python -m azrecipe` is a fork where that can be."""
+    if PREFORKED and list(command[:3]) == [sys.executable, "-m", "azrecipe"]:
+        out = folder / f".printed-{time.monotonic_ns()}"
+        pid = server().start(list(command[3:]), folder, environment(), out)
+        ended, printed = server().wait(pid, timeout), out.read_text(encoding="utf-8", errors="replace")
+        out.unlink()
+        return ended, printed
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
 @dataclass
 class Project:
     """A folder with recipes and text, and the ways to run them."""
@@ -148,24 +160,9 @@ class Project:
 
     def run(self, recipe: str, *arguments: str, runs: str = "runs", launcher: Sequence[str] = (), code: int = 0) -> str:
         """Run a recipe in a process of its own and return what it printed."""
-        if not launcher and PREFORKED:
-            out = self.folder / f".printed-{recipe}-{time.monotonic_ns()}"
-            pid = server().start(self.command(recipe, *arguments, runs=runs)[3:], self.folder, environment(), out)
-            ended, printed = server().wait(pid, 300), out.read_text(encoding="utf-8", errors="replace")
-            out.unlink()
-            assert ended == code, f"exit code {ended}\n{printed}"
-            return printed
-        done = subprocess.run(
-            self.command(recipe, *arguments, runs=runs, launcher=launcher),
-            cwd=self.folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
+        ended, printed = called(self.command(recipe, *arguments, runs=runs, launcher=launcher), self.folder)
+        assert ended == code, f"exit code {ended}\n{printed}"
+        return printed
 
     def interrupt(self, recipe: str, when: Callable[[Path], bool], number: int, *arguments: str, runs: str = "runs") -> int:
         """Start a recipe, send a signal as soon as `when(run directory)` holds, and return the exit code."""

@@ -175,7 +175,7 @@ REFUSED_BY_READING = [
     Case("unknown option", PRETRAIN, ("unrecognized arguments: --fast",), args=("--fast",)),
     Case("no processes", PRETRAIN, ("--num-processes: must be at least 1",), args=("--num-processes", "0")),
     Case("processes no number", PRETRAIN, ("--num-processes: must be a whole number, not 'two'",), args=("--num-processes", "two")),
-    Case("unknown accelerate config", PRETRAIN, ("there is no accelerate config 'fsdpp'; did you mean 'fsdp'? Known: cpu, ddp",), args=("--accelerate-config", "fsdpp")),
+    Case("unknown accelerate config", PRETRAIN, ("there is no accelerate config 'fsdpp'; did you mean 'fsdp'? Known: context, cpu, ddp",), args=("--accelerate-config", "fsdpp")),
     Case("missing accelerate config", PRETRAIN, ("no such accelerate config: ./my.yaml",), args=("--accelerate-config", "./my.yaml")),
     Case("cpu is one process", PRETRAIN, ("is one process: for 2 say --accelerate-config ddp",), args=("--accelerate-config", "cpu", "--num-processes", "2")),
     Case("validate a folder without recipes", None, ("d: no recipe in this folder",), files={"d/x": ""}, whole=("validate", "d")),

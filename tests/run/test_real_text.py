@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.small import environment
+from tests.small import called
 
 SHARED = Path(os.environ.get("AZRECIPE_SHARED", ROOT.parent / "shared"))
 
@@ -44,12 +44,12 @@ def test_the_whole_job_on_real_azerbaijani(llama3: Path, tmp_path: Path) -> None
         "evaluate.yaml:prompts=[Azərbaycan]",
         "evaluate.yaml:generation.max_new_tokens=8",
     ]
-    settings += [f"{step}:data.validation.{name}.max_bytes=10000" for step in (*steps, "evaluate.yaml") for name in ("target", "english")]
+    settings += [f"{step}:data.validation.{name}.max_bytes=4000" for step in (*steps, "evaluate.yaml") for name in ("target", "english")]
     command = [sys.executable, "-m", "azrecipe", "run", str(ROOT / "recipes" / "own_text" / "pipeline.yaml")]
     for setting in settings:
         command += ["--set", setting]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr
+    code, printed = called(command, tmp_path, 580)
+    assert code == 0, printed
     runs = tmp_path / "runs" / "own-text"
     candidates = {c["name"]: c for c in json.loads((runs / "tokenizer" / "result.json").read_text())["candidates"]}
     assert candidates["baseline"]["vocab_size"] == 128_256

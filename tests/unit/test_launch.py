@@ -40,7 +40,7 @@ def test_every_step_of_the_shipped_pipelines_divides_over_the_machines_they_are_
     for file in (ROOT / "recipes" / "pipeline.yaml", ROOT / "recipes" / "llama31_8b" / "pipeline.yaml"):
         for world in (1, 2, 4, 8, 16):
             for step in load_pipeline(file)[1]:
-                wrong = [e for e in preflight._refusals(step.recipe, world) if isinstance(e, RecipeError)]
+                wrong = [e for e in preflight._refusals(step.recipe, preflight.read(None, world)) if isinstance(e, RecipeError)]
                 assert wrong == [], step.key
 
 
