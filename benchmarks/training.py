@@ -1,11 +1,11 @@
 """What a training step, a start and a checkpoint cost, beside the ways that others go.
 
-    python benchmarks/training.py [--only step start checkpoint] [--rounds 5] [--steps 30] [--hidden-size 256] [--megabytes 4]
+    python benchmarks/training.py [--only step start checkpoint] [--rounds 5] [--steps 30] [--batch 4] [--hidden-size 256] [--megabytes 4]
 
-step: tokens a second of `azrecipe run`, of a bare PyTorch loop on the same batches, of transformers.Trainer fed as its run_clm
-example does (datasets.map, group_texts), of TRL's SFTTrainer in language-modelling mode. start: seconds from the command to the
-end of the first step, the tokenised text in the cache of each, `azrecipe run` beside `trl sft`. checkpoint: share of the time that
-training stands still at a save every 50 steps.
+step: tokens a second of a run, of transformers.Trainer fed as its run_clm example does (datasets.map, group_texts), of TRL's
+SFTTrainer in language-modelling mode, each beside a bare PyTorch loop that makes a step after each of theirs, in one process. start:
+seconds from the command to the end of the first step, the tokenised text in the cache of each, `azrecipe run` beside `trl sft`.
+checkpoint: share of the time that training stands still at a save every 50 steps.
 
 All train the same model of random weights on the same text, made from a seed; each in a process of its own, in turn, so many
 rounds; medians. Prints machine, versions and seed.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def project(folder: Path, asked: argparse.Namespace) -> None:
 
     make_text(folder / "text.jsonl", asked.megabytes)
     lines = (folder / "text.jsonl").read_text(encoding="utf-8").splitlines()
-    (folder / "held.jsonl").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+    (folder / "held.jsonl").write_text(lines[0] + "\n", encoding="utf-8")
     tokenizer = train_llama3((json.loads(line)["text"] for line in lines[:2000]), asked.vocab_size)
     set_seed(SEED)
     config = LlamaConfig(
@@ -80,28 +80,8 @@ def arguments(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def clocked(asked: argparse.Namespace) -> Any:
-    """A transformers callback that times the steps after the warm ones."""
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        times: list[float]
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.times = []
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.times.append(time.monotonic())
-
-        def speed(self) -> float:
-            steps = len(self.times) - WARM
-            return steps * asked.batch * asked.length / (self.times[-1] - self.times[WARM - 1])
-
-    return Clock()
-
-
-def bare(folder: Path, asked: argparse.Namespace) -> float:
-    """A loop as short as it can be written, on the very batches that azrecipe trains on."""
+def bare(folder: Path, asked: argparse.Namespace) -> Iterator[None]:
+    """A loop as short as it can be written, on the very batches that azrecipe trains on; yields after each step."""
     import torch
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -123,18 +103,44 @@ def bare(folder: Path, asked: argparse.Namespace) -> float:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, asked.steps)
-    times = []
     for batch in DataLoader(data, asked.batch, collate_fn=collate(how, "sdpa")):
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        times.append(time.monotonic())
-    return (len(times) - WARM) * asked.batch * asked.length / (times[-1] - times[WARM - 1])
+        yield
 
 
-def run_clm(folder: Path, asked: argparse.Namespace) -> float:
+def pair(folder: Path, asked: argparse.Namespace) -> Any:
+    """A transformers callback that makes a step of the bare loop after each step of a trainer, and times both.
+
+    Machines drift by more than what is to be seen here within a minute; neighbours in time are measured alike.
+    """
+    from transformers import TrainerCallback
+
+    class Pair(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.loop, self.mine, self.theirs = bare(folder, asked), [0.0], [0.0]
+            next(self.loop)
+            self.since = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            begun = time.perf_counter()
+            self.mine.append(begun - self.since)
+            if next(self.loop, self) is self:
+                return
+            self.since = time.perf_counter()
+            self.theirs.append(self.since - begun)
+
+        def speeds(self) -> list[float]:
+            """Tokens a second of the trainer and of the bare loop, by their median steps."""
+            return [asked.batch * asked.length / statistics.median(times[1 + WARM :]) for times in (self.mine, self.theirs)]
+
+    return Pair()
+
+
+def run_clm(folder: Path, asked: argparse.Namespace) -> list[float]:
     """transformers' example: texts tokenised and joined by datasets.map, blocks of one length, plain Trainer."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
@@ -149,58 +155,77 @@ def run_clm(folder: Path, asked: argparse.Namespace) -> float:
 
     tokenised = table.map(lambda rows: {"input_ids": tokenizer(rows["text"])["input_ids"]}, batched=True, remove_columns=["text"])
     blocks = tokenised.map(joined, batched=True, remove_columns=tokenised.column_names)
-    clock = clocked(asked)
+    clock = pair(folder, asked)
     Trainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "model"), args=TrainingArguments(**arguments(folder, asked)),
         train_dataset=blocks, data_collator=default_data_collator, callbacks=[clock],
     ).train()  # fmt: skip
-    return float(clock.speed())
+    return clock.speeds()
 
 
-def trl(folder: Path, asked: argparse.Namespace) -> float:
+def trl(folder: Path, asked: argparse.Namespace) -> list[float]:
     """TRL's SFTTrainer on a text column, packed."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
     table = datasets.load_dataset("json", data_files=str(folder / "text.jsonl"), split="train", cache_dir=str(folder / "hf"))
-    clock = clocked(asked)
+    clock = pair(folder, asked)
     SFTTrainer(
         model=str(folder / "model"), train_dataset=table, callbacks=[clock],
         args=SFTConfig(**arguments(folder, asked), packing=True, packing_strategy="wrapped", max_length=asked.length, bf16=False,
                        gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"}),
     ).train()  # fmt: skip
-    return float(clock.speed())
+    return clock.speeds()
 
 
-def azrecipe(folder: Path, asked: argparse.Namespace) -> float:
-    """The command that a user gives; the speed is read off its metrics.jsonl."""
-    file = recipe(folder, asked, f"step{time.monotonic_ns()}")
-    subprocess.run([sys.executable, "-m", "azrecipe", "run", file.name, "--quiet"], cwd=folder, check=True, stderr=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (folder / "runs" / "benchmark" / file.stem / "metrics.jsonl").read_text().splitlines()]
-    seconds = [asked.batch * asked.length / line["tokens_per_second"] for line in lines if "loss" in line][WARM:]
-    return len(seconds) * asked.batch * asked.length / math.fsum(seconds)
+def azrecipe(folder: Path, asked: argparse.Namespace) -> list[float]:
+    """A run as `azrecipe run` makes it, the clock its trainer's last callback."""
+    from azrecipe.launch import worker
+    from azrecipe.parts import backend
+
+    backend.set_up()
+    from azrecipe.parts import text_training
+
+    clocks = []
+
+    class Clocked(text_training.TextTrainer):
+        def train(self, *given: Any, **more: Any) -> Any:
+            clocks.append(pair(folder, asked))
+            self.add_callback(clocks[0])
+            return super().train(*given, **more)
+
+    text_training.TextTrainer = Clocked  # type: ignore[misc]
+    os.chdir(folder)
+    code = worker.start(recipe(folder, asked, f"step{time.monotonic_ns()}").name, [], Path("runs"))
+    if code:
+        raise SystemExit(code)
+    return clocks[0].speeds()
 
 
-def alone(function: str, folder: Path, asked: argparse.Namespace) -> float:
+def alone(function: str, folder: Path, asked: argparse.Namespace) -> list[float]:
     """One function in a process of its own."""
     command = [sys.executable, __file__, "--run", json.dumps([function, str(folder), vars(asked)])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return [float(part) for part in done.stdout.split()[-2:]]
 
 
 def step(folder: Path, asked: argparse.Namespace) -> None:
-    ways = ("azrecipe", "bare", "run_clm", "trl")
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    ways = ("azrecipe", "run_clm", "trl")
+    found: dict[str, list[list[float]]] = {way: [] for way in ways}
     for _ in range(asked.rounds):
         for way in ways:
-            found[way].append(azrecipe(folder, asked) if way == "azrecipe" else alone(way, folder, asked))
-    ours = statistics.median(found["azrecipe"])
-    for way, speeds in found.items():
-        middle = statistics.median(speeds)
+            found[way].append(alone(way, folder, asked))
+    ratios = {way: [mine / theirs for mine, theirs in speeds] for way, speeds in found.items()}
+    for way, pairs in found.items():
+        mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        middle = statistics.median(ratios[way])
         print(
-            f"step, {way}: {middle:,.0f} tokens/s ({min(speeds):,.0f} to {max(speeds):,.0f}); azrecipe / {way} {ours / middle:.3f}",
+            f"step, {way}: {mine:,.0f} tokens/s, the bare loop in turn with it {theirs:,.0f}; "
+            f"{way} / bare {middle:.3f} ({min(ratios[way]):.3f} to {max(ratios[way]):.3f})",
             flush=True,
         )
+    for way in ways[1:]:
+        print(f"step, azrecipe / {way} {statistics.median(ratios['azrecipe']) / statistics.median(ratios[way]):.3f}", flush=True)
 
 
 def first_step(command: list[str], folder: Path, sign: Any) -> float:
@@ -239,7 +264,8 @@ def start(folder: Path, asked: argparse.Namespace) -> None:
     middle = {way: statistics.median(seconds) for way, seconds in found.items()}
     for way, seconds in found.items():
         print(f"start, {way}: {middle[way]:.2f} s to the end of the first step ({min(seconds):.2f} to {max(seconds):.2f})")
-    print(f"start, azrecipe / trl sft {middle['azrecipe'] / middle['trl sft']:.3f}", flush=True)
+    ratios = [ours / theirs for ours, theirs in zip(found["azrecipe"], found["trl sft"], strict=True)]
+    print(f"start, azrecipe / trl sft {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
 
 
 def checkpoint(folder: Path, asked: argparse.Namespace) -> None:
@@ -270,14 +296,14 @@ def main() -> None:
         ("layers", 4),
         ("vocab-size", 4000),
         ("length", 256),
-        ("batch", 8),
+        ("batch", 4),
         ("megabytes", 4),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     if asked.run:
         function, folder, given = json.loads(asked.run)
-        print(globals()[function](Path(folder), argparse.Namespace(**given)))
+        print(*globals()[function](Path(folder), argparse.Namespace(**given)))
         return
     names = ("torch", "transformers", "trl", "datasets", "accelerate")
     print(

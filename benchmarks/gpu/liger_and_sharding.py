@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any
 SEED = 42
 ROOT = Path(__file__).resolve().parents[2]
 WARM, TIMED = 2, 4
+STARTING = 60  # seconds that a launch may take beside its share: imports, and the batch it is in
 LLAMA_1B = {
     "vocab_size": 100_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131_072, "rope_theta": 500_000.0, "tie_word_embeddings": True,
@@ -90,13 +92,13 @@ def worker(asked: dict[str, Any]) -> None:
         given = training.arguments(config, loop, backend) | {"save_strategy": "no", "logging_steps": 1000, "logging_first_step": False}
         clock = Clock()
         try:
-            if cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
             set_seed(SEED)
             with torch.device(PartialState().device):
                 model = LlamaForCausalLM(LlamaConfig(**asked["config"])).to(torch.bfloat16 if cuda else torch.float32)
             model.config.use_cache = False
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             trainer = Trainer(model=model, args=TrainingArguments(**given), train_dataset=Random(), callbacks=[clock])
             trainer.train()
         except torch.OutOfMemoryError:
@@ -110,16 +112,24 @@ def worker(asked: dict[str, Any]) -> None:
 
 
 def row(kind: str, asked: dict[str, Any], processes: int) -> list[dict[str, float]]:
-    """Launch one row and read what it printed; memory may run out so that the launch itself fails."""
+    """Launch one row and read what it printed. Memory may run out so that the launch fails, or so that some processes wait for one that is gone."""
     command = [sys.executable, __file__, "--worker", json.dumps(asked)]
     if processes > 1 or kind == "fsdp":
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{kind}.yaml")]
-        command = [sys.executable, *launch, "--num_processes", str(processes), *command[1:]]
+        by = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{kind}.yaml")]
+        command = [sys.executable, *by, "--num_processes", str(processes), *command[1:]]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
-    rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if not rows:
-        raise SystemExit(f"{kind}: no batch ran\n{done.stderr[-3000:]}")
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as told:
+        launch = subprocess.Popen(command, stdout=printed, stderr=told, env=os.environ | {"PYTHONPATH": paths}, start_new_session=True)
+        try:
+            launch.wait(timeout=asked["seconds"] + STARTING)
+        except subprocess.TimeoutExpired:
+            os.killpg(launch.pid, signal.SIGTERM)  # its workers lead sessions of their own: the launcher ends them
+            launch.wait()
+        printed.seek(0)
+        told.seek(0)
+        rows = [json.loads(line[4:]) for line in printed if line.startswith("ROW ")]
+        if not rows:
+            raise SystemExit(f"{kind}: no batch ran\n{told.read()[-3000:]}")
     return rows
 
 
