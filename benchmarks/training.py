@@ -294,7 +294,7 @@ def main() -> None:
         ("steps", 30),
         ("hidden-size", 256),
         ("layers", 4),
-        ("vocab-size", 4000),
+        ("vocab-size", 12500),
         ("length", 256),
         ("batch", 4),
         ("megabytes", 4),
