@@ -232,7 +232,8 @@ def first_step(command: list[str], folder: Path, sign: Any) -> float:
     """Seconds from a command to what `sign` takes for the end of its first step."""
     started = time.monotonic()
     with (folder / "printed.txt").open("w") as out:
-        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, cwd=folder, env=unbuffered, stdout=out, stderr=subprocess.STDOUT)
         while not sign():
             if process.poll() is not None:
                 raise SystemExit((folder / "printed.txt").read_text()[-3000:])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import select
 import signal
 import subprocess
@@ -20,6 +21,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 
 def preload() -> None:
@@ -98,6 +101,8 @@ def _module(name: str, argv: list[str], env: Mapping[str, str]) -> int:
         os.environ.update(env)
         sys.argv = [name, *argv]
         logging.disable(logging.NOTSET)  # the launcher's own choice
+        random.seed()  # a process of its own would not begin where the others do
+        np.random.seed()
         command._stopped.clear()
         return int(launcher.main() if name == "azrecipe.launch.launcher" else cli.main(argv))
     except SystemExit as end:
@@ -132,19 +137,20 @@ class Fork:
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if done else None
+            try:
+                done, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # a signal's handler has asked in the meantime
+                return self.returncode
+            if done:
+                self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         until = None if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
-            if until is None:
-                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            elif time.monotonic() > until:
+            if until is not None and time.monotonic() > until:
                 raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
-            else:
-                time.sleep(0.01)
+            time.sleep(0.005)
         assert self.returncode is not None
         return self.returncode
 

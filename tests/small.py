@@ -127,7 +127,12 @@ def called(command: Sequence[str], folder: Path, timeout: float = 300) -> tuple[
     if PREFORKED and list(command[:3]) == [sys.executable, "-m", "azrecipe"]:
         out = folder / f".printed-{time.monotonic_ns()}"
         pid = server().start(list(command[3:]), folder, environment(), out)
-        ended, printed = server().wait(pid, timeout), out.read_text(encoding="utf-8", errors="replace")
+        try:
+            ended = server().wait(pid, timeout)
+        except TimeoutError:
+            os.killpg(pid, signal.SIGTERM)
+            raise
+        printed = out.read_text(encoding="utf-8", errors="replace")
         out.unlink()
         return ended, printed
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)

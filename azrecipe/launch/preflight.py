@@ -94,12 +94,14 @@ def _machines(launch: Launch) -> None:
 
 def _backend(launch: Launch) -> list[str]:
     """Why this machine cannot honour a sharded config. Raises CommandError for processes that do not fit its mesh."""
-    if launch.kind not in ("FSDP", "DEEPSPEED"):
-        return []
     if launch.mesh is not None:
-        wrong = launch.mesh.problem(launch.processes)
+        wrong = (
+            launch.mesh.problem(launch.processes) if launch.kind == "FSDP" else "parallelism_config goes with distributed_type: FSDP only"
+        )
         if wrong:
             raise CommandError(f"{launch.file}: {wrong}")
+    if launch.kind not in ("FSDP", "DEEPSPEED"):
+        return []
     if launch.kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         return [f"{launch.file} needs DeepSpeed: pip install 'azrecipe[deepspeed]'"]
     why = "" if backend.has_accelerator() else cpu.problem(launch.kind)

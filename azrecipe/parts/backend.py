@@ -120,6 +120,8 @@ class Mesh:
 
     def problem(self, world: int) -> str:
         """What is wrong with it where `world` processes are started, or ""."""
+        if min(self.replicate, self.context) < 1 or (self.shard < 1 and self.shard != -1):
+            return "the accelerate config has a size below 1 in its parallelism_config"
         groups = self.replicate * self.context
         if self.replicate > 1 and self.context > 1:
             return "the accelerate config splits sequences and replicates the model as well, which is not verified: dp_replicate_size 1"
@@ -229,6 +231,9 @@ def check_context(context: int, recipe: Recipe) -> None:
         problems.append(
             Problem(recipe.place("training", "torch_compile"), "not verified with sequences split over processes: torch_compile: false")
         )
+    if config.training.precision == "float32" and has_accelerator():
+        message = "sequences split over processes are for bfloat16 on GPUs, as PyTorch's ring attention is: bf16_mixed or bf16_pure"
+        problems.append(Problem(recipe.place("training", "precision"), message))
     if problems:
         raise RecipeError(problems)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import linear_cross_entropy, pad
+from torch.nn.functional import cross_entropy, linear_cross_entropy, pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -24,13 +24,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ROWS = 512  # of logits at once where no gradient is asked for
+
+
 class _Head(nn.Linear):
     """A head that gives the sum of a batch's -ln p where it is given labels, and logits where it is not."""
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., width] → logits [..., vocabulary]; with labels [...] already shifted → a float32 scalar."""
+        """[..., width] → logits [..., vocabulary]; with labels [...] already shifted → a float32 scalar, without gradients a float64 one."""
         if labels is None:
             return super().forward(hidden)
+        if not torch.is_grad_enabled():  # measured, not trained: the plain loss, to the last bit that float32 logits give
+            total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+            for part, its in zip(hidden.flatten(0, -2).split(ROWS), labels.flatten().split(ROWS), strict=True):
+                total += cross_entropy(super().forward(part).float(), its, ignore_index=IGNORED, reduction="sum")
+            return total
         weight: torch.Tensor = self.weight
         bias: torch.Tensor | None = self.bias
         device = hidden.device.type
@@ -63,17 +71,21 @@ class _Chunked:
 
 
 def chunk(model: PreTrainedModel) -> None:
-    """Compute a model's loss a chunk of the logits at a time from now on. `check` says whether a model can have it."""
-    if chunked(model):
-        return
+    """Compute a model's loss a chunk of the logits at a time from now on. `check` says whether a model can have it.
+
+    To be said again after a change of the vocabulary, which gives the model another head.
+    """
     head = model.get_output_embeddings()
-    head.__class__ = _derived(_Head, type(head))
-    model.__class__ = _derived(_Chunked, type(model))
+    if not isinstance(head, _Head):
+        head.__class__ = _derived(_Head, type(head))
+    if not isinstance(model, _Chunked):
+        model.__class__ = _derived(_Chunked, type(model))
 
 
-def chunked(model: object) -> bool:
-    """Whether a model's loss is computed so."""
-    return isinstance(model, _Chunked)
+def chunked(model: Any) -> bool:
+    """Whether a model's loss is computed so; looks below the wrapping of DeepSpeed and of torch.compile."""
+    inner = getattr(model, "module", model)
+    return isinstance(getattr(inner, "_orig_mod", inner), _Chunked)
 
 
 def _derived(first: type, own: type) -> type:

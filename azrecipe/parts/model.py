@@ -43,11 +43,18 @@ def skeleton(path: str, attn_implementation: str = "sdpa", revision: str | None 
         )
 
 
-def partial_attention(net: PreTrainedModel) -> list[str]:
-    """The kinds of a model's layers that do not see all that precedes (sliding windows, chunks, recurrence), as its configuration names them."""
+def unsplittable(net: PreTrainedModel) -> str:
+    """Why a model's sequences cannot be split over processes (accelerate's big_modeling, _attach_context_parallel_hooks), or ""."""
     config = net.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if getattr(config, "sliding_window", None) else [])
-    return sorted({kind for kind in kinds if kind != "full_attention"})
+    partial = sorted({kind for kind in kinds if kind != "full_attention"})
+    if partial:
+        return f"has {', '.join(partial)} layers, which see less than all that precedes"
+    if sum(name.rsplit(".", 1)[-1] == "self_attn" for name, _ in net.named_modules()) != config.num_hidden_layers:
+        return f"is a {config.model_type}, whose attention Accelerate does not find by its name (self_attn)"
+    if getattr(config, "attention_dropout", 0):
+        return "has attention_dropout, which PyTorch's ring attention does not take back alike"
+    return ""
 
 
 def embedding_shape(path: str, revision: str | None = None) -> tuple[int, int, int] | None:

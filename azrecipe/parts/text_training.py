@@ -107,6 +107,16 @@ class TextTrainer(BackgroundSaving, GuardedTrainer, training.FilledGroups):
         """Where weight decay belongs, by `phases.decayed` instead of by name."""
         return phases.decayed(model, self.trained.masked)
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **more: Any) -> Any:
+        """The loss of a batch.
+
+        A process that has a front and a back piece of a sequence has positions that jump, which transformers takes for packing and
+        makes a mask of [tokens, tokens]; Accelerate drops it in each layer. A mask that is given is none that is made.
+        """
+        if self.job.backend.context > 1:
+            inputs = {**inputs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs["input_ids"].device)}
+        return super().compute_loss(model, inputs, *given, **more)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """BPB on each validation set, logged as eval_<name>_bpb."""
         found = {

@@ -177,11 +177,8 @@ def _check_model(
             losses.check(net)
         except CommandError as error:
             raise recipe.problem(f"PyTorch's chunked loss: {error}", "training", "fused_linear_cross_entropy") from None
-    if context > 1 and (kinds := model.partial_attention(net)):
-        message = (
-            f"its {', '.join(kinds)} layers see less than all that precedes, and sequences split over processes need layers that see all"
-        )
-        raise recipe.problem(message, "model")
+    if context > 1 and (why := model.unsplittable(net)):
+        raise recipe.problem(f"the accelerate config splits sequences over processes, and this model {why}", "model")
     limit = getattr(net.config, "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
         raise recipe.problem(
@@ -267,6 +264,8 @@ def _begin(job: Job, model_path: str | None, own: PreTrainedTokenizerBase, start
     job.measure("base", net.to(PartialState().device), own)
     same = vocabulary.same_vocabulary(own, job.tokenizer)
     swap = _padded(job, net, None if same else swap_vocabulary(net, own, job.tokenizer, start))
+    if config.training.fused_linear_cross_entropy == "torch":
+        losses.chunk(net)  # the head is another one now
     if swap is not None:
         say(f"  vocabulary {swap}", job.backend.main)
     if not same:

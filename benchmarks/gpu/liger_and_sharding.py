@@ -3,7 +3,7 @@
     python benchmarks/gpu/liger_and_sharding.py [--processes N] [--batches 1 2 4 8 10 12 14 16 18 20 24 28 32] [--minutes 8]
 
 Llama 3.2 1B's shape with the published vocabulary of 100,000 and sequences of 2,048, random weights, precision bf16_pure; one
-process a GPU. Each row is one launch, which tries batch after batch until memory is out or its share of the time. On a machine without a
+process a GPU. Each row is one launch, which tries batch after batch until memory is out, or its share of the time or the list (then "≥"). On a machine without a
 GPU a toy model runs instead (no Liger, float32), so that this file keeps working; its figures mean nothing.
 Prints the table in markdown, and machine, versions and seed.
 """
@@ -11,6 +11,7 @@ Prints the table in markdown, and machine, versions and seed.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -26,7 +27,6 @@ from typing import Any
 SEED = 42
 ROOT = Path(__file__).resolve().parents[2]
 WARM, TIMED = 2, 4
-STARTING = 60  # seconds that a launch may take beside its share: imports, and the batch it is in
 LLAMA_1B = {
     "vocab_size": 100_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131_072, "rope_theta": 500_000.0, "tie_word_embeddings": True,
@@ -81,9 +81,11 @@ def worker(asked: dict[str, Any]) -> None:
 
     file = Path(asked["folder"], f"row{backend.rank}.yaml")
     file.write_text(RECIPE, encoding="utf-8")
-    until = time.monotonic() + asked["seconds"]
+    until = time.monotonic() + asked["seconds"] * 0.6  # of the launch's time; imports have had some, the last batch needs some
+    stopped = "list"
     for batch in asked["batches"]:
         if time.monotonic() > until:
+            stopped = "time"
             break
         sets = [f"training.{key}={value}" for key, value in asked["training"].items()]
         sets += [f"training.global_batch_size={batch * backend.world}", f"training.per_device_train_batch_size={batch}"]
@@ -102,6 +104,7 @@ def worker(asked: dict[str, Any]) -> None:
             trainer = Trainer(model=model, args=TrainingArguments(**given), train_dataset=Random(), callbacks=[clock])
             trainer.train()
         except torch.OutOfMemoryError:
+            stopped = "memory"
             break
         tokens = TIMED * batch * asked["length"] / clock.seconds
         memory = torch.cuda.max_memory_allocated() if cuda else 0
@@ -109,28 +112,34 @@ def worker(asked: dict[str, Any]) -> None:
             print("ROW " + json.dumps({"batch": batch, "memory": memory, "tokens": tokens}), flush=True)
         trainer.accelerator.free_memory()
         del trainer, model
+        gc.collect()  # trainer, callbacks and shards know each other: what is left would count for the next batch
+    if backend.main:
+        print(f"STOPPED {stopped}", flush=True)
 
 
-def row(kind: str, asked: dict[str, Any], processes: int) -> list[dict[str, float]]:
-    """Launch one row and read what it printed. Memory may run out so that the launch fails, or so that some processes wait for one that is gone."""
+def row(kind: str, asked: dict[str, Any], processes: int) -> tuple[list[dict[str, float]], bool]:
+    """Launch one row and read what it printed: its batches, and whether it was memory that ended them. Memory may run out so that the launch fails, or so that some processes wait for one that is gone."""
     command = [sys.executable, __file__, "--worker", json.dumps(asked)]
     if processes > 1 or kind == "fsdp":
         by = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / f"{kind}.yaml")]
         command = [sys.executable, *by, "--num_processes", str(processes), *command[1:]]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as told:
-        launch = subprocess.Popen(command, stdout=printed, stderr=told, env=os.environ | {"PYTHONPATH": paths}, start_new_session=True)
+        changes = {"PYTHONPATH": paths} | ({"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 else {})  # else nn.DataParallel takes all
+        launch = subprocess.Popen(command, stdout=printed, stderr=told, env=os.environ | changes, start_new_session=True)
         try:
-            launch.wait(timeout=asked["seconds"] + STARTING)
+            launch.wait(timeout=asked["seconds"])
         except subprocess.TimeoutExpired:
             os.killpg(launch.pid, signal.SIGTERM)  # its workers lead sessions of their own: the launcher ends them
             launch.wait()
         printed.seek(0)
         told.seek(0)
-        rows = [json.loads(line[4:]) for line in printed if line.startswith("ROW ")]
-        if not rows:
-            raise SystemExit(f"{kind}: no batch ran\n{told.read()[-3000:]}")
-    return rows
+        lines, errors = printed.read().splitlines(), told.read()
+    rows = [json.loads(line[4:]) for line in lines if line.startswith("ROW ")]
+    out_of_memory = "STOPPED memory" in lines or "OutOfMemoryError" in errors
+    if not rows or (launch.returncode > 0 and not out_of_memory):
+        raise SystemExit(f"{kind}: a launch failed after {len(rows)} batches\n{errors[-3000:]}")
+    return rows, out_of_memory
 
 
 def main() -> None:
@@ -163,13 +172,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             asked = {
                 "folder": folder, "config": LLAMA_1B if cuda else TOY, "length": 2048 if cuda else 64,
-                "batches": given.batches if cuda else given.batches[:2], "seconds": given.minutes * 60 / len(kinds) * 0.7,
+                "batches": given.batches if cuda else given.batches[:2], "seconds": given.minutes * 60 / len(kinds),
                 "training": {"precision": "bf16_pure" if cuda else "float32", "use_liger_kernel": str(liger).lower()},
             }  # fmt: skip
-            rows = row(kind, asked, processes)
+            rows, out_of_memory = row(kind, asked, processes)
         largest, best = rows[-1], max(rows, key=lambda r: r["tokens"])
         print(
-            f"| {kind} | {'yes' if liger else 'no'} | {largest['batch']} | {largest['memory'] / 1e9:.1f} | {largest['tokens']:,.0f} | {best['tokens']:,.0f} ({best['batch']}) |",
+            f"| {kind} | {'yes' if liger else 'no'} | {'' if out_of_memory else '≥ '}{largest['batch']} | {largest['memory'] / 1e9:.1f} | {largest['tokens']:,.0f} | {best['tokens']:,.0f} ({best['batch']}) |",
             flush=True,
         )
 

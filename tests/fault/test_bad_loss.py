@@ -113,3 +113,12 @@ def test_a_spike_is_left_out_and_killed_runs_judge_alike(small: Project, finishe
     small.interrupt("bad", lambda run: (run / "checkpoints" / "all" / "checkpoint-14" / "COMPLETE.json").exists(), signal.SIGKILL)
     small.run("bad")
     assert_same_weights(run_folder(small) / "final", whole / "final")
+
+
+def test_processes_that_share_sequences_name_each_once(poisoned: Project) -> None:
+    told = poisoned.run("bad", "--accelerate-config", "context", "--num-processes", "2", "--set", "data.packing=false", code=1)
+    assert told.count("the loss is nan at step") == 1
+    line = lines(poisoned)[0]
+    named = [sequence["sequence"] for batch in line["batches"] for sequence in batch["sequences"]]  # type: ignore[attr-defined]
+    assert len(named) == len(set(named))
+    assert '"document": 7,' in documents(line)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from azrecipe.errors import CommandError
@@ -219,3 +220,18 @@ def test_bits_per_byte_are_those_of_the_plain_head_and_need_no_logits(finished: 
     assert set(seen) == {0}
     assert (chunked.bytes, chunked.tokens) == (plain.bytes, plain.tokens)
     assert chunked.nats == pytest.approx(plain.nats, rel=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vocabulary_that_grows_keeps_the_chunked_loss(dtype: torch.dtype) -> None:
+    model = build("llama", tie_word_embeddings=True).to(dtype).eval()
+    losses.chunk(model)
+    model.resize_token_embeddings(96)
+    losses.chunk(model)
+    inputs = batch()
+    with torch.no_grad():
+        total = model(**inputs, use_cache=False, num_items_in_batch=1).loss
+        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+        plain = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), inputs["labels"][:, 1:].flatten(), reduction="sum")
+    assert logits.shape[-1] == 96
+    assert float(total) == pytest.approx(float(plain), rel=1e-6)
