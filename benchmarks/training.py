@@ -1,6 +1,6 @@
 """What a training step, a start and a checkpoint cost, beside the ways that others go.
 
-    python benchmarks/training.py [--only step start checkpoint] [--rounds 5] [--steps 30] [--batch 4] [--hidden-size 256] [--megabytes 4]
+    python benchmarks/training.py [--only step start checkpoint] [--ways azrecipe run_clm trl] [--rounds 5] [--steps 30] [--batch 4] [--hidden-size 256] [--megabytes 4]
 
 step: tokens a second of a run, of transformers.Trainer fed as its run_clm example does (datasets.map, group_texts), of TRL's
 SFTTrainer in language-modelling mode, each beside a bare PyTorch loop that makes a step after each of theirs, in one process. start:
@@ -65,7 +65,7 @@ def project(folder: Path, asked: argparse.Namespace) -> None:
 
 
 def recipe(folder: Path, asked: argparse.Namespace, name: str, **changes: Any) -> Path:
-    values = {"length": asked.length, "batch": asked.batch, "steps": asked.steps, "log": 1, "save": 10**6, **changes}
+    values = {"length": asked.length, "batch": asked.batch, "steps": asked.steps, "log": 10, "save": 10**6, **changes}
     file = folder / f"{name}.yaml"
     file.write_text(RECIPE.format(**values), encoding="utf-8")
     return file
@@ -75,7 +75,7 @@ def arguments(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """What the two trainers of others are given, so that the work is the same."""
     return {
         "output_dir": str(folder / "others"), "max_steps": asked.steps, "per_device_train_batch_size": asked.batch, "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine", "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True,
+        "lr_scheduler_type": "cosine", "report_to": "none", "save_strategy": "no", "logging_steps": 10, "disable_tqdm": True, "use_cpu": True,
         "dataloader_pin_memory": False, "seed": SEED,
     }  # fmt: skip
 
@@ -210,7 +210,7 @@ def alone(function: str, folder: Path, asked: argparse.Namespace) -> list[float]
 
 
 def step(folder: Path, asked: argparse.Namespace) -> None:
-    ways = ("azrecipe", "run_clm", "trl")
+    ways = asked.ways
     found: dict[str, list[list[float]]] = {way: [] for way in ways}
     for _ in range(asked.rounds):
         for way in ways:
@@ -224,7 +224,7 @@ def step(folder: Path, asked: argparse.Namespace) -> None:
             f"{way} / bare {middle:.3f} ({min(ratios[way]):.3f} to {max(ratios[way]):.3f})",
             flush=True,
         )
-    for way in ways[1:]:
+    for way in ways[1:] if ways[0] == "azrecipe" else ():
         print(f"step, azrecipe / {way} {statistics.median(ratios['azrecipe']) / statistics.median(ratios[way]):.3f}", flush=True)
 
 
@@ -253,7 +253,7 @@ def start(folder: Path, asked: argparse.Namespace) -> None:
     (folder / "table" / "train.jsonl").write_bytes((folder / "text.jsonl").read_bytes())
     found: dict[str, list[float]] = {"azrecipe": [], "trl sft": []}
     for nth in range(asked.rounds + 1):  # the first fills the caches
-        file = recipe(folder, asked, f"start{nth}", steps=2)
+        file = recipe(folder, asked, f"start{nth}", steps=2, log=1)
         lines = folder / "runs" / "benchmark" / file.stem / "metrics.jsonl"
         command = [sys.executable, "-m", "azrecipe", "run", file.name, "--quiet"]
         ours = first_step(command, folder, lambda lines=lines: lines.exists() and '"loss"' in lines.read_text())
@@ -289,6 +289,7 @@ def checkpoint(folder: Path, asked: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["step", "start", "checkpoint"], choices=["step", "start", "checkpoint"])
+    parser.add_argument("--ways", nargs="+", default=["azrecipe", "run_clm", "trl"], choices=["azrecipe", "run_clm", "trl"])
     parser.add_argument("--run", help=argparse.SUPPRESS)
     for name, default in (
         ("rounds", 5),
