@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from azrecipe.errors import CannotRun
 
-ALONE = 4_000_000  # characters that this process works on by itself: less is done sooner than processes start
+ALONE = 1_000_000  # characters that this process works on by itself: less is done sooner than processes start
 CHUNK = 500_000  # characters that a process takes at a time
 
 Result = TypeVar("Result")
