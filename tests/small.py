@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,15 +235,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-@pytest.fixture
-def small(finished: Project, tmp_path: Path) -> Project:
-    """The same project in a folder of the test's own, its base model and tokenizer already there."""
-    import shutil
-
-    project = fill(tmp_path)
+def copied(finished: Project, folder: Path) -> Project:
+    """The project in another folder, its base model and tokenizer already there."""
+    project = fill(folder)
     for name in ("base", "tokenizer"):
         shutil.copytree(finished.path(name), project.path(name))
     return project
+
+
+@pytest.fixture
+def small(finished: Project, tmp_path: Path) -> Project:
+    """The same project in a folder of the test's own, its base model and tokenizer already there."""
+    return copied(finished, tmp_path)
 
 
 def weights(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from azrecipe.parts import checkpoint
 from azrecipe.parts.backend import Backend, asked
 from azrecipe.parts.files import read_json, write_json
 from tests.conftest import write
-from tests.small import Project, environment, fill, weights
+from tests.small import Project, copied, environment, weights
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
 # Accumulation, activation checkpointing and measurements between steps
@@ -119,9 +119,7 @@ def terminate_one(project: Project, *arguments: str, steps: int) -> int:
 @pytest.fixture(scope="module")
 def stopped(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """FSDP on two processes with accumulation, activation checkpointing and measurements between steps, stopped by a SIGTERM to one of them. Only read it."""
-    project = fill(tmp_path_factory.mktemp("stopped"))
-    for name in ("base", "tokenizer"):
-        shutil.copytree(finished.path(name), project.path(name))
+    project = copied(finished, tmp_path_factory.mktemp("stopped"))
     assert terminate_one(project, "--accelerate-config", "fsdp", "--num-processes", "2", *EVERYTHING, steps=11) == 143
     return project
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import write
 from tests.run.test_backends import assert_same_training
-from tests.small import Project, fill
+from tests.small import Project, copied
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
 UNPACKED = ("--set", "data.packing=false")
@@ -31,13 +29,6 @@ def whole(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Projec
     """cpt on unpacked text by one process: the base of all comparisons."""
     project = copied(finished, tmp_path_factory.mktemp("whole"))
     project.run("cpt", *UNPACKED)
-    return project
-
-
-def copied(finished: Project, folder: Path) -> Project:
-    project = fill(folder)
-    for name in ("base", "tokenizer"):
-        shutil.copytree(finished.path(name), project.path(name))
     return project
 
 
