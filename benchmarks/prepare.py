@@ -91,7 +91,7 @@ def alone(way: str, file: Path, tokenizer: Path, processes: int) -> tuple[int, f
 def run(way: str, *arguments: Any) -> None:
     """In the process that is measured: imports first, they are not what is measured."""
     import datasets  # noqa: F401
-    import transformers  # noqa: F401
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
     import azrecipe.parts.storing
     import azrecipe.parts.vocabulary  # noqa: F401

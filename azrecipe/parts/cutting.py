@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.uint32]
 
-REMEMBERED = 200_000  # parts of text, of at most LONG characters: some 40 MB
+REMEMBERED = 400_000  # parts of text, of at most LONG characters: some 40 MB
 LONG = 40
 TOGETHER = 200
 # Where every match of LLAMA3_SPLIT ends: before a space that follows no white space (what takes white space begins with it), and
@@ -34,7 +33,11 @@ class Cutter:
         self.backend = backend
         backend.encode_special_tokens = True
         self.by_parts = _by_parts(backend)
-        self.known: dict[str, list[int]] = {}
+        # Ids are kept as the bytes of uint32, which join quickly. A word is what follows a space up to the next one: most of a text
+        # is split by str.split, far faster than by a regular expression. None: what comes behind may belong to it
+        self.words: dict[str, Any] = {}
+        self.parts: dict[str, bytes] = {}  # what begins with no space, or ends in white space
+        self.long: list[str] = []
         self.widths = np.zeros(backend.get_vocab_size() if self.by_parts else 0, np.int64)  # bytes of each token
         if self.by_parts:
             special = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -45,43 +48,81 @@ class Cutter:
         """The ids of each text."""
         if not self.by_parts:
             return [np.asarray(ids, np.uint32) for ids in self._whole(texts)]
-        cut = [_BORDER.split(text) for text in texts]
-        known = self.known
-        new = list({part: None for parts in cut for part in parts if part not in known})
-        known.update(self._learned(new))
-        made = []
-        for parts in cut:
-            ids: list[int] = []
-            for part in parts:
-                ids += known[part]
-            made.append(np.array(ids, np.uint32))
-        if len(known) > REMEMBERED:
-            known.clear()
-            new = []
-        for part in new:
-            if len(part) > LONG:
-                del known[part]
+        split = [text.split(" ") for text in texts]
+        words = set[str]().union(*(row[1:-1] for row in split))
+        self._learn_words(words.difference(self.words))
+        middles = [self._middle(row) for row in split]
+        ends = [
+            (_BORDER.split(text), []) if middle is None else (_BORDER.split(row[0]), _BORDER.split(f" {row[-1]}"))
+            for text, row, middle in zip(texts, split, middles, strict=True)
+        ]
+        self._learn({part for pair in ends for parts in pair for part in parts})
+        made = [
+            np.frombuffer(b"".join([*map(self._of, first), middle or b"", *map(self._of, last)]), np.uint32)
+            for (first, last), middle in zip(ends, middles, strict=True)
+        ]
+        self._forget(words)
         return made
+
+    def _middle(self, row: list[str]) -> bytes | None:
+        """The ids of a text's words but the first and last; None where not every space is a border."""
+        if len(row) < 2 or row[0][-1:].isspace():
+            return None
+        try:
+            return b"".join(map(self.words.__getitem__, row[1:-1]))
+        except TypeError:
+            return None
+
+    def _of(self, part: str) -> bytes:
+        found: bytes | None = self.words.get(part[1:]) if part[:1] == " " else None
+        return self.parts[part] if found is None else found
+
+    def _learn_words(self, new: set[str]) -> None:
+        """Words as they stand between spaces, into `words`: those of letters alone at once, others by their parts."""
+        plain = [word for word in new if word.isalpha()]
+        cut = {word: _BORDER.split(f" {word}") for word in new.difference(plain) if word and not word[-1].isspace()}
+        self.words.update((word, None) for word in new.difference(plain, cut))
+        self._learn_plain(plain)
+        self._learn({part for parts in cut.values() for part in parts})
+        self.words.update((word, b"".join(map(self._of, parts))) for word, parts in cut.items() if len(parts) > 1)
+        self.long += [word for word in new if len(word) > LONG]
+
+    def _learn(self, parts: set[str]) -> None:
+        new = [part for part in parts if part not in self.parts and (part[:1] != " " or self.words.get(part[1:]) is None)]
+        words = [part[1:] for part in new if part[:1] == " " and " " not in part[1:] and not part[-1].isspace()]
+        self._learn_plain(words)
+        others = [part for part in new if part[:1] != " " or " " in part[1:] or part[-1].isspace()]
+        self.parts.update((part, np.array(ids, np.uint32).tobytes()) for part, ids in zip(others, self._whole(others), strict=True))
+        self.long += [part for part in new if len(part) > LONG]
+
+    def _learn_plain(self, words: list[str]) -> None:
+        """Words with a border on both sides. A call costs far more than a word: many go in together."""
+        rows = [words[i : i + TOGETHER] for i in range(0, len(words), TOGETHER)]
+        together = [f" {' '.join(row)}" for row in rows]
+        for row, text, ids in zip(rows, together, self._whole(together), strict=True):
+            read = np.cumsum(self.widths[ids])
+            spaces = np.flatnonzero(np.frombuffer(text.encode(), np.uint8) == ord(" "))
+            if not len(read) or read[-1] != len(text.encode()):  # a vocabulary that lacks bytes
+                alone = self._whole([f" {word}" for word in row])
+                self.words.update((word, np.array(own, np.uint32).tobytes()) for word, own in zip(row, alone, strict=True))
+                continue
+            begins = [0, *(4 * (np.searchsorted(read, spaces[1:]) + 1)).tolist(), 4 * len(ids)]
+            data = np.array(ids, np.uint32).tobytes()
+            self.words.update((word, data[begins[n] : begins[n + 1]]) for n, word in enumerate(row))
+
+    def _forget(self, words: set[str]) -> None:
+        """What is long will hardly come again; where much is remembered, only the words of the texts just now stay."""
+        for part in self.long:
+            self.words.pop(part, None)
+            self.words.pop(part[1:], None)
+            self.parts.pop(part, None)
+        self.long.clear()
+        if len(self.words) + len(self.parts) > REMEMBERED:
+            self.words = {word: self.words[word] for word in words if word in self.words}
+            self.parts.clear()
 
     def _whole(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for chunk in chunks(texts) for e in self.backend.encode_batch_fast(chunk, add_special_tokens=False)]
-
-    def _learned(self, new: list[str]) -> Iterator[tuple[str, list[int]]]:
-        """The ids of parts. A call costs far more than a part: those that a border may stand between go in together."""
-        inner = [part for part in new if part[:1] == " " and not part[-1].isspace()]
-        outer = [part for part in new if part[:1] != " " or part[-1].isspace()]
-        yield from zip(outer, self._whole(outer), strict=True)
-        rows = [inner[i : i + TOGETHER] for i in range(0, len(inner), TOGETHER)]
-        for row, ids in zip(rows, self._whole(["".join(row) for row in rows]), strict=True):
-            read = np.cumsum(self.widths[ids])
-            ends = np.cumsum([len(part.encode()) for part in row])
-            if not len(read) or read[-1] != ends[-1]:  # a vocabulary that lacks bytes
-                yield from zip(row, self._whole(row), strict=True)
-                continue
-            begin = 0
-            for part, end in zip(row, (np.searchsorted(read, ends) + 1).tolist(), strict=True):
-                yield part, ids[begin:end]
-                begin = end
 
 
 def _by_parts(backend: Tokenizer) -> bool:

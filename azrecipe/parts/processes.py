@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from azrecipe.errors import CannotRun
 
-ALONE = 1_000_000  # characters that this process works on by itself: less is done sooner than processes start
+ALONE = 1_000_000  # characters: this process works on less by itself, sooner than others start
 CHUNK = 500_000  # characters that a process takes at a time
 
 Result = TypeVar("Result")
@@ -63,14 +64,23 @@ class Workers:
     def map(
         self, function: Callable[..., Result], given: Sequence[Any], chunks: Iterable[Chunk], size: Callable[[Chunk], int] = characters
     ) -> Iterator[Result]:
-        """function(*given, chunk) for each chunk, in order. At most two chunks a process are held. Raises CannotRun where one dies."""
+        """function(*given, chunk) for each chunk, in order. At most two chunks a process, or ALONE, are held.
+
+        Raises CannotRun where a process dies.
+        """
+        remaining = iter(chunks)
+        held = []
+        for chunk in remaining if self.count > 1 else ():
+            held.append(chunk)
+            self.alone -= size(chunk)
+            if self.alone <= 0:
+                break
+        if self.alone > 0 or self.count == 1:
+            yield from (function(*given, chunk) for chunk in chain(held, remaining))
+            return
         waiting: deque[Future[Result]] = deque()
         try:
-            for chunk in chunks:
-                self.alone -= size(chunk)
-                if self.count == 1 or self.alone > 0:
-                    yield function(*given, chunk)
-                    continue
+            for chunk in chain(held, remaining):
                 waiting.append(self._started().submit(function, *given, chunk))
                 if len(waiting) >= 2 * self.count:
                     yield waiting.popleft().result()
