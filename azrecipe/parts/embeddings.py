@@ -168,18 +168,26 @@ def pad_vocabulary(model: PreTrainedModel, tokens: int, multiple: int) -> int:
     """Add rows to a model's input and output embeddings, in place, until their number divides by `multiple`; returns the rows
     beyond `tokens`, the size of the vocabulary.
 
-    Rows are never taken away. New ones start as the mean of the tokens' rows; no text holds their ids, so no label does.
-    config.vocab_size is the number of rows.
+    Rows are never taken away; no text holds the ids of the new ones, so no label does.
     """
     rows = int(model.get_input_embeddings().weight.shape[0])
     wanted = -(-rows // multiple) * multiple
+    add_rows(model, wanted, tokens)
+    return wanted - tokens
+
+
+def add_rows(model: PreTrainedModel, wanted: int, tokens: int | None = None) -> None:
+    """Give a model `wanted` rows at least, in place. New ones start as the mean of the first `tokens` rows (None: of all there are).
+
+    config.vocab_size is the number of rows.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
     if wanted > rows:
         model.resize_token_embeddings(wanted, mean_resizing=False)
         with torch.no_grad():
             for matrix in _matrices(model):
-                matrix[rows:] = matrix[:tokens].float().mean(0).to(matrix.dtype)
+                matrix[rows:] = matrix[: rows if tokens is None else tokens].float().mean(0).to(matrix.dtype)
         model.tie_weights()
-    return wanted - tokens
 
 
 def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

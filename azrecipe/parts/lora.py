@@ -1,42 +1,158 @@
-"""LoRA adapters: which layers get one, and the adapter folded into plain weights."""
+"""LoRA adapters: which layers and token rows get one, and the adapter folded into plain weights."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from azrecipe.errors import CommandError, did_you_mean
+from azrecipe.errors import CannotRun, CommandError, did_you_mean
+from azrecipe.parts.backend import Backend
+from azrecipe.parts.embeddings import add_rows
 from azrecipe.parts.model import load_model
-from azrecipe.recipe.types import Lora
+from azrecipe.parts.vocabulary import rows_needed
+from azrecipe.recipe.types import Lora, Model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def lora_config(lora: Lora, model: PreTrainedModel) -> Any:
-    """peft.LoraConfig for a model. Raises CommandError for a target that names none of its linear layers."""
+def lora_config(lora: Lora, model: PreTrainedModel, new_tokens: Sequence[int] = ()) -> Any:
+    """peft.LoraConfig for a model, whose rows of `new_tokens` (ids) train too. Raises CommandError for a target that names no linear layer."""
     from peft import LoraConfig
 
-    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    known = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
-    unknown = [name for name in targets if name not in known and name != "all-linear"]
-    if unknown:
-        lines = [f"lora.target_modules: no linear layer is called '{name}'{did_you_mean(name, known)}" for name in unknown]
-        raise CommandError("\n".join([*lines, f"Linear layers of this model: {', '.join(known)}, or all-linear"]))
+    problems: list[str] = []
+    targets = _targets(lora, model, problems)
+    modules = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for name in lora.modules_to_save:
+        if name not in modules:
+            problems.append(f"lora.modules_to_save: no module is called '{name}'{did_you_mean(name, modules)}")
+    if problems:
+        raise CommandError("\n".join(problems))
+    matrices = token_matrices(model)
+    rows = {name: list(new_tokens) for name in matrices if name not in lora.modules_to_save} if new_tokens else {}
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules="all-linear" if "all-linear" in targets else list(targets),
+        target_modules=targets,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=rows or None,
+        ensure_weight_tying=bool(rows or lora.modules_to_save) and bool(model.config.tie_word_embeddings),
         bias="none",
         task_type="CAUSAL_LM",
     )
 
 
-def merged(base: str, adapter: Path, precision: str, revision: str | None) -> PreTrainedModel:
-    """The base model with the adapter added to its weights: an ordinary model."""
+def token_matrices(model: PreTrainedModel) -> list[str]:
+    """The names of the modules that have a row a token: the input embeddings, and the head where it is not tied to them."""
+    wanted = [model.get_input_embeddings()] + ([] if model.config.tie_word_embeddings else [model.get_output_embeddings()])
+    return [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if any(module is one for one in wanted)]
+
+
+def _targets(lora: Lora, model: PreTrainedModel, problems: list[str]) -> str | list[str]:
+    """Names of linear layers, all-linear, or regular expressions over their whole names."""
+    asked = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if "all-linear" in asked:
+        return "all-linear"
+    found: list[str] = []
+    for target in asked:
+        if target in known:
+            found.append(target)
+            continue
+        try:
+            matched = [name for name in linear if re.fullmatch(target, name)]
+        except re.error as error:
+            problems.append(f"lora.target_modules: '{target}' is no layer and no regular expression: {error}")
+            continue
+        found += matched
+        if not matched:
+            more = f"\nLinear layers of this model: {', '.join(known)}, or all-linear; a regular expression must match a whole name: {linear[0]}"
+            problems.append(f"lora.target_modules: no linear layer is called '{target}'{did_you_mean(target, known)}{more}")
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that is tuned, as its recipe names it: where it is, and what its vocabulary is made to hold."""
+
+    path: str
+    asked: Model
+    tokenizer: PreTrainedTokenizerBase
+
+    def load(self, precision: str) -> PreTrainedModel:
+        """Its weights in what `precision` keeps them in, with a row for each token of the tokenizer."""
+        return self._fitted(load_model(self.path, precision, self.asked.attn_implementation, self.asked.revision))
+
+    def load_quantized(self, precision: str) -> PreTrainedModel:
+        """In 4 bits (NF4, double quantisation: Dettmers et al. 2023, arXiv:2305.14314). Raises CannotRun without bitsandbytes."""
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        compute = torch.float32 if precision == "float32" else torch.bfloat16
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        )
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=compute,
+                quantization_config=how,
+                attn_implementation=self.asked.attn_implementation,
+                revision=self.asked.revision or "main",
+            )
+        except ImportError as error:
+            raise CannotRun(f"adapter: qlora needs bitsandbytes (pip install 'azrecipe[qlora]'): {error}") from None
+
+    def reopened(self, folder: Path, precision: str) -> PreTrainedModel:
+        """What became of it, from where it was saved."""
+        return load_model(str(folder), precision, self.asked.attn_implementation)
+
+    def _fitted(self, model: PreTrainedModel) -> PreTrainedModel:
+        add_rows(model, rows_needed(self.tokenizer))
+        return model
+
+
+def untrained(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
+    """Of these tokens the ones whose rows no training has touched, as far as the rows show: zeros, or the same as another one's."""
+    rows = model.get_input_embeddings().weight.detach()[list(ids)].float().cpu()
+    alike = (rows[:, None] == rows[None]).all(-1).sum(1) > 1
+    return [i for i, row, twin in zip(ids, rows, alike.tolist(), strict=True) if twin or not row.any()]
+
+
+def merged(base: Base, adapter: Path, precision: str) -> PreTrainedModel:
+    """The base model with the adapter added to its weights, an ordinary model; summed in float32 and rounded once to `precision`'s format."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(base, precision, revision=revision), str(adapter)).merge_and_unload(safe_merge=True)
+    from azrecipe.parts.model import WEIGHTS
+
+    whole = PeftModel.from_pretrained(base.load("float32"), str(adapter)).merge_and_unload(safe_merge=True)
+    return whole.to(WEIGHTS[precision])
+
+
+def check_backend(adapter: str, backend: Backend) -> None:
+    """Raise CannotRun for a quantised base where it cannot be."""
+    if adapter != "qlora":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CannotRun("adapter: qlora needs bitsandbytes: pip install 'azrecipe[qlora]'")
+    if backend.sharded:
+        raise CannotRun("adapter: qlora is not verified on a sharded backend: --accelerate-config ddp or one GPU, or adapter: lora")
+
+
+def check_rows(backend: Backend, new: Sequence[int], lora: Lora) -> None:
+    """Raise CannotRun for rows of tokens that would have to train on a backend that keeps the matrix in pieces."""
+    if new and backend.sharded and not {"embed_tokens"} & set(lora.modules_to_save):
+        raise CannotRun(
+            f"{len(new)} tokens of the chat template are new to the model, and PEFT cannot train rows of a matrix that is sharded: "
+            "run without sharding (an adapter needs little memory), or --set lora.train_new_tokens=false"
+        )

@@ -48,7 +48,7 @@ def freeze(model: PreTrainedModel, patterns: list[str], new_rows: Sequence[int] 
     partly: dict[str, set[str]] = {}
     by_pattern, problems = {}, []
     for pattern in patterns:
-        matched = _matching(model, pattern, parameters)
+        matched = matching(model, pattern, parameters)
         if pattern in _MATRIX:
             partly[_MATRIX[pattern]] = matched
             by_pattern[pattern] = _in_rows(parameters, matched, new_rows)
@@ -88,8 +88,8 @@ def decayed(model: PreTrainedModel, masked: Iterable[str] = ()) -> list[str]:
     return [name for name, parameter in model.named_parameters() if _dimensions(parameter) > 1 and id(parameter) not in spared]
 
 
-def _matching(model: PreTrainedModel, pattern: str, parameters: Mapping[str, Parameter]) -> set[str]:
-    """The names of the parameters that a group or a regular expression means."""
+def matching(model: PreTrainedModel, pattern: str, parameters: Mapping[str, Parameter]) -> set[str]:
+    """Of these parameters of a model, the names that a group or a regular expression means; an adapter's stand where their layer does."""
     if pattern == "all":
         return set(parameters)
     matrix = _MATRIX.get(pattern, pattern)

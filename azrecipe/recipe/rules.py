@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from azrecipe.errors import Place, Problem, did_you_mean, hint
-from azrecipe.recipe import groups, optimization, schema
+from azrecipe.recipe import groups, optimization, schema, tuning
 from azrecipe.recipe.yaml_tree import Node
 
 # Fields of TrainingArguments that follow from the recipe, the launcher or the run directory.
@@ -36,6 +36,8 @@ def check(root: Node, stage: str) -> list[Problem]:
         found += _tokenizer_source(root)
         found += _temperature(root)
         found += _ignored(root)
+    if stage == "sft":
+        found += tuning.check(root)
     if stage in ("pretrain", "sft"):
         found += _trainer_arguments(root)
         found += _kernels(root, stage)

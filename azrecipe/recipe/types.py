@@ -238,7 +238,8 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class ConversationSource(Source):
-    format: str = "messages"
+    format: str = "auto"
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,7 @@ class SftValidation:
 @dataclass(frozen=True)
 class SftData:
     max_length: int
+    packing: bool
     datasets: list[ConversationSource]
     validation: SftValidation
 
@@ -264,6 +266,17 @@ class Lora:
     lora_alpha: int | float
     lora_dropout: float
     target_modules: str | list[str]
+    use_rslora: bool
+    use_dora: bool
+    modules_to_save: list[str]
+    train_new_tokens: bool
+
+
+@dataclass(frozen=True)
+class Dpo:
+    beta: float
+    loss_type: str
+    label_smoothing: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +285,8 @@ class SftTraining(Training):
     assistant_only_loss: bool
     num_train_epochs: float | None = None
     max_steps: int | None = None
+    neftune_noise_alpha: float | None = None
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -281,9 +296,12 @@ class Sft:
     description: str
     seed: int
     model: Model
+    method: str
     chat_template: str
     data: SftData
+    adapter: str
     lora: Lora
+    dpo: Dpo
     training: SftTraining
 
 

@@ -1,169 +1,206 @@
-"""Stage sft: LoRA on conversations, loss on what the assistant says, one merged model at the end and the adapter beside it."""
+"""Stage sft: a model tuned on conversations or preferences, by an adapter or as a whole; one plain model at the end, the adapter beside it."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
 from accelerate import PartialState
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import chat, checkpoint, liger, model, optimizers, profiling, run_dir, training, vocabulary
+from azrecipe.parts import checkpoint, examples, liger, lora, model, optimizers, profiling, run_dir, templates, training, tuning, vocabulary
 from azrecipe.parts.backend import Backend, check_context
+from azrecipe.parts.examples import Examples, Plan
 from azrecipe.parts.files import read_json, whole_folder
-from azrecipe.parts.lora import lora_config, merged
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.sources import Inputs
-from azrecipe.parts.watching import Meter, say
-from azrecipe.recipe.load import Recipe
+from azrecipe.parts.watching import say
+from azrecipe.recipe.load import Recipe, is_template_file
 from azrecipe.recipe.types import Sft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a run of the recipe works on, all that can be refused without the model's weights being refused already."""
+
+    base: lora.Base
+    examples: Examples
+    plan: Plan
+    new_tokens: list[int]
+
+
 def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
-    """Load, check every conversation, train the adapter, merge, measure, save."""
+    """Load, check every row, tune, merge, measure, save."""
     config: Sft = recipe.config
     place = run_dir.locate(recipe, runs_dir, backend.main)
     inputs = Inputs(recipe, runs_dir)
 
-    # Load and check: everything that can be refused is refused here.
     training.check(config.training, backend)
     check_context(backend.context, recipe)
     checkpoint.check_readable(place.checkpoints, backend)
+    lora.check_backend(config.adapter, backend)
     optimizers.check(optimizers.named(config))
-    base = inputs.folder(config.model, "model")
-    sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
-    conversations = [messages for source in sources for messages in chat.read(source)]
+    checked = check(recipe, inputs)
+    lora.check_rows(backend, checked.new_tokens if config.adapter != "none" else [], config.lora)
     run_dir.check_same(recipe, place, inputs.found)
-    tokenizer = vocabulary.load_tokenizer(base, config.model.revision)
-    if config.training.assistant_only_loss or config.chat_template != "keep" or tokenizer.chat_template is None:
-        chat.apply_template(tokenizer, config.chat_template)
-    train, held_out, data = _examples(config, tokenizer, conversations)
-    profiling.check(recipe, {"sft": _steps(config, train)}, backend.main)
-    net = model.load_model(base, config.training.precision, config.model.attn_implementation, config.model.revision)
-    model.check_sizes(net, tokenizer, base)
-    if config.training.use_liger_kernel:
-        liger.check(recipe, net.config.model_type)
-    adapter = lora_config(config.lora, net)
+    profiling.check(recipe, {config.method: checked.plan.steps}, backend.main)
 
     with run_dir.opened(recipe, place, inputs.found):
-        say(f"  {data['train']:,} conversations to train on, {data['held_out']:,} held out, {data['duplicates']:,} duplicates and {data['dropped']:,} "
-            f"without a trained token left out, {data['truncated']:,} cut to {config.data.max_length} tokens", backend.main)  # fmt: skip
-        place.need(3 * 4 * model.count(net), "the merged model")
+        _describe(config, checked, backend)
         device = connect(place)
-        before = chat.loss(net.to(device), held_out, config.training.per_device_eval_batch_size) if backend.main else None
-        happened = _train(recipe, place, backend, (net, tokenizer, adapter), (train, held_out))
-        if backend.main:
-            whole = merged(base, place.path / "adapter", config.training.precision, config.model.revision)
-            _stop_at_end_of_turn(whole, tokenizer)
-            model.save_model(whole, tokenizer, place.final)
-            after = chat.loss(whole.to(device), held_out, config.training.per_device_eval_batch_size)
-            place.finish(
-                {
-                    "stage": "sft",
-                    "parameters": model.count(whole),
-                    "data": data,
-                    "training": happened,
-                    "held_out_loss": {"before": before and round(before, 5), "after": after and round(after, 5)},
-                    "definitions": {
-                        "held_out_loss": "mean -ln p a trained token of the held-out conversations; comparable within one tokenizer only"
-                    },
-                }
-            )
+        base, size = checked.base, config.training.per_device_eval_batch_size
+        net = base.load_quantized(config.training.precision) if config.adapter == "qlora" else base.load(config.training.precision)
+        place.need(3 * 4 * model.count(net), "the tuned model")
+        before = _measured(config, net.to(device), checked, size) if backend.main else {}
+        subject = _subject(config, base, net, checked.new_tokens, backend)
+        trainer, happened = tuning.tune(config, (place, backend), subject, checked.examples, checked.plan)
+        whole = _save(config, place, (trainer, backend), base)
+        if whole is not None:
+            after = _measured(config, whole.to(device), checked, size)
+            place.finish(_result(config, model.count(whole), checked, happened, {"before": before, "after": after}))
         PartialState().wait_for_everyone()
     return read_json(place.path / "result.json") or {}
 
 
-def _examples(
-    config: Sft, tokenizer: PreTrainedTokenizerBase, conversations: list[chat.Messages]
-) -> tuple[list[chat.Example], list[chat.Example], dict[str, int]]:
-    """Tokenised training and held-out conversations, and what was counted on the way."""
-    train, held, duplicates = chat.split(conversations, config.data.validation.held_out.fraction)
-    only = config.training.assistant_only_loss
-    examples = {}
-    dropped = truncated = 0
-    for side, rows in (("train", train), ("held", held)):
-        made = [chat.tokenize(tokenizer, messages, config.data.max_length, only) for messages in rows]
-        truncated += sum(example.cut for example in made)
-        examples[side] = [example for example in made if example.trained]
-        dropped += len(made) - len(examples[side])
-    if not examples["train"]:
-        raise CommandError(
-            f"no conversation has a trained token left within data.max_length = {config.data.max_length}: raise it, or check the chat template"
-        )
-    counts = {
-        "conversations": len(conversations),
-        "train": len(examples["train"]),
-        "held_out": len(examples["held"]),
-        "duplicates": duplicates,
-        "dropped": dropped,
-        "truncated": truncated,
-        "trained_tokens": sum(example.trained for example in examples["train"]),
-    }
-    return examples["train"], examples["held"], counts
-
-
-def _steps(config: Sft, train: list[chat.Example]) -> int:
-    if config.training.max_steps is not None:
-        return config.training.max_steps
-    assert config.training.num_train_epochs is not None
-    return math.ceil(len(train) * config.training.num_train_epochs / config.training.global_batch_size)
-
-
-def order(rows: int, needed: int, seed: int) -> list[int]:
-    """Which row comes when: pass after pass, each in an order of its own; the same for every number of processes."""
-    passes = [np.random.Generator(np.random.PCG64([seed, i])).permutation(rows) for i in range(math.ceil(needed / rows))]
-    return [int(i) for i in np.concatenate(passes)[:needed]]
-
-
-def _train(
-    recipe: Recipe, place: run_dir.RunDir, backend: Backend, subject: tuple[PreTrainedModel, PreTrainedTokenizerBase, Any],
-    examples: tuple[list[chat.Example], list[chat.Example]],
-) -> dict[str, Any]:  # fmt: skip
-    """Train the adapter with TRL's SFTTrainer and save it in adapter/."""
-    from datasets import Dataset, disable_progress_bars
-    from trl import SFTConfig, SFTTrainer
-
-    disable_progress_bars()
+def check(recipe: Recipe, inputs: Inputs) -> Checked:
+    """Read every row and refuse what cannot be trained. Needs no weights and no GPU."""
     config: Sft = recipe.config
-    net, tokenizer, adapter = subject
-    train, held_out = examples
-    per_step, steps = config.training.global_batch_size, _steps(config, train)
-    loop = training.Loop("sft", place.path, place.checkpoints, steps, config.training.learning_rate, recipe.config.seed,
-                         config.training.profile)  # fmt: skip
-    arguments = training.arguments(config.training, loop, backend)
-    if not held_out:
-        arguments |= {"eval_strategy": "no", "eval_steps": None}
-    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in train]
-    held = [{"input_ids": e.input_ids, "labels": e.labels} for e in held_out]
-    lengths = [len(e.input_ids) for e in train]
-    chosen = order(len(rows), steps * per_step, recipe.config.seed)
-    tokens = np.concatenate([[0], np.cumsum([lengths[i] for i in chosen])])
+    path = inputs.folder(config.model, "model")
+    net = model.skeleton(path, config.model.attn_implementation, config.model.revision)
+    tokenizer = vocabulary.load_tokenizer(path, config.model.revision)
+    model.check_sizes(net, tokenizer, path)
+    if config.training.use_liger_kernel:
+        liger.check(recipe, net.config.model_type)
+    if is_template_file(config.chat_template):
+        inputs.found["chat_template"] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()
+    try:
+        new = templates.apply_template(tokenizer, config.chat_template, config.training.assistant_only_loss)
+    except CommandError as error:
+        raise recipe.problem(str(error), "chat_template") from None
+    limit = getattr(net.config, "max_position_embeddings", None)
+    if limit is not None and config.data.max_length > limit:
+        message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
+        raise recipe.problem(message, "data", "max_length")
+    _check_parts(recipe, net)
+    sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
+    made = examples.examples(config, tokenizer, examples.read(config, sources))
+    return Checked(lora.Base(path, config.model, tokenizer), made, examples.plan(config, made.train), new)
 
-    class AdapterTrainer(training.FilledGroups, SFTTrainer):  # type: ignore[misc]
-        """TRL's trainer, imported here because it is heavy."""
 
-    def make(callbacks: list[Any]) -> Any:
-        return AdapterTrainer(
-            model=net, processing_class=tokenizer, peft_config=adapter, callbacks=callbacks,
-            train_dataset=Dataset.from_list(rows).select(chosen), eval_dataset=Dataset.from_list(held) if held else None,
-            args=training.checked(
-                SFTConfig, **arguments, max_length=None, gradient_checkpointing=None, train_sampling_strategy="sequential", shuffle_dataset=False,
-            ),
-        )  # fmt: skip
+def _check_parts(recipe: Recipe, net: PreTrainedModel) -> None:
+    """Refuse an adapter that this model cannot have, and rates of learning for parts that it has not."""
+    config: Sft = recipe.config
+    adapted: Any = net
+    if config.adapter != "none":
+        from peft import get_peft_model
 
-    meter = Meter("sft", round(float(tokens[-1]) / steps), lambda _step: 0, length=float(np.mean(lengths)))
-    trainer, happened = training.train(make, loop, meter, backend, config.training)
+        try:
+            adapter = lora.lora_config(config.lora, net)
+        except CommandError as error:
+            raise recipe.problem(str(error), "lora") from None
+        with torch.device("meta"):
+            adapted = get_peft_model(net, adapter, low_cpu_mem_usage=True)
+    try:
+        tuning.part_rates(adapted, config.training.learning_rates)
+    except CommandError as error:
+        raise recipe.problem(str(error), "training", "learning_rates") from None
+
+
+def _describe(config: Sft, checked: Checked, backend: Backend) -> None:
+    counts, plan = checked.examples.counts, checked.plan
+    kind = "pairs" if config.method == "dpo" else "conversations"
+    dropped = f"longer than {config.data.max_length} tokens" if config.method == "dpo" else "without a trained token"
+    packed = f", in {len(plan.sequences):,} sequences" if config.data.packing else ""
+    say(f"  {counts['train']:,} {kind} to train on{packed}, {counts['held_out']:,} held out, {counts['duplicates']:,} duplicates and {counts['dropped']:,} "
+        f"{dropped} left out, {counts['truncated']:,} cut to {config.data.max_length} tokens", backend.main)  # fmt: skip
+    if checked.new_tokens:
+        names = ", ".join(checked.base.tokenizer.convert_ids_to_tokens(checked.new_tokens))
+        say(f"  new tokens: {names}", backend.main)
+
+
+def _subject(config: Sft, base: lora.Base, net: PreTrainedModel, new: Sequence[int], backend: Backend) -> tuning.Subject:
+    """The model with what trains of it; token rows that no training has touched train beside an adapter."""
+    if config.adapter == "none":
+        reference = base.load(config.training.precision) if config.method == "dpo" else None
+        return tuning.Subject(net, base.tokenizer, None, reference)
+    shipped = templates.SHIPPED.get(config.chat_template)
+    ids = [i for i in base.tokenizer.convert_tokens_to_ids(list(shipped.tokens)) if i not in new] if shipped else []
+    rows = [*new, *(lora.untrained(net, ids) if ids else [])]
+    if rows and (backend.sharded or not config.lora.train_new_tokens):
+        names = ", ".join(base.tokenizer.convert_ids_to_tokens(rows))
+        why = "beside a sharded backend they cannot train" if backend.sharded else "lora.train_new_tokens is false"
+        say(
+            f"  warning: no training has touched the rows of {names}, and {why}: what stands on them means nothing to the model",
+            backend.main,
+        )
+        rows = []
+    return tuning.Subject(net, base.tokenizer, lora.lora_config(config.lora, net, rows))
+
+
+def _save(config: Sft, place: run_dir.RunDir, ran: tuple[Any, Backend], base: lora.Base) -> PreTrainedModel | None:
+    """Write final/, and adapter/ where there is one; the plain model on the main process, None on the others."""
+    trainer, backend = ran
     state = training.whole_state(trainer, backend)
-    if backend.main:
+    net = training.unwrapped(trainer)
+    if not backend.main:
+        trainer.accelerator.wait_for_everyone()
+        return None
+    if config.adapter == "none":
+        _stop_at_end_of_turn(net, base.tokenizer)
+        net.config.use_cache = True
+        model.save_model(net, base.tokenizer, place.final, state)
+        whole = net if state is None else base.reopened(place.final, config.training.precision)
+    else:
         with whole_folder(place.path / "adapter") as aside:
-            training.unwrapped(trainer).save_pretrained(aside, state_dict=state)
+            net.save_pretrained(aside, state_dict=state)
+            vocabulary.save_tokenizer(base.tokenizer, aside)
+        whole = lora.merged(base, place.path / "adapter", config.training.precision)
+        _stop_at_end_of_turn(whole, base.tokenizer)
+        model.save_model(whole, base.tokenizer, place.final)
     trainer.accelerator.wait_for_everyone()
-    return happened | {"epochs": round(steps * per_step / len(rows), 3), "tokens": int(tokens[-1])}
+    return whole
+
+
+def _measured(config: Sft, net: PreTrainedModel, checked: Checked, size: int) -> dict[str, float]:
+    """What the held-out rows say of a model: the loss of conversations, or how it takes the pairs."""
+    held = checked.examples.held_out
+    if not held:
+        return {}
+    if config.method == "sft":
+        return {"loss": round(examples.loss(net, held, size) or 0.0, 5)}
+    found = examples.preferences(net, held, size)
+    return {"accuracy": round(sum(value > 0 for value in found) / len(found), 5), "margin": round(math.fsum(found) / len(found), 5)}
+
+
+DEFINITIONS = {
+    "held_out_loss": "mean -ln p a trained token of the held-out conversations; comparable within one tokenizer only",
+    "held_out_accuracy": "share of the held-out pairs whose chosen answer the model finds likelier than the rejected one, by the sum of ln p over its tokens",
+    "held_out_margin": "mean over the held-out pairs of ln p(chosen) - ln p(rejected)",
+}
+
+
+def _result(config: Sft, parameters: int, checked: Checked, happened: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    names = ("loss",) if config.method == "sft" else ("accuracy", "margin")
+    found = {f"held_out_{name}": {side: measured[side].get(name) for side in ("before", "after")} for name in names}
+    return {
+        "stage": "sft",
+        "method": config.method,
+        "adapter": config.adapter,
+        "parameters": parameters,
+        "new_tokens": checked.base.tokenizer.convert_ids_to_tokens(checked.new_tokens),
+        "data": dict(checked.examples.counts),
+        "training": happened,
+        **found,
+        "definitions": {name: DEFINITIONS[name] for name in found},
+    }
 
 
 def _stop_at_end_of_turn(net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

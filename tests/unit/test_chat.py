@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from azrecipe.parts import chat
+from azrecipe.parts import chat, templates
 from azrecipe.parts.vocabulary import load_tokenizer
 
 TALK = [
@@ -22,12 +22,12 @@ TALK = [
 @pytest.fixture
 def tokenizer(llama: Path) -> Any:
     found = load_tokenizer(str(llama))
-    chat.apply_template(found, "llama3")
+    templates.apply_template(found, "llama3")
     return found
 
 
 def test_the_loss_covers_the_answers_and_their_end_of_turn_and_nothing_else(tokenizer: Any) -> None:
-    example = chat.tokenize(tokenizer, TALK, 512, assistant_only=True)
+    example = templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     expected: list[tuple[int, bool]] = [(tokenizer.bos_token_id, False)]
     for message in TALK:
@@ -43,9 +43,9 @@ def test_the_loss_covers_the_answers_and_their_end_of_turn_and_nothing_else(toke
 def test_the_mask_is_the_one_that_trl_takes_from_its_own_llama3_template(tokenizer: Any) -> None:
     from importlib.resources import files
 
-    ours = chat.tokenize(tokenizer, TALK, 512, assistant_only=True)
+    ours = templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
     tokenizer.chat_template = (files("trl") / "chat_templates" / "llama3_training.jinja").read_text()
-    theirs = chat.tokenize(tokenizer, TALK, 512, assistant_only=True)
+    theirs = templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
     assert ours == theirs
 
 
@@ -57,8 +57,8 @@ def test_the_end_of_turn_is_where_generation_stops(tokenizer: Any) -> None:
 
 
 def test_a_conversation_cut_before_its_answer_has_nothing_to_train(tokenizer: Any) -> None:
-    assert chat.tokenize(tokenizer, TALK[1:3], 6, assistant_only=True).trained == 0
-    assert chat.tokenize(tokenizer, TALK[1:3], 512, assistant_only=False).trained > 0
+    assert templates.tokenize(tokenizer, TALK[1:3], 6, assistant_only=True).trained == 0
+    assert templates.tokenize(tokenizer, TALK[1:3], 512, assistant_only=False).trained > 0
 
 
 def test_equal_conversations_are_one_and_never_move_sides() -> None:

@@ -1,0 +1,163 @@
+"""How TRL's trainers are given our rows, in our order, with an adapter or all weights, and rates of learning by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from azrecipe.errors import CommandError
+from azrecipe.parts import phases, training
+from azrecipe.parts.backend import Backend
+from azrecipe.parts.examples import Examples, Plan, joined
+from azrecipe.parts.packing import Collate
+from azrecipe.parts.run_dir import RunDir
+from azrecipe.parts.watching import Meter
+from azrecipe.recipe.types import Sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tuned: the model, its tokenizer, the adapter's configuration (None: all weights), and what a preference is held to.
+
+    `reference`: the model as it was, where there is no adapter to be taken away.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Any = None
+    reference: PreTrainedModel | None = None
+
+
+def part_rates(model: torch.nn.Module, rates: Mapping[str, float], trainable: bool = True) -> dict[str, float]:
+    """The learning rate of each parameter that a part names; the first part that matches counts.
+
+    Raises CommandError for a part that no parameter is left of, `trainable` ones only if asked.
+    """
+    found: dict[str, float] = {}
+    problems = []
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad or not trainable}
+    for part, rate in rates.items():
+        own = [name for name in phases.matching(model, part, names) if name not in found]
+        if not own:
+            shown = "\n  ".join(list(names)[:12])
+            problems.append(f"training.learning_rates: {part} matches no parameter that trains. The first that do:\n  {shown}")
+        found |= dict.fromkeys(own, rate)
+    if problems:
+        raise CommandError("\n".join(problems))
+    return found
+
+
+class PartRates(training.FilledGroups):
+    """A trainer whose optimizer has groups with learning rates of their own."""
+
+    learning_rates: Mapping[str, float] = {}
+
+    def create_optimizer(self, *arguments: Any, **more: Any) -> torch.optim.Optimizer:
+        """The optimizer, its groups cut by part."""
+        optimizer = super().create_optimizer(*arguments, **more)
+        if not self.learning_rates:
+            return optimizer
+        rates = part_rates(self.model, self.learning_rates)
+        by_id = {id(p): rates[name] for name, p in self.model.named_parameters() if name in rates}
+        groups = []
+        for group in optimizer.param_groups:
+            for rate in dict.fromkeys(by_id.get(id(p), group["lr"]) for p in group["params"]):
+                own = [p for p in group["params"] if by_id.get(id(p), group["lr"]) == rate]
+                groups.append({**group, "params": own, "lr": rate})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+
+def tune(config: Sft, where: tuple[RunDir, Backend], subject: Subject, examples: Examples, plan: Plan) -> tuple[Trainer, dict[str, Any]]:
+    """Train with TRL's SFTTrainer or DPOTrainer; returns the trainer and what happened."""
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+    place, backend = where
+    loop = training.Loop(
+        config.method, place.path, place.checkpoints, plan.steps, config.training.learning_rate, config.seed, config.training.profile
+    )
+    arguments = training.arguments(config.training, loop, backend) | {
+        "max_length": None, "gradient_checkpointing": None, "train_sampling_strategy": "sequential", "neftune_noise_alpha": config.training.neftune_noise_alpha,
+    }  # fmt: skip
+    if not examples.held_out:
+        arguments |= {"eval_strategy": "no", "eval_steps": None}
+    build = {"sft": _sft, "dpo": _dpo}[config.method](config, subject, examples, plan, arguments)
+    sizes = [len(row.example) if config.method == "dpo" else len(row.example.input_ids) for row in examples.train]
+    per_sequence = [sum(sizes[row] for row in sequence) for sequence in plan.sequences]
+    total = int(np.sum(per_sequence))
+    meter = Meter(config.method, round(total / plan.steps), lambda _step: 0, length=float(np.mean(per_sequence)))
+    trainer, happened = training.train(build, loop, meter, backend, config.training)
+    passes = len(plan.rows) / len(examples.train)
+    return trainer, happened | {"epochs": round(passes, 3), "tokens": total, "sequences": len(plan.sequences)}
+
+
+Build = Callable[[list[Any]], Trainer]
+
+
+def _sft(config: Sft, subject: Subject, examples: Examples, plan: Plan, arguments: dict[str, Any]) -> Build:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Tuner(PartRates, SFTTrainer):  # type: ignore[misc]
+        """TRL's trainer, imported here because it is heavy."""
+
+        learning_rates = config.training.learning_rates
+
+    rows = [{"input_ids": row.example.input_ids, "labels": row.example.labels} for row in examples.train]
+    held = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.held_out]
+    if config.data.packing:
+        parts = [joined([examples.train[row].example for row in sequence]) for sequence in plan.sequences]
+        train = Dataset.from_list(parts).with_format("torch")
+        held_out = Dataset.from_list([joined([e]) for e in examples.held_out]).with_format("torch") if held else None
+        flat = config.model.attn_implementation.startswith("flash")
+        more = {"data_collator": Collate(subject.tokenizer.pad_token_id, flat)}
+        arguments = {**arguments, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        subject.model.config.use_cache = False  # or position ids that restart would not keep conversations apart
+    else:
+        train, more = Dataset.from_list(rows).select([sequence[0] for sequence in plan.sequences]), {}
+        held_out = Dataset.from_list(held) if held else None
+    arguments = {**arguments, "shuffle_dataset": False}
+
+    def make(callbacks: list[Any]) -> Trainer:
+        return Tuner(
+            model=subject.model, processing_class=subject.tokenizer, peft_config=subject.adapter, callbacks=callbacks,
+            train_dataset=train, eval_dataset=held_out, args=training.checked(SFTConfig, **arguments), **more,
+        )  # fmt: skip
+
+    return make
+
+
+def _dpo(config: Sft, subject: Subject, examples: Examples, plan: Plan, arguments: dict[str, Any]) -> Build:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Tuner(PartRates, DPOTrainer):  # type: ignore[misc]
+        """TRL's trainer on pairs that are tokens already."""
+
+        learning_rates = config.training.learning_rates
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    def rows(pairs: Sequence[Any]) -> Any:
+        return Dataset.from_list([vars(pair) for pair in pairs]) if pairs else None
+
+    def make(callbacks: list[Any]) -> Trainer:
+        return Tuner(
+            model=subject.model, ref_model=subject.reference, processing_class=subject.tokenizer, peft_config=subject.adapter, callbacks=callbacks,
+            train_dataset=rows([examples.train[sequence[0]].example for sequence in plan.sequences]), eval_dataset=rows(examples.held_out),
+            args=training.checked(
+                DPOConfig, **arguments, beta=config.dpo.beta, loss_type=[config.dpo.loss_type], label_smoothing=config.dpo.label_smoothing,
+            ),
+        )  # fmt: skip
+
+    return make
