@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from azrecipe.errors import CommandError
+from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.parts import chat
 from azrecipe.parts.chat import Pair
 from azrecipe.parts.corpus import Located
@@ -60,11 +60,17 @@ class Examples:
     held_out: list[Any] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
+    def read(self, chosen: Plan) -> list[dict[str, float]]:
+        """What a run reads of each source: rows, bytes of text, and times through it."""
+        there, rows, sizes = Counter(row.source for row in self.train), Counter[int](), Counter[int]()
+        for number in chosen.rows:
+            rows[self.train[number].source] += 1
+            sizes[self.train[number].source] += self.train[number].size
+        return [{"rows": rows[n], "bytes": sizes[n], "epochs": round(rows[n] / there[n], 3)} for n in sorted(there)]
+
 
 def read(config: Sft, sources: Sequence[Located]) -> list[list[Any]]:
     """The conversations of each source, or its preferences. Raises RecipeError for all sources' wrong rows at once."""
-    from azrecipe.errors import Problem, RecipeError
-
     found: list[list[Any]] = []
     problems: list[Problem] = []
     for source in sources:

@@ -45,7 +45,7 @@ def lora_config(lora: Lora, model: PreTrainedModel, new_tokens: Sequence[int] = 
         use_dora=lora.use_dora,
         modules_to_save=list(lora.modules_to_save) or None,
         trainable_token_indices=rows or None,
-        ensure_weight_tying=bool(rows or lora.modules_to_save) and bool(model.config.tie_word_embeddings),
+        ensure_weight_tying=bool({"embed_tokens", "lm_head"} & set(lora.modules_to_save)) and bool(model.config.tie_word_embeddings),
         bias="none",
         task_type="CAUSAL_LM",
     )

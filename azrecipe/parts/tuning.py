@@ -96,8 +96,9 @@ def tune(config: Sft, where: tuple[RunDir, Backend], subject: Subject, examples:
     total = int(np.sum(per_sequence))
     meter = Meter(config.method, round(total / plan.steps), lambda _step: 0, length=float(np.mean(per_sequence)))
     trainer, happened = training.train(build, loop, meter, backend, config.training)
-    passes = len(plan.rows) / len(examples.train)
-    return trainer, happened | {"epochs": round(passes, 3), "tokens": total, "sequences": len(plan.sequences)}
+    read = examples.read(plan)
+    return trainer, happened | {"epochs": round(len(plan.rows) / len(examples.train), 3), "tokens": total,
+                                "sequences": len(plan.sequences), "sources": read}  # fmt: skip
 
 
 Build = Callable[[list[Any]], Trainer]
@@ -128,12 +129,21 @@ def _sft(config: Sft, subject: Subject, examples: Examples, plan: Plan, argument
     arguments = {**arguments, "shuffle_dataset": False}
 
     def make(callbacks: list[Any]) -> Trainer:
-        return Tuner(
+        tuner = Tuner(
             model=subject.model, processing_class=subject.tokenizer, peft_config=subject.adapter, callbacks=callbacks,
             train_dataset=train, eval_dataset=held_out, args=training.checked(SFTConfig, **arguments), **more,
         )  # fmt: skip
+        name_bias(tuner.model)
+        return tuner
 
     return make
+
+
+def name_bias(model: Any) -> None:
+    """Give a head whose token rows PEFT trains the `bias` that TRL asks of it (peft 0.21: its wrapper passes on the weight alone)."""
+    head = model.get_output_embeddings()
+    if head is not None and not hasattr(head, "bias"):
+        head.bias = getattr(head.original_module, "bias", None)
 
 
 def _dpo(config: Sft, subject: Subject, examples: Examples, plan: Plan, arguments: dict[str, Any]) -> Build:
@@ -152,12 +162,14 @@ def _dpo(config: Sft, subject: Subject, examples: Examples, plan: Plan, argument
         return Dataset.from_list([vars(pair) for pair in pairs]) if pairs else None
 
     def make(callbacks: list[Any]) -> Trainer:
-        return Tuner(
+        tuner = Tuner(
             model=subject.model, ref_model=subject.reference, processing_class=subject.tokenizer, peft_config=subject.adapter, callbacks=callbacks,
             train_dataset=rows([examples.train[sequence[0]].example for sequence in plan.sequences]), eval_dataset=rows(examples.held_out),
             args=training.checked(
                 DPOConfig, **arguments, beta=config.dpo.beta, loss_type=[config.dpo.loss_type], label_smoothing=config.dpo.label_smoothing,
             ),
         )  # fmt: skip
+        name_bias(tuner.model)
+        return tuner
 
     return make

@@ -145,6 +145,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             "tokens": meter.tokens(step),
             "bytes": meter.bytes_at(step),
             **rates,
+            **{key: finite(value) for key, value in logs.items() if key.startswith("rewards/")},  # DPOTrainer's
             "peak_memory_bytes": peak_memory(),
         }
 

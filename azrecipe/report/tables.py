@@ -139,12 +139,16 @@ def _pretrain(result: Mapping[str, Any]) -> None:
 
 
 def _sft(result: Mapping[str, Any]) -> None:
-    table = Table(title="Instruction tuning")
-    for column in ("conversations", "held out", "dropped", "trained tokens", "loss before", "loss after"):
+    pairs = result.get("method") == "dpo"
+    measures = {"accuracy": "held_out_accuracy", "margin": "held_out_margin"} if pairs else {"loss": "held_out_loss"}
+    table = Table(title="Preferences" if pairs else "Instruction tuning")
+    heads = [f"{name} {side}" for name in measures for side in ("before", "after")]
+    for column in ("pairs" if pairs else "conversations", "held out", "dropped", "trained tokens", *heads):
         table.add_column(column, justify="right")
-    losses = [f"{result['held_out_loss'][key]:.3f}" if result["held_out_loss"][key] is not None else "" for key in ("before", "after")]
+    values = [result[key][side] for key in measures.values() for side in ("before", "after")]
     data = result["data"]
-    table.add_row(f"{data['train']:,}", f"{data['held_out']:,}", f"{data['dropped']:,}", f"{data['trained_tokens']:,}", *losses)
+    table.add_row(f"{data['train']:,}", f"{data['held_out']:,}", f"{data['dropped']:,}", f"{data['trained_tokens']:,}",
+                  *("" if value is None else f"{value:.3f}" for value in values))  # fmt: skip
     _console().print(table)
 
 
