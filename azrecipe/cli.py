@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("recipe", help="a pretrain recipe, or a pipeline (YAML)")
     _add_recipe_options(prepare)
 
+    check = verbs.add_parser(
+        "check",
+        help="all that a run refuses before it starts: data, tokenizer, template, model, patterns; shows what the model is shown",
+        description="Opens what the recipe names and reads its conversations. Needs no GPU and no model weights.",
+    )
+    check.add_argument("recipe", help="a recipe, or a pipeline (YAML)")
+    _add_recipe_options(check)
+
     validate = verbs.add_parser("validate", help="every problem of every recipe, no torch, no network")
     validate.add_argument("paths", nargs="+", type=Path, metavar="RECIPE", help="recipes, or folders of recipes")
     validate.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key before checking")
@@ -124,6 +132,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from azrecipe import pipeline
 
     return pipeline.prepare(arguments)
+
+
+@_verb
+def _check(arguments: argparse.Namespace) -> int:
+    from azrecipe import pipeline
+
+    return pipeline.check(arguments)
 
 
 @_verb

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from azrecipe.errors import DONE, SIGINT, SIGTERM, CommandError, Problem, RecipeError, allowed
 from azrecipe.launch import command, preflight, worker
@@ -79,6 +80,37 @@ def _prepare(recipe: Recipe, runs_dir: Path) -> None:
     made, lay = pretrain.prepare(recipe, runs_dir)
     preparation.show(recipe.path.name, made)  # before what may be refused: it says why a source is read too often
     preparation.show_schedule(made, lay())
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """`azrecipe check`: all that a run refuses before it starts, and what the model will be shown."""
+    recipe, steps = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step, arguments.cell)
+    chosen = [step.recipe for step in steps] if recipe.stage == "pipeline" else [recipe]
+    preflight.check_data(chosen)
+    from azrecipe.parts.failures import explain
+    from azrecipe.report import preview
+
+    for one in chosen:
+        missing = _unfinished(one, arguments.runs_dir)
+        if missing and len(chosen) > 1:
+            print(f"{one.path.name}: not checked beyond its file: it takes from {', '.join(missing)}, which has no finished run yet")
+            continue
+        try:
+            _check(one, arguments.runs_dir, preview)
+        except (OSError, MemoryError) as error:
+            raise explain(error) or error from None
+    return DONE
+
+
+def _check(recipe: Recipe, runs_dir: Path, preview: ModuleType) -> None:
+    from azrecipe.parts.sources import Inputs
+    from azrecipe.stages import pretrain, sft
+
+    if recipe.stage == "sft":
+        preview.show_tuning(recipe, sft.check(recipe, Inputs(recipe, runs_dir)))
+    elif recipe.stage == "pretrain":
+        preview.show_phases(recipe, *pretrain.check(recipe, runs_dir))
+    print(f"{recipe.path}: nothing that can be told beforehand stands in the way")
 
 
 def _unfinished(recipe: Recipe, runs_dir: Path) -> list[str]:

@@ -69,7 +69,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     held_out = inputs.validation(config.data.validation)
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
-    own, new = _check_model(recipe, model_path, tokenizer, backend.context)
+    own, new, _ = _check_model(recipe, model_path, tokenizer, backend.context)
     mix = _mix(config, prepared.Text(sources, held_out, frozenset(inputs.came)), tokenizer, place.cache)
     schedule = _schedule(recipe, mix, tokenizer, (before, place.cache))
     profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
@@ -93,6 +93,27 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             release()
         place.finish(_result(job, sources))
     return read_json(place.path / "result.json") or {}
+
+
+def check(recipe: Recipe, runs_dir: Path) -> tuple[PreTrainedTokenizerBase, list[phases.Trained], list[str]]:
+    """Refuse what a run would refuse before it reads its text; needs no weights and no GPU.
+
+    Returns the tokenizer, what each phase trains, and how the text of each source begins.
+    """
+    config: Pretrain = recipe.config
+    inputs = Inputs(recipe, runs_dir)
+    optimizers.check(optimizers.named(config))
+    model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
+    _continued(recipe, inputs)
+    sources = inputs.datasets(list(config.data.datasets))
+    inputs.validation(config.data.validation)
+    tokenizer = _tokenizer(config, inputs, sources, run_dir.locate(recipe, runs_dir).cache, model_path)
+    _, _, trained = _check_model(recipe, model_path, tokenizer, 1)
+    begins = [next(corpus.texts(source), None) for source in sources]
+    for source, text in zip(sources, begins, strict=True):
+        if text is None:
+            raise source.wrong(f"{source.title} holds no text")
+    return tokenizer, trained, [text for text in begins if text is not None]
 
 
 def prepare(recipe: Recipe, runs_dir: Path) -> tuple[prepared.Prepared, Callable[[], Schedule]]:
@@ -148,10 +169,10 @@ def _tokenizer(
 
 def _check_model(
     recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTokenizerBase, context: int
-) -> tuple[PreTrainedTokenizerBase, list[int]]:
+) -> tuple[PreTrainedTokenizerBase, list[int], list[phases.Trained]]:
     """Refuse a model that cannot be built, take this vocabulary or be split over `context` processes, and phases that would train what it has not.
 
-    Returns the model's own tokenizer, and the ids of the tokens that are new to it.
+    Returns the model's own tokenizer, the ids of the tokens that are new to it, and what each phase trains.
     """
     config: Pretrain = recipe.config
     asked = config.model
@@ -185,12 +206,13 @@ def _check_model(
             f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions", "data", "max_length"
         )
     new = new_tokens.find(model_path, own, tokenizer)
+    trained = []
     for i, phase in enumerate(config.phases):
         try:
-            phases.freeze(net, phase.trainable_parameters, new)
+            trained.append(phases.freeze(net, phase.trainable_parameters, new))
         except CommandError as error:
             raise recipe.problem(str(error), "phases", i, "trainable_parameters") from None
-    return own, new
+    return own, new, trained
 
 
 def _mix(config: Pretrain, text: prepared.Text, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:

@@ -70,3 +70,105 @@ def test_equal_conversations_are_one_and_never_move_sides() -> None:
     again_train, again_held, _ = chat.split(talks[50:], 0.2)
     assert all(talk in train for talk in again_train)
     assert all(talk in held for talk in again_held)
+
+
+def conversations(count: int) -> list[list[dict[str, str]]]:
+    """Random conversations, Azerbaijani among them: one or several turns, some with a system message."""
+    import random
+
+    draw = random.Random(42)
+    words = ["Kənddə", "ağac", "şəhər", "çay", "gözəl", "the", "river", "2024", "üçün", "«ev»", "😀", "x\ny", "e\u0301", "бала"]
+
+    def said() -> str:
+        return " ".join(draw.choice(words) for _ in range(draw.randint(1, 12)))
+
+    found = []
+    for _ in range(count):
+        talk = [{"role": "system", "content": said()}] if draw.random() < 0.4 else []
+        for _ in range(draw.randint(1, 4)):
+            talk += [{"role": "user", "content": said()}, {"role": "assistant", "content": said()}]
+        found.append(talk)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "gemma3", "phi3", "qwen3_instruct_2507"])
+def test_masks_are_trls_own_on_a_thousand_conversations(llama: Path, name: str) -> None:
+    """TRL's shipped training templates, tokenised by its SFTTrainer and by us; and our own template for Llama 3 against TRL's."""
+    from importlib.resources import files
+
+    from trl.trainer.sft_trainer import _tokenize
+
+    tokenizer = load_tokenizer(str(llama))
+    templates._own_ids(
+        tokenizer, ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>")
+    )
+    tokenizer.chat_template = (files("trl") / "chat_templates" / f"{name}_training.jinja").read_text()
+    ours, theirs, own = [], [], []
+    talks = conversations(1000)
+    for talk in talks:
+        example = templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
+        ours.append((example.input_ids, [label != -100 for label in example.labels]))
+        found = _tokenize(tokenizer, talk, return_assistant_tokens_mask=True)
+        theirs.append((list(found["input_ids"]), [bool(on) for on in found["assistant_masks"]]))
+    assert ours == theirs
+    if name == "llama3":
+        templates.apply_template(tokenizer, "llama3")
+        for talk in talks:
+            example = templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
+            own.append((example.input_ids, [label != -100 for label in example.labels]))
+        assert own == theirs
+
+
+@pytest.mark.parametrize("name", list(templates.SHIPPED))
+def test_a_shipped_template_trains_the_answers_and_the_end_of_turn_and_nothing_else(llama: Path, name: str) -> None:
+    tokenizer = load_tokenizer(str(llama))
+    new = templates.apply_template(tokenizer, name)
+    shipped = templates.SHIPPED[name]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in new] == [t for t in shipped.tokens if name != "llama3"]
+    assert tokenizer.eos_token == shipped.end_of_turn == templates.end_of_turn(tokenizer) != tokenizer.pad_token
+    for talk in conversations(50):
+        example = templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
+        trained = tokenizer.decode([label for label in example.labels if label != -100])
+        answers = [m["content"] if name == "chatml" else m["content"].strip() for m in talk if m["role"] == "assistant"]
+        assert trained == "".join(answer + shipped.end_of_turn for answer in answers)
+        prompt = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert example.input_ids[: len(prompt)] == list(prompt)
+
+
+def test_a_conversation_that_is_cut_ends_with_a_whole_turn(tokenizer: Any) -> None:
+    whole = templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
+    eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    for length in range(1, len(whole.input_ids)):
+        cut = templates.tokenize(tokenizer, TALK, length, assistant_only=True)
+        assert cut.cut
+        assert len(cut.input_ids) <= length
+        assert not cut.trained or cut.labels[-1] == eot
+        assert cut.labels.count(eot) in (0, 1)
+
+
+def test_a_template_without_an_end_of_turn_in_its_marks_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    from azrecipe.errors import CommandError
+
+    file = tmp_path / "mine.jinja"
+    for text, words in (
+        ("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "does not mark what the assistant says"),
+        (
+            "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|eot_id|>{% endfor %}",
+            "no special token that ends the assistant's turn",
+        ),
+    ):
+        file.write_text(text)
+        with pytest.raises(CommandError, match=words):
+            templates.apply_template(tokenizer, str(file))
+    file.write_text(
+        "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}<|end_header_id|>{% endgeneration %}\n{% endfor %}"
+    )
+    templates.apply_template(tokenizer, str(file))
+    assert tokenizer.eos_token == "<|end_header_id|>"
+
+
+def test_padding_is_never_the_end_of_turn(llama: Path) -> None:
+    tokenizer = load_tokenizer(str(llama))
+    tokenizer.pad_token = "<|eot_id|>"
+    templates.apply_template(tokenizer, "llama3")
+    assert tokenizer.pad_token == "<|finetune_right_pad_id|>"
