@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +88,7 @@ def check(arguments: argparse.Namespace) -> int:
     recipe, steps = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step, arguments.cell)
     chosen = [step.recipe for step in steps] if recipe.stage == "pipeline" else [recipe]
     preflight.check_data(chosen)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' among themselves
     from azrecipe.parts.failures import explain
     from azrecipe.report import preview
 

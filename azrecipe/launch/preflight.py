@@ -128,6 +128,7 @@ def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
         lambda: backend.check_precision(training.precision, training.use_liger_kernel),
         lambda: backend.check_compiler(training.torch_compile),
         lambda: backend.check_trackers(training.report_to),
+        lambda: backend.check_adapter(getattr(recipe.config, "adapter", "")),
         lambda: optimizers.check(optimizers.named(recipe.config)),
     ):
         try:

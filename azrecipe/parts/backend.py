@@ -201,6 +201,12 @@ def check_compiler(torch_compile: bool) -> None:
         )
 
 
+def check_adapter(adapter: str) -> None:
+    """Raise CannotRun where a base in 4 bits is asked for and bitsandbytes is not there."""
+    if adapter == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        raise CannotRun("adapter: qlora needs bitsandbytes: pip install 'azrecipe[qlora]'")
+
+
 def check_trackers(report_to: list[str]) -> None:
     """Raise CannotRun for trackers whose package is missing."""
     missing = [name for name in report_to if importlib.util.find_spec(name) is None]

@@ -35,6 +35,10 @@ def opening(what: str, path: str) -> Iterator[None]:
         while link is not None and link not in chain:
             chain.append(link)
             link = link.__cause__ or link.__context__
+        if Path(path, "adapter_config.json").is_file():
+            raise CommandError(
+                f"{path} is an adapter, and no {what} by itself: the run that made it has the whole model in final/"
+            ) from None
         if is_local_model(path) or Path(path).is_dir():  # the final/ of a run has no leading ./
             raise CommandError(f"the folder {path} holds no {what} that transformers can open: {_first_line(error)}") from None
         if any(isinstance(e, GatedRepoError) for e in chain):

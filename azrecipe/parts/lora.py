@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from azrecipe.errors import CannotRun, CommandError, did_you_mean
-from azrecipe.parts.backend import Backend
+from azrecipe.parts.backend import Backend, check_adapter
 from azrecipe.parts.embeddings import add_rows
 from azrecipe.parts.model import load_model
 from azrecipe.parts.vocabulary import rows_needed
@@ -141,11 +140,8 @@ def merged(base: Base, adapter: Path, precision: str) -> PreTrainedModel:
 
 def check_backend(adapter: str, backend: Backend) -> None:
     """Raise CannotRun for a quantised base where it cannot be."""
-    if adapter != "qlora":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise CannotRun("adapter: qlora needs bitsandbytes: pip install 'azrecipe[qlora]'")
-    if backend.sharded:
+    check_adapter(adapter)
+    if adapter == "qlora" and backend.sharded:
         raise CannotRun("adapter: qlora is not verified on a sharded backend: --accelerate-config ddp or one GPU, or adapter: lora")
 
 

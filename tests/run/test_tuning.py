@@ -172,3 +172,39 @@ def test_a_killed_dpo_goes_on_exactly(tuned: Project) -> None:
     first = tuned.path("dpo").rename(tuned.folder / "first")
     tuned.run("dpo")
     assert_same_weights(first / "final", tuned.path("dpo") / "final")
+
+
+def test_a_base_in_four_bits_is_tuned_on_cpu_too(tuned: Project) -> None:
+    pytest.importorskip("bitsandbytes", reason="adapter: qlora needs bitsandbytes (azrecipe[qlora])")
+    recipe(tuned, "qlora", "adapter: qlora\n")
+    tuned.run("qlora")
+    loss = tuned.result("qlora")["held_out_loss"]
+    assert loss["after"] < loss["before"]
+    opened(tuned.path("qlora") / "final")
+
+
+def test_the_adapter_is_merged_in_float32_and_rounded_once(tuned: Project) -> None:
+    recipe(tuned, "half", "training: {precision: bf16_pure, max_steps: 6}\n")
+    tuned.run("half")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tuned.path("cpt") / "final", dtype=torch.float32)
+    exact = PeftModel.from_pretrained(base, tuned.path("half") / "adapter").merge_and_unload().state_dict()
+    for name, value in weights(tuned.path("half") / "final").items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, exact[name].to(torch.bfloat16)), name
+
+
+def test_check_shows_an_example_with_what_the_loss_covers(tuned: Project) -> None:
+    from tests.small import called
+
+    ended, printed = called([*tuned.command("sft")[:3], "check", "sft.yaml"], tuned.folder)
+    assert ended == 0, printed
+    assert "33 rows to train on, 9 held out" in printed
+    assert "a turn ends with <|eot_id|>, padding is <|finetune_right_pad_id|>" in printed
+    assert printed.replace("·", "").split("⟦")[1].split("⟧")[0].endswith("edir.<|eot_id|>")
+    write(tuned.folder / "questions.jsonl", jsonl({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}))
+    ended, printed = called([*tuned.command("sft")[:3], "check", "sft.yaml"], tuned.folder)
+    assert ended == 2
+    assert "questions.jsonl:1:1: message 2 (assistant) is empty" in printed
