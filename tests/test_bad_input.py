@@ -53,7 +53,7 @@ stage: sft
 project: p
 model: {name_or_path: ./llama}
 chat_template: llama3
-data: {datasets: [{path: questions.jsonl}]}
+data: {datasets: [{path: questions.jsonl}], max_length: 128}
 training: {learning_rate: 1e-3, max_steps: 1, global_batch_size: 2, precision: float32}
 """
 EVALUATE = """\
@@ -272,7 +272,7 @@ REFUSED_BY_THE_STAGE = [
     Case("template that refuses", SFT.replace("llama3", "keep").replace("./llama", "./strict"), ("the chat template refuses the conversation that begins with 'Bu neçədir: ", "only poems")),
     Case("template without marks", SFT.replace("llama3", "keep").replace("./llama", "./chatty"), ("does not mark what the assistant says ({% generation %}", "training.assistant_only_loss: false")),
     Case("no such template", SFT.replace("llama3", "lama3"), ("there is no chat template 'lama3'; did you mean 'llama3'?", "or the path of a .jinja file")),
-    Case("no template file", SFT.replace("llama3", "./mine.jinja"), ("no such file: mine.jinja; did you mean 'mina.jinja'?",), files={"mina.jinja": ""}),
+    Case("no template file", SFT.replace("llama3", "./mine.jinja"), ("no such file: ./mine.jinja; did you mean 'mina.jinja'?",), files={"mina.jinja": ""}),
     Case("an adapter for a model", SFT.replace("./llama", "./adapter"), ("./adapter is an adapter, and no model by itself",), files={"adapter/adapter_config.json": "{}"}),
     Case("settings of no adapter", SFT + "adapter: none\nlora: {r: 4}\n", ("lora.r is the adapter's, and there is none (adapter: none)",)),
     Case("settings of another method", SFT + "dpo: {beta: 0.5}\n", ("dpo.beta is for method: dpo, and method is sft",)),
@@ -310,7 +310,8 @@ def models(llama: Path) -> Path:
     net, tokenizer = load_model(str(llama), "float32"), load_tokenizer(str(llama))
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     save_tokenizer(tokenizer, llama.parent / "chatty")
-    net.save_pretrained(llama.parent / "chatty")
+    for name in ("chatty", "strict"):
+        net.save_pretrained(llama.parent / name)
     net.resize_token_embeddings(300)
     save_tokenizer(tokenizer, llama.parent / "torn")
     tokenizer.chat_template = "{% generation %}{{ raise_exception('only poems') }}{% endgeneration %}"

@@ -132,6 +132,11 @@ def _pair(config: Sft, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> PairEx
     return PairExample(prompt, *answers)
 
 
+def messages_of(row: Messages | Pair) -> Messages:
+    """A conversation: of a preference the one with the chosen answer."""
+    return row if isinstance(row, list) else [*row.prompt, *row.chosen]
+
+
 def _size(row: Messages | Pair) -> int:
     messages = row if isinstance(row, list) else [*row.prompt, *row.chosen, *row.rejected]
     return sum(len(message["content"].encode()) for message in messages)

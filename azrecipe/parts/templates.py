@@ -71,7 +71,7 @@ SHIPPED: Mapping[str, Template] = {
     "gemma": Template(_GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
 }
 PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")  # names that models give it
-PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class Example:
         return sum(label != -100 for label in self.labels[1:])
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, template: str, marks: bool = True) -> list[int]:
+def apply_template(tokenizer: PreTrainedTokenizerBase, template: str, marks: bool = True, probe: Messages = PROBE) -> list[int]:
     """Give a tokenizer the recipe's chat template, the end of turn as its EOS, and padding of its own; returns the ids that are new to it.
 
     `template`: a name in SHIPPED, "keep", or the path of a Jinja file. Tokens of a shipped template that the tokenizer lacks become
     special tokens of one id each. `marks`: whether the template must mark what the assistant says ({% generation %}), without
-    which no token would be trained. Raises CommandError for a template that cannot be read, lacks the marks, or does not end a turn.
+    which no token would be trained. `probe`: a conversation that it renders. Raises CommandError for a template that cannot be read, lacks the marks, or does not end a turn.
     """
     before = len(tokenizer)
     shipped = SHIPPED.get(template)
@@ -111,7 +111,7 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str, marks: boo
             )
         if marks:
             _check_marks(str(tokenizer.chat_template), template)
-            tokenizer.eos_token = end_of_turn(tokenizer)
+            tokenizer.eos_token = end_of_turn(tokenizer, probe)
     _pad(tokenizer)
     return list(range(before, len(tokenizer)))
 
@@ -136,12 +136,12 @@ def has_marks(template: str) -> bool:
     return "generation" in template and "endgeneration" in template
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Messages = PROBE) -> str:
     """The special token that ends the assistant's turn, found by rendering one. Raises CommandError where the marks hold none.
 
     A model that is never trained on it never stops; the loss looks well all the same.
     """
-    encoded = render(tokenizer, PROBE, marks=True)
+    encoded = render(tokenizer, probe, marks=True)
     ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     first = mask.index(1) if 1 in mask else len(mask)

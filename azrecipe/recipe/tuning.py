@@ -16,7 +16,7 @@ TEMPLATES = ("keep", "llama3", "chatml", "gemma")
 def check(root: Node) -> Iterator[Problem]:
     """Problems of a merged tree, which may have failed its schema."""
     yield from _template(root)
-    method, adapter = (_value(root, key) for key in ("method", "adapter"))
+    method, adapter = _value(root, "method") or "sft", _value(root, "adapter") or "lora"
     if adapter == "none":
         yield from _unread(root, ("lora",), "is the adapter's, and there is none (adapter: none)")
     if method == "dpo":

@@ -81,8 +81,12 @@ def check(recipe: Recipe, inputs: Inputs) -> Checked:
         liger.check(recipe, net.config.model_type)
     if is_template_file(config.chat_template):
         inputs.found["chat_template"] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()
+    sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
+    rows = examples.read(config, sources)
     try:
-        new = templates.apply_template(tokenizer, config.chat_template, config.training.assistant_only_loss)
+        new = templates.apply_template(
+            tokenizer, config.chat_template, config.training.assistant_only_loss, examples.messages_of(rows[0][0])
+        )
     except CommandError as error:
         raise recipe.problem(str(error), "chat_template") from None
     limit = getattr(net.config, "max_position_embeddings", None)
@@ -90,8 +94,7 @@ def check(recipe: Recipe, inputs: Inputs) -> Checked:
         message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
         raise recipe.problem(message, "data", "max_length")
     _check_parts(recipe, net)
-    sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
-    made = examples.examples(config, tokenizer, examples.read(config, sources))
+    made = examples.examples(config, tokenizer, rows)
     return Checked(lora.Base(path, config.model, tokenizer), made, examples.plan(config, made.train), new)
 
 
