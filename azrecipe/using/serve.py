@@ -41,7 +41,9 @@ def line(model: finished.Finished, engine: str, host: str, port: int) -> list[st
         return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model.path, "--host", host, "--port", str(port),
                 "--served-model-name", served(model, engine)]  # fmt: skip
     if "@" in model.path or model.path.endswith(".gguf"):
-        raise CommandError(f"transformers serve reads what follows an @ as a revision: {model.path} cannot be served from there. Move it, or --engine vllm")
+        raise CommandError(
+            f"transformers serve reads what follows an @ as a revision: {model.path} cannot be served from there. Move it, or --engine vllm"
+        )
     return [sys.executable, "-m", "transformers.cli.transformers", "serve", model.path, "--host", host, "--port", str(port)]
 
 
@@ -71,7 +73,9 @@ def _has_template(model: finished.Finished) -> bool:
 def _check_engine(engine: str) -> None:
     missing = [name for name in NEEDS[engine] if importlib.util.find_spec(name) is None]
     if missing:
-        raise CannotRun(f"{engine if engine == 'vllm' else 'transformers serve'} needs {', '.join(missing)}, not installed here: {INSTALL[engine]}")
+        raise CannotRun(
+            f"{engine if engine == 'vllm' else 'transformers serve'} needs {', '.join(missing)}, not installed here: {INSTALL[engine]}"
+        )
 
 
 def _check_port(host: str, port: int) -> None:
