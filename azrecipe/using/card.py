@@ -31,7 +31,6 @@ class About:
     license: str | None
     data_license: str | None
     languages: Sequence[str]
-    adapter: bool = False
 
 
 def languages(line: Lineage) -> list[str]:
@@ -126,25 +125,19 @@ def _made(step: Step) -> str:
              f"{done['tokens']:,}", f"{done['bytes']:,}"]
             for name, done in result["phases"].items()
         ]  # fmt: skip
-        changed = result.get("vocabulary")
-        vocabulary = f"\n\nThe vocabulary was changed from {changed['old_size']:,} to {changed['new_size']:,} tokens; new embeddings began by `{step.recipe['tokenizer']['new_embeddings']}`." if _swapped(changed) else ""  # fmt: skip
-        return (
-            head
-            + "\n\n"
-            + _table(["phase", "trained", "parameters trained", "learning rate", "steps", "tokens", "bytes of text"], rows)
-            + vocabulary
-        )
+        changed: Mapping[str, Any] = result.get("vocabulary") or {}
+        vocabulary = ""
+        if changed.get("old_size") != changed.get("new_size"):
+            method = step.recipe["tokenizer"]["new_embeddings"]
+            vocabulary = f"\n\nThe vocabulary was changed from {changed['old_size']:,} to {changed['new_size']:,} tokens; new embeddings began by `{method}`."
+        heads = ["phase", "trained", "parameters trained", "learning rate", "steps", "tokens", "bytes of text"]
+        return f"{head}\n\n{_table(heads, rows)}{vocabulary}"
     data, lora, happened = result["data"], step.recipe.get("lora"), result["training"]
-    kind = f"LoRA (r {lora['r']}, alpha {lora['lora_alpha']}), merged into the weights" if lora else "all weights trained"
-    return (
-        f"{head}\n\n{kind}. {data['train']:,} conversations ({data['trained_tokens']:,} trained tokens), {happened['epochs']:g} epochs, "
-        f"{happened['steps']:,} steps; {data['held_out']:,} conversations held out, {data['duplicates']:,} duplicates, "
-        f"{data['dropped']:,} without a trained token left out, {data['truncated']:,} cut."
-    )
-
-
-def _swapped(changed: Any) -> bool:
-    return isinstance(changed, Mapping) and "old_size" in changed and changed["old_size"] != changed.get("new_size")
+    kind = f"LoRA (r {lora['r']}, alpha {lora['lora_alpha']}), merged into the weights" if lora else "All weights were trained"
+    counts = {"train": "conversations learned from", "trained_tokens": "trained tokens", "held_out": "held out", "duplicates": "duplicates left out",
+              "dropped": "left out for want of a trained token", "truncated": "cut to the longest length"}  # fmt: skip
+    told = ", ".join(f"{data[key]:,} {meaning}" for key, meaning in counts.items() if key in data)
+    return f"{head}\n\n{kind}. {told}. {happened['epochs']:g} epochs, {happened['steps']:,} steps."
 
 
 def _sources(step: Step) -> list[Mapping[str, Any]]:
@@ -163,7 +156,7 @@ def _shown(source: Mapping[str, Any]) -> str:
         parts = [f"[{path}](https://huggingface.co/datasets/{path})", source.get("name"), source.get("split")]
         return " ".join(str(part) for part in parts if part)
     inside = not is_s3(path) and not path.startswith(("/", "~", "../"))
-    return f"`{path.removeprefix('./') if inside else '/'.join(Path(path).parts[-2 if '*' in Path(path).name else -1 :])}` (not published)"
+    return f"`{path.removeprefix('./') if inside else '/'.join(Path(path).parts[-2 if '*' in Path(path).name else -1 :])}` (files)"
 
 
 def _data(line: Lineage, about: About) -> str:
@@ -277,7 +270,7 @@ def _results(line: Lineage, evaluations: Sequence[Measured]) -> Iterator[Any]:
 
 
 def _environment(line: Lineage) -> str:
-    found = {}
+    found: dict[str, list[str]] = {}
     for step in line.steps:
         machine = step.environment
         gpus = ", ".join(dict.fromkeys(machine.get("gpus") or [])) or "no GPU"
@@ -300,7 +293,7 @@ def _limits(line: Lineage, evaluations: Sequence[Measured]) -> str:
     for step in line.steps:
         if step.stage == "sft":
             points.append(
-                f"It learned to answer from {step.result['data']['train']:,} conversations; what it has learned from them is a form, and few facts."
+                f"It learned to answer from {step.result['data']['train']:,} conversations. Whether its answers are true was not checked."
             )
     if line.lost:
         points.append(f"The record is not complete: the run `{line.lost}` is missing.")

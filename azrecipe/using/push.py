@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from azrecipe.errors import DONE, CannotRun, CommandError
 from azrecipe.parts.files import read_json, write_text
@@ -33,24 +32,23 @@ def run(arguments: argparse.Namespace) -> int:
     model = finished.find(arguments.model)
     if not model.local:
         raise CommandError(f"there is no folder {model.path}: push takes a run, or a folder with a model")
-    line, evaluations = card.of(model.run) if model.run else (Lineage([]), [])
-    terms = licences.of_base(line.base)
-    about = card.About(
-        arguments.repo_id,
-        licences.chosen(arguments.license, terms, line.base),
-        arguments.data_license,
-        arguments.language or card.languages(line),
-        arguments.adapter,
-    )
-    written = _card(model, card.text(line, evaluations, about, terms))
+    try:
+        line, evaluations = card.of(model.run) if model.run else (Lineage([]), [])
+        terms = licences.of_base(line.base)
+        allowed = licences.chosen(arguments.license, terms, line.base)
+        about = card.About(arguments.repo_id, allowed, arguments.data_license, arguments.language or card.languages(line))
+        text = card.text(line, evaluations, about, terms)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CommandError(f"{model.path}: what its run has left is damaged, or of another version of azrecipe: {error!r}") from None
+    written = _card(model, text)
     files = _files(model, terms, written)
     if arguments.adapter:
         files = {**files, **_adapter(model, line)}
     for warning in _warnings(model, about, terms, files):
         say(f"warning: {warning}")
     print(f"card: {written}")
-    for name, content in files.items():
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    sizes = {name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()}
+    for name, size in {**sizes, "bytes in all": sum(sizes.values())}.items():
         print(f"{size:>15,}  {name}")
     sys.stdout.flush()
     if arguments.dry_run:
@@ -62,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_id(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
@@ -109,6 +107,8 @@ def _adapter(model: finished.Finished, line: Lineage) -> dict[str, Path | bytes]
     found: dict[str, Path | bytes] = {f"adapter/{name}": folder / name for name in ADAPTER_FILES}
     config = read_json(folder / "adapter_config.json")
     config["base_model_name_or_path"] = line.hub_base if len(line.steps) == 1 else None
+    if config["base_model_name_or_path"] is None:
+        say("the adapter belongs on the model before instruction tuning, which is not on the hub: its adapter_config.json names no base")
     found["adapter/adapter_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return found
 
@@ -122,19 +122,13 @@ def _warnings(model: finished.Finished, about: card.About, terms: licences.Terms
         yield misnamed
     if terms is not None and terms.prefix and not any(name.upper().startswith("LICENSE") for name in files):
         yield f"{terms.license} asks for a copy of the agreement with the model (section 1.b.i): put it into {model.path} as LICENSE.txt ({terms.url})"
-    if (
-        about.adapter
-        and isinstance(files.get("adapter/adapter_config.json"), bytes)
-        and b'"base_model_name_or_path": null' in files["adapter/adapter_config.json"]
-    ):  # type: ignore[operator]
-        yield "the adapter belongs on the model before instruction tuning, which is not on the hub: adapter_config.json names no base"
 
 
 def _upload(repo_id: str, files: Files, private: bool) -> str:
     """Make the repository where it does not exist, and commit all files at once: it never holds half a model. Returns its address."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.constants import is_offline_mode
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if is_offline_mode():
         raise CannotRun("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it")
@@ -153,11 +147,11 @@ def _upload(repo_id: str, files: Files, private: bool) -> str:
 @contextmanager
 def _reaching(endpoint: str, repo_id: str) -> Iterator[None]:
     """Turn what the hub's client raises into a message. No text of theirs that could hold a token is passed on."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import errors
 
     try:
         yield
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else 0
         reasons = {
             401: "the token is not valid: `hf auth login` again",
@@ -170,7 +164,8 @@ def _reaching(endpoint: str, repo_id: str) -> Iterator[None]:
         raise CannotRun(
             f"{endpoint} refused {repo_id} ({code}): {reasons.get(code, 'it gave no reason that azrecipe knows')}{told}"
         ) from None
-    except (OSError, RuntimeError) as error:  # httpx's errors are neither one's own class nor stable between versions
+    except (OSError, RuntimeError, errors.HTTPError) as error:  # type: ignore[attr-defined] # of whichever client the hub's library has
         raise CannotRun(
-            f"{endpoint} cannot be reached, or the connection broke ({type(error).__name__}). What was uploaded is not lost: give the command again"
+            f"{endpoint} cannot be reached, or the connection broke ({type(error).__name__}). Give the same command again: files that have "
+            "arrived are not sent twice"
         ) from None

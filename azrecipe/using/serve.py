@@ -10,18 +10,20 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from azrecipe.errors import CannotRun, CommandError
+from azrecipe.parts.files import read_json
 from azrecipe.using import finished
 from azrecipe.using.terminal import say
 
 # What transformers' is_serve_available() asks for, and vLLM.
 NEEDS: Mapping[str, Sequence[str]] = {"transformers": ("fastapi", "uvicorn", "pydantic", "openai"), "vllm": ("vllm",)}
-INSTALL = {"transformers": 'pip install "azrecipe[serve]"', "vllm": "pip install vllm"}
+INSTALL = {"transformers": "pip install 'azrecipe[serve]'", "vllm": "pip install vllm"}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Become the server: this process is replaced, so that signals and the exit code are its own. Returns only by an exception."""
+    """Become the server: this process is replaced, so that signals and the exit code are the server's own."""
     model = finished.find(arguments.model)
     command = line(model, arguments.engine, arguments.host, arguments.port)
     _check_engine(arguments.engine)
@@ -31,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     say(" ".join(command))
     say(f"when it listens, try:\n  {curl(model, arguments.engine, arguments.host, arguments.port)}")
     sys.stdout.flush()
-    os.execv(command[0], command)  # noqa: S606
-    return 0  # pragma: no cover - not reached
+    os.execv(command[0], command)
 
 
 def line(model: finished.Finished, engine: str, host: str, port: int) -> list[str]:
@@ -62,10 +63,6 @@ def curl(model: finished.Finished, engine: str, host: str, port: int) -> str:
 
 
 def _has_template(model: finished.Finished) -> bool:
-    from pathlib import Path
-
-    from azrecipe.parts.files import read_json
-
     folder = Path(model.path)
     return (folder / "chat_template.jinja").is_file() or bool((read_json(folder / "tokenizer_config.json") or {}).get("chat_template"))
 
