@@ -19,7 +19,17 @@ MODULES = {
     if "_shipped" not in path.parts
 }
 # From the top down. A module may import what stands below its own layer; layers on one line do not know each other.
-LAYERS = (("__main__",), ("cli",), ("pipeline",), ("launch", "plan", "report", "using"), ("stages",), ("parts",), ("recipe",), ("errors",), ("",))
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("pipeline",),
+    ("launch", "plan", "report", "using"),
+    ("stages",),
+    ("parts",),
+    ("recipe",),
+    ("errors",),
+    ("",),
+)
 INSIDE = ("launch", "parts", "recipe", "report", "using")  # layers whose modules may import each other
 LIGHT = ("recipe", "launch", "cli", "errors", "pipeline", "report", "using")
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "liger_kernel"}

@@ -148,7 +148,7 @@ def _saved(talk: Conversation, name: str) -> str:
     path = Path(name).expanduser().resolve()
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = before.splitlines()
+        lines = [line for line in before.split("\n") if line.strip()]
         if lines and "messages" not in json.loads(lines[-1]):
             return f"[{name} holds something other than conversations: not saved]"
         write_text(

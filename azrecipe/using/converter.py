@@ -11,6 +11,7 @@ A script without such a register runs as it is. Imports nothing of azrecipe, whi
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,10 @@ from typing import Any
 def main(script: str, name: str, architecture: str) -> None:
     """Load the converter, teach it the one name, and let it do the rest."""
     sys.path.insert(0, str(Path(script).parent))
+    text = Path(script).read_text(encoding="utf-8", errors="replace")
+    if not ("ModelBase" in text and "def main(" in text):
+        runpy.run_path(script, run_name="__main__")
+        return
     spec = importlib.util.spec_from_file_location("convert_hf_to_gguf", script)
     assert spec is not None and spec.loader is not None
     converter = importlib.util.module_from_spec(spec)

@@ -57,7 +57,7 @@ def _prompts(given: Sequence[str], file: Path | None) -> list[str]:
             raise CommandError(f"--file {file} is not UTF-8: {error.reason} at byte {error.start}") from None
         except OSError as error:
             raise CommandError(f"--file {file} cannot be read: {error.strerror}") from None
-        found += [line for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
+        found += [line.strip() for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     for prompt in found:
         if not prompt.strip():
             raise CommandError("--prompt is empty")

@@ -137,7 +137,7 @@ def _upload(repo_id: str, files: Files, private: bool) -> str:
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi(library_name="azrecipe")
-    with _reaching(api.endpoint, repo_id):
+    with _reaching(api.endpoint, repo_id, files["README.md"]):
         made = api.create_repo(repo_id, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content)) for name, content in files.items()]
         api.create_commit(made.repo_id, operations, commit_message="Upload with azrecipe")
@@ -145,7 +145,7 @@ def _upload(repo_id: str, files: Files, private: bool) -> str:
 
 
 @contextmanager
-def _reaching(endpoint: str, repo_id: str) -> Iterator[None]:
+def _reaching(endpoint: str, repo_id: str, readme: object) -> Iterator[None]:
     """Turn what the hub's client raises into a message. No text of theirs that could hold a token is passed on."""
     from huggingface_hub import errors
 
@@ -164,6 +164,8 @@ def _reaching(endpoint: str, repo_id: str) -> Iterator[None]:
         raise CannotRun(
             f"{endpoint} refused {repo_id} ({code}): {reasons.get(code, 'it gave no reason that azrecipe knows')}{told}"
         ) from None
+    except ValueError as error:  # what the hub has against the card
+        raise CommandError(f"the card ({readme!s}): {error}") from None
     except (OSError, RuntimeError, errors.HTTPError) as error:  # type: ignore[attr-defined] # of whichever client the hub's library has
         raise CannotRun(
             f"{endpoint} cannot be reached, or the connection broke ({type(error).__name__}). Give the same command again: files that have "

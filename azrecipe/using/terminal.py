@@ -6,6 +6,8 @@ import sys
 
 from azrecipe.errors import CommandError
 
+CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
 
 def say(text: str) -> None:
     """A line about what happens, on stderr."""
@@ -13,7 +15,12 @@ def say(text: str) -> None:
 
 
 def show(piece: str) -> None:
-    """A piece of an answer, on stdout at once. What the terminal's encoding lacks becomes a question mark."""
+    """A piece of an answer, on stdout at once. What the terminal's encoding lacks becomes a question mark.
+
+    A terminal gets no control characters but line breaks and tabs: a model may write any, and some are commands to a terminal.
+    """
+    if sys.stdout.isatty():
+        piece = piece.translate(CONTROLS)
     try:
         print(piece, end="", flush=True)
     except UnicodeEncodeError:
