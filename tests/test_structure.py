@@ -113,7 +113,8 @@ def test_light_modules_import_nothing_heavy_at_the_top(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["azrecipe.cli", "azrecipe.pipeline", "azrecipe.launch.worker", "azrecipe.launch.command", "azrecipe.recipe.validate", "azrecipe.recipe.steps"],
+    ["azrecipe.cli", "azrecipe.pipeline", "azrecipe.launch.worker", "azrecipe.launch.command", "azrecipe.recipe.validate", "azrecipe.recipe.steps",
+     "azrecipe.using.chat", "azrecipe.using.generate", "azrecipe.using.push", "azrecipe.using.serve"],
 )  # fmt: skip
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*({HEAVY!r} & set(sys.modules)))"
