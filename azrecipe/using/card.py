@@ -31,6 +31,7 @@ class About:
     license: str | None
     data_license: str | None
     languages: Sequence[str]
+    chats: bool = False  # whether the model has a chat template
 
 
 def languages(line: Lineage) -> list[str]:
@@ -48,6 +49,7 @@ def text(line: Lineage, evaluations: Sequence[Measured], about: About, terms: Te
     from huggingface_hub import ModelCard, ModelCardData
 
     name = about.repo_id.rsplit("/", 1)[-1]
+    results = list(_results(line, evaluations))
     stages = {step.stage for step in line.steps}
     data = ModelCardData(
         language=list(about.languages) or None,
@@ -58,8 +60,8 @@ def text(line: Lineage, evaluations: Sequence[Measured], about: About, terms: Te
         pipeline_tag="text-generation",
         tags=["azrecipe", *(["continued-pretraining"] if "pretrain" in stages else []), *(["sft", "lora"] if "sft" in stages else [])],
         datasets=sorted({source["path"] for step in line.steps for source in _sources(step) if _on_hub(source)}) or None,
-        eval_results=list(_results(line, evaluations)) or None,
-        model_name=name,
+        eval_results=results or None,
+        model_name=name if results else None,
     )
     body = "\n\n".join(part for part in _parts(line, evaluations, about, terms) if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n"))
@@ -69,7 +71,7 @@ def _parts(line: Lineage, evaluations: Sequence[Measured], about: About, terms: 
     if terms is not None and terms.built_with:
         yield f"**{terms.built_with}**"
     yield _intro(line)
-    yield _use(line, about)
+    yield _use(about)
     if line.steps:
         yield "## How it was made\n\n" + "\n\n".join(_made(step) for step in line.steps)
         yield _data(line, about)
@@ -97,15 +99,16 @@ def _intro(line: Lineage) -> str:
     return " ".join(part for part in (described, began, f"It has {size:,} parameters." if size else "") if part)
 
 
-def _use(line: Lineage, about: About) -> str:
-    chat = bool(line.steps) and line.steps[-1].stage == "sft"
+def _use(about: About) -> str:
     prompt = (
         'ids = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)'
-        if chat
+        if about.chats
         else 'ids = tokenizer("…", return_tensors="pt")'
     )
     note = (
-        "It answers messages and ends by itself at the end of its turn." if chat else "It continues text; it has not been taught to answer."
+        "It answers messages and ends by itself at the end of its turn."
+        if about.chats
+        else "It continues text; it has not been taught to answer."
     )
     return (
         f"## How to use\n\n{note}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

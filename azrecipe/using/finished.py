@@ -14,6 +14,7 @@ from azrecipe.parts.hub import opening
 from azrecipe.parts.run_dir import RunDir
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PARTS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # of a repository on the hub: not other formats of its weights
 MADE_OF = {"tokenizer": "tokenizers", "evaluate": "measurements", "pipeline": "a comparison of its cells"}
 
 
@@ -76,7 +77,7 @@ def fetched(model: Finished) -> Finished:
     from huggingface_hub import snapshot_download
 
     with opening("model", model.path):
-        return Finished(snapshot_download(model.path))
+        return Finished(snapshot_download(model.path, allow_patterns=list(PARTS), ignore_patterns="*/*"))
 
 
 def _local(asked: str) -> bool:
@@ -129,3 +130,9 @@ def settings(model: Finished) -> dict[str, Any]:
     """The config.json of a model that is here."""
     found: dict[str, Any] = read_json(Path(model.path) / "config.json") or {}
     return found
+
+
+def has_template(model: Finished) -> bool:
+    """Whether a model that is here has a chat template, by its files."""
+    folder = Path(model.path)
+    return (folder / "chat_template.jinja").is_file() or bool((read_json(folder / "tokenizer_config.json") or {}).get("chat_template"))

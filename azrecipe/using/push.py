@@ -36,7 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
         line, evaluations = card.of(model.run) if model.run else (Lineage([]), [])
         terms = licences.of_base(line.base)
         allowed = licences.chosen(arguments.license, terms, line.base)
-        about = card.About(arguments.repo_id, allowed, arguments.data_license, arguments.language or card.languages(line))
+        about = card.About(
+            arguments.repo_id, allowed, arguments.data_license, arguments.language or card.languages(line), finished.has_template(model)
+        )
         text = card.text(line, evaluations, about, terms)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CommandError(f"{model.path}: what its run has left is damaged, or of another version of azrecipe: {error!r}") from None

@@ -10,10 +10,8 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from azrecipe.errors import CannotRun, CommandError
-from azrecipe.parts.files import read_json
 from azrecipe.using import finished
 from azrecipe.using.terminal import say
 
@@ -28,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = line(model, arguments.engine, arguments.host, arguments.port)
     _check_engine(arguments.engine)
     _check_port(arguments.host, arguments.port)
-    if model.local and not _has_template(model):
+    if model.local and not finished.has_template(model):
         say(f"{model.path} has no chat template: /v1/completions continues text; /v1/chat/completions is refused")
     say(" ".join(command))
     say(f"when it listens, try:\n  {curl(model, arguments.engine, arguments.host, arguments.port)}")
@@ -56,15 +54,10 @@ def served(model: finished.Finished, engine: str) -> str:
 def curl(model: finished.Finished, engine: str, host: str, port: int) -> str:
     """A command line that asks the server something."""
     near = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
-    chat = not model.local or _has_template(model)
+    chat = not model.local or finished.has_template(model)
     body = {"messages": [{"role": "user", "content": "Salam!"}]} if chat else {"prompt": "Salam"}
     data = json.dumps({"model": served(model, engine), **body, "max_tokens": 64}, ensure_ascii=False).replace("'", r"'\''")
     return f"curl http://{near}:{port}/v1/{'chat/' if chat else ''}completions -H 'Content-Type: application/json' -d '{data}'"
-
-
-def _has_template(model: finished.Finished) -> bool:
-    folder = Path(model.path)
-    return (folder / "chat_template.jinja").is_file() or bool((read_json(folder / "tokenizer_config.json") or {}).get("chat_template"))
 
 
 def _check_engine(engine: str) -> None:
