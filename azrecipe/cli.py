@@ -10,6 +10,7 @@ from pathlib import Path
 
 from azrecipe import __version__
 from azrecipe.errors import DONE, FAILED, SIGINT, WRONG, AzrecipeError, CannotRun, CommandError, hint
+from azrecipe.using import options
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {}
 
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     copy = verbs.add_parser("copy", help="write the shipped recipes, schemas and accelerate configs into a folder, to edit")
     copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
+    options.add(verbs)
     return parser
 
 
@@ -201,3 +203,38 @@ def _copy(arguments: argparse.Namespace) -> int:
         raise CannotRun(f"cannot write {error.filename or arguments.folder}: {error.strerror}") from None
     print(f"{written} files written to {arguments.folder}" + (f", {kept} that were there left as they are" if kept else ""))
     return DONE
+
+
+@_verb
+def _generate(arguments: argparse.Namespace) -> int:
+    from azrecipe.using import generate
+
+    return generate.run(arguments)
+
+
+@_verb
+def _chat(arguments: argparse.Namespace) -> int:
+    from azrecipe.using import chat
+
+    return chat.run(arguments)
+
+
+@_verb
+def _serve(arguments: argparse.Namespace) -> int:
+    from azrecipe.using import serve
+
+    return serve.run(arguments)
+
+
+@_verb
+def _export(arguments: argparse.Namespace) -> int:
+    from azrecipe.using import export
+
+    return export.run(arguments)
+
+
+@_verb
+def _push(arguments: argparse.Namespace) -> int:
+    from azrecipe.using import push
+
+    return push.run(arguments)

@@ -19,9 +19,19 @@ MODULES = {
     if "_shipped" not in path.parts
 }
 # From the top down. A module may import what stands below its own layer; layers on one line do not know each other.
-LAYERS = (("__main__",), ("cli",), ("pipeline",), ("launch", "plan", "report"), ("stages",), ("parts",), ("recipe",), ("errors",), ("",))
-INSIDE = ("launch", "parts", "recipe", "report")  # layers whose modules may import each other
-LIGHT = ("recipe", "launch", "cli", "errors", "pipeline", "report")
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("pipeline",),
+    ("launch", "plan", "report", "using"),
+    ("stages",),
+    ("parts",),
+    ("recipe",),
+    ("errors",),
+    ("",),
+)
+INSIDE = ("launch", "parts", "recipe", "report", "using")  # layers whose modules may import each other
+LIGHT = ("recipe", "launch", "cli", "errors", "pipeline", "report", "using")
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "liger_kernel"}
 MAX_LINES = 400
 MAX_ARGUMENTS = 5
@@ -103,7 +113,8 @@ def test_light_modules_import_nothing_heavy_at_the_top(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["azrecipe.cli", "azrecipe.pipeline", "azrecipe.launch.worker", "azrecipe.launch.command", "azrecipe.recipe.validate", "azrecipe.recipe.steps"],
+    ["azrecipe.cli", "azrecipe.pipeline", "azrecipe.launch.worker", "azrecipe.launch.command", "azrecipe.recipe.validate", "azrecipe.recipe.steps",
+     "azrecipe.using.chat", "azrecipe.using.generate", "azrecipe.using.push", "azrecipe.using.serve"],
 )  # fmt: skip
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*({HEAVY!r} & set(sys.modules)))"

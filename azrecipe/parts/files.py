@@ -92,12 +92,30 @@ def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """`whole_folder` for one file that another program writes: the path that is yielded does not exist yet."""
+    _sweep(path)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def _sweep(path: Path) -> None:
-    """Remove folders that processes of this machine were filling when they died."""
+    """Remove what processes of this machine were filling when they died."""
     for left in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.*"):
         pid = left.name.rsplit(".", 2)[1]
         if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            shutil.rmtree(left, ignore_errors=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

@@ -1,0 +1,1 @@
+"""What a finished model is for: tried in a terminal, served, exported, pushed."""
