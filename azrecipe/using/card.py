@@ -58,7 +58,7 @@ def text(line: Lineage, evaluations: Sequence[Measured], about: About, terms: Te
         base_model=line.hub_base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["azrecipe", *(["continued-pretraining"] if "pretrain" in stages else []), *(["sft", "lora"] if "sft" in stages else [])],
+        tags=["azrecipe", *(["continued-pretraining"] if "pretrain" in stages else []), *_tuned(line)],
         datasets=sorted({source["path"] for step in line.steps for source in _sources(step) if _on_hub(source)}) or None,
         eval_results=results or None,
         model_name=name if results else None,
@@ -136,11 +136,30 @@ def _made(step: Step) -> str:
         heads = ["phase", "trained", "parameters trained", "learning rate", "steps", "tokens", "bytes of text"]
         return f"{head}\n\n{_table(heads, rows)}{vocabulary}"
     data, lora, happened = result["data"], step.recipe.get("lora"), result["training"]
-    kind = f"LoRA (r {lora['r']}, alpha {lora['lora_alpha']}), merged into the weights" if lora else "All weights were trained"
-    counts = {"train": "conversations learned from", "trained_tokens": "trained tokens", "held_out": "held out", "duplicates": "duplicates left out",
+    adapter = step.recipe.get("adapter", "lora")
+    quantized = " on a base in 4 bits" if adapter == "qlora" else ""
+    kind = (
+        f"LoRA (r {lora['r']}, alpha {lora['lora_alpha']}){quantized}, merged into the weights"
+        if lora and adapter != "none"
+        else "All weights were trained"
+    )
+    if _preferences(step):
+        kind = f"Direct preference optimization (beta {step.recipe['dpo']['beta']:g}, {step.recipe['dpo']['loss_type']}). {kind}"
+    counts = {"train": "preferences learned from" if _preferences(step) else "conversations learned from", "trained_tokens": "trained tokens", "held_out": "held out", "duplicates": "duplicates left out",
               "dropped": "left out for want of a trained token", "truncated": "cut to the longest length"}  # fmt: skip
     told = ", ".join(f"{data[key]:,} {meaning}" for key, meaning in counts.items() if key in data)
     return f"{head}\n\n{kind}. {told}. {happened['epochs']:g} epochs, {happened['steps']:,} steps."
+
+
+def _preferences(step: Step) -> bool:
+    return step.stage == "sft" and step.recipe.get("method") == "dpo"
+
+
+def _tuned(line: Lineage) -> list[str]:
+    """The hub's tags for the ways in which a model was tuned."""
+    steps = [step for step in line.steps if step.stage == "sft"]
+    tags = [tag for step in steps for tag in ("dpo" if _preferences(step) else "sft", step.recipe.get("adapter", "lora"))]
+    return list(dict.fromkeys(tag for tag in tags if tag != "none"))
 
 
 def _sources(step: Step) -> list[Mapping[str, Any]]:
@@ -165,12 +184,12 @@ def _shown(source: Mapping[str, Any]) -> str:
 def _data(line: Lineage, about: About) -> str:
     rows = []
     for step in line.steps:
-        numbers = step.result.get("data") if step.stage == "pretrain" else None
+        numbers = step.result.get("data") if step.stage == "pretrain" else step.result.get("training", {}).get("sources")
         for i, source in enumerate(_sources(step)):
             own = numbers[i] if isinstance(numbers, list) and i < len(numbers) else {}
             share = f"{own['share']:.1%}" if "share" in own else "–"
             epochs = f"{own['epochs']:g}" if "epochs" in own else f"{step.result['training']['epochs']:g}" if step.stage == "sft" else "–"
-            sizes = [f"{own[key]:,}" if key in own else "–" for key in ("documents", "bytes")]
+            sizes = [f"{own[key]:,}" if key in own else "–" for key in ("documents" if step.stage == "pretrain" else "rows", "bytes")]
             rows.append([step.name, _shown(source), share, epochs, *sizes, about.data_license or UNKNOWN])
     notes = "A share is of the bytes of text read in a step; epochs count how often its documents were gone through." + (
         "" if about.data_license else " The licences of the data are not recorded."
@@ -184,7 +203,14 @@ def _hyperparameters(step: Step) -> str:
     whole: dict[str, Any] = {"seed": recipe.get("seed"), "max_length": recipe["data"].get("max_length")}
     if "phases" in recipe:
         whole["phases"] = recipe["phases"]
-    for key in ("chat_template", "lora"):
+    methods = (
+        "method",
+        "adapter",
+        "chat_template",
+        *(["lora"] if recipe.get("adapter") != "none" else []),
+        *(["dpo"] if _preferences(step) else []),
+    )
+    for key in methods:
         if key in recipe and not _path(recipe[key]):
             whole[key] = recipe[key]
     return f"{step.name}:\n\n```yaml\n{to_yaml({**whole, 'training': shown})}```"
@@ -218,6 +244,10 @@ def _measured(line: Lineage, evaluations: Sequence[Measured]) -> str:
         found.append(
             f"Loss on {last.result['data']['held_out']:,} held-out conversations ({meaning}): {_number(loss['before'])} before, {_number(loss['after'])} after instruction tuning."
         )
+    elif _preferences(last) and last.result["held_out_accuracy"]["after"] is not None:
+        share, meaning = last.result["held_out_accuracy"], last.result["definitions"]["held_out_accuracy"]
+        pairs = f"{last.result['data']['held_out']:,} held-out preferences"
+        found.append(f"On {pairs} ({meaning}): {_number(share['before'])} before, {_number(share['after'])} after.")
     elif last.stage == "pretrain" and not evaluations:
         bpb = last.result["bpb"]
         sets = list(next(iter(bpb.values()), {}))
@@ -295,8 +325,9 @@ def _limits(line: Lineage, evaluations: Sequence[Measured]) -> str:
             points.append(f"The held-out text is small ({', '.join(small)}: fewer than 100 documents), so small differences mean little.")
     for step in line.steps:
         if step.stage == "sft":
+            what = "preferences" if _preferences(step) else "conversations"
             points.append(
-                f"It learned to answer from {step.result['data']['train']:,} conversations. Whether its answers are true was not checked."
+                f"It learned to answer from {step.result['data']['train']:,} {what}. Whether its answers are true was not checked."
             )
     if line.lost:
         points.append(f"The record is not complete: the run `{line.lost}` is missing.")
