@@ -11,10 +11,15 @@ from azrecipe.report.runs import Run
 
 def part(run: Run) -> Part:
     """The recipe of one run."""
-    described = run.recipe.get("description")
-    pieces = [tag("p", described) if described else "", differences(run)]
+    pieces = [differences(run)]
     pieces.append(folded("The whole recipe, as resolved", tag("pre", run.recipe_text) if run.recipe_text else Html("")))
     return Part("What was asked", joined(pieces))
+
+
+def described(run: Run) -> Html:
+    """What the recipe says of itself."""
+    said = run.recipe.get("description")
+    return tag("p", said) if said else Html("")
 
 
 def differences(run: Run) -> Html:

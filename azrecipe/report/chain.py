@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from azrecipe.report import asked, cells, compared, happened, sections
+from azrecipe.report import asked, cells, compared, evaluation, happened, sections
 from azrecipe.report.markup import Html, Part, joined, table, tag
 from azrecipe.report.runs import Run
 
 
 def parts(pipeline: Run, page: Path) -> Iterator[Part]:
     """All that the page tells; `page` is where it will stand."""
-    described = pipeline.recipe.get("description")
     steps = pipeline.steps
     keys = list(dict.fromkeys(key for key, _, _ in steps))
-    yield Part("Steps", joined([tag("p", described) if described else "", _overview(pipeline, page)]))
+    yield Part("Steps", joined([asked.described(pipeline), _overview(pipeline, page)]))
+    last = [run for key, cell, run in steps if run.stage == "evaluate" and cell is None][-1:]
+    yield from (Part("What came of it", evaluation.measures(run.result.get("models", {}))) for run in last)
     yield from cells.parts(pipeline)
     yield asked.part(pipeline)
     for nth, key in enumerate(keys, 1):

@@ -49,8 +49,13 @@ def of_models(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
         [name, number(told.get("parameters")), number(told.get("vocab_size")), str(told.get("path", ""))] for name, told in models.items()
     ]
     yield Part("Models", table("What was measured", ["model", "parameters", "vocabulary", "from"], rows))
-    yield Part("Measures", joined([plots([(_plot(models), "")]), *_tables(models)]))
+    yield Part("Measures", measures(models))
     yield Part("Samples", samples(models))
+
+
+def measures(models: Mapping[str, Mapping[str, Any]]) -> Html:
+    """Every measure that the models have."""
+    return joined([plots([(_plot(models), "")]), *_tables(models)])
 
 
 def _plot(models: Mapping[str, Mapping[str, Any]]) -> Html:

@@ -19,12 +19,12 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-
 caption { text-align: left; padding: .2rem 0; opacity: .8; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; } tbody th { font-weight: normal; }
-td.n, th.n { text-align: right; white-space: nowrap; } td.t { min-width: 12rem; overflow-wrap: anywhere; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; } td.t { min-width: 12rem; overflow-wrap: anywhere; }
 small { opacity: .8; } tr.chosen, tr.chosen th { font-weight: bold; }
 dl.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .6rem 1.5rem; max-width: none; }
 dl.facts dt { font-size: .85rem; opacity: .8; } dl.facts dd { margin: 0; font-size: 1.1rem; }
 dl.terms dt { font-weight: bold; } dl.terms dd { margin: 0 0 .4rem 1.5rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1rem 1.5rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: 1rem 1.5rem; }
 figure { margin: 0; max-width: 38rem; } svg { display: block; width: 100%; height: auto; } figcaption { font-size: .85rem; opacity: .8; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); gap: .8rem; }
 .samples > div { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .8rem; }
@@ -38,7 +38,7 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 @media print {
   :root { color-scheme: light; } body { max-width: none; margin: 0; font-size: 11px; } h2, h3, h4 { break-after: avoid; }
   figure, tr, .samples > div { break-inside: avoid; } .wide, pre { overflow: visible; } pre { white-space: pre-wrap; }
-  td.n, th.n { white-space: normal; } details::details-content { content-visibility: visible; block-size: auto; } a { color: inherit; }
+  td.n { white-space: normal; } details::details-content { content-visibility: visible; block-size: auto; } a { color: inherit; }
 }
 """
 # The page holds no script and asks for nothing; with this the browser holds it to that.

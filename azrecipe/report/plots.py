@@ -82,9 +82,9 @@ def steps(frame: Frame, names: Sequence[str], series: Mapping[str, Sequence[Poin
 
 
 def curves(frame: Frame, found: Sequence[Curve]) -> Html:
-    """Curves in one plot; nothing where there is no value to draw."""
+    """Curves in one plot; nothing where none has two values."""
     found = [curve for curve in found if curve.x]
-    if not found:
+    if all(len(curve.x) < 2 for curve in found):
         return Html("")
 
     def draw(axes: Any) -> None:

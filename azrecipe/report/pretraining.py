@@ -97,15 +97,17 @@ def _vocabulary(told: Mapping[str, Any] | None) -> Html:
 
 
 def _phases(phases: Mapping[str, Mapping[str, Any]]) -> Html:
+    resumed = any(told.get("resumed_from") is not None for told in phases.values())
     rows = [
         [name, number(told.get("trainable_parameters")), f"{told['learning_rate']:.3g}", number(told["steps"]), number(told["tokens"]),
          number(told["bytes"]), f"{told['fill']:{PERCENT}}" if "fill" in told else "–",
          f"{told['last_loss']:.3f}" if told.get("last_loss") is not None else "–", duration(told["seconds"]),
-         number(told["resumed_from"]) if told.get("resumed_from") is not None else "–"]
+         *([number(told.get("resumed_from"))] if resumed else [])]
         for name, told in phases.items()
     ]  # fmt: skip
-    heads = ["phase", "trainable parameters", "learning rate", "steps", "tokens", "bytes", "sequences filled", "last loss", "time", "resumed from step"]  # fmt: skip
-    return table("What each phase did; the time is that since the last resume", heads, rows)
+    heads = ["phase", "trainable parameters", "learning rate", "steps", "tokens", "bytes", "sequences filled", "last loss", "time"]
+    since = "; the time is that since the last resume" if resumed else ""
+    return table(f"What each phase did{since}", heads + (["resumed from step"] if resumed else []), rows)
 
 
 def _data(sources: Sequence[Mapping[str, Any]]) -> Html:

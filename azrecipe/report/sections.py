@@ -30,7 +30,7 @@ def headline(run: Run) -> Mapping[str, str]:
 
 def summary(run: Run) -> Html:
     """State, times and headline numbers, and why it stopped where it did."""
-    return joined([facts({**headline(run), **happened.facts(run)}), happened.message(run)])
+    return joined([asked.described(run), facts({**headline(run), **happened.facts(run)}), happened.message(run)])
 
 
 def of_run(run: Run) -> list[Part]:
