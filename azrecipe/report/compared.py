@@ -49,9 +49,11 @@ def _runs(runs: Sequence[Run], page: Path) -> Html:
 def _differing(runs: Sequence[Run]) -> Html:
     """The keys of the resolved recipes whose values are not the same in all runs."""
     found = [dict(_leaves(run.recipe)) for run in runs]
+    if len(runs) < 2:
+        return Html("")
     keys = [key for key in dict.fromkeys(key for each in found for key in each) if len({each.get(key, "–") for each in found}) > 1]
     if not keys:
-        return tag("p", "Their recipes are the same." if len(runs) > 1 else "There is one such run.")
+        return tag("p", "Their recipes are the same.")
     rows = [[key, *(each.get(key, "–") for each in found)] for key in keys]
     return table("Keys of the recipes that differ", ["key", *(run.name for run in runs)], rows)
 

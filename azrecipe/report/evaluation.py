@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from azrecipe.report.figures import PERCENT, number
-from azrecipe.report.markup import Html, Part, folded, joined, listing, plots, table, tag
+from azrecipe.report.markup import Html, Part, folded, joined, listing, plots, table, tables, tag
 from azrecipe.report.plots import Frame, Point, steps
 from azrecipe.report.runs import Run
 
@@ -39,7 +39,7 @@ def parts(run: Run) -> Iterator[Part]:
     if not models:
         return
     yield from of_models(models)
-    yield Part("Differences", joined(_differences(result)))
+    yield Part("Differences", tables(_differences(result)))
     yield Part("Held-out text", _texts(result.get("validation", {})))
 
 
@@ -55,7 +55,7 @@ def of_models(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
 
 def measures(models: Mapping[str, Mapping[str, Any]]) -> Html:
     """Every measure that the models have."""
-    return joined([plots([(_plot(models), "")]), *_tables(models)])
+    return joined([plots([(_plot(models), "")]), tables(_tables(models))])
 
 
 def _plot(models: Mapping[str, Mapping[str, Any]]) -> Html:

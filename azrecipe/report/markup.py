@@ -19,9 +19,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-
 caption { text-align: left; padding: .2rem 0; opacity: .8; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; } tbody th { font-weight: normal; }
-td.n, th.n { text-align: right; } td.n { white-space: nowrap; } td.t { min-width: 12rem; overflow-wrap: anywhere; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; } td.t { min-width: 14rem; overflow-wrap: anywhere; }
 small { opacity: .8; } tr.chosen, tr.chosen th { font-weight: bold; }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .6rem 1.5rem; max-width: none; }
+dl.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem 1.5rem; max-width: none; }
 dl.facts dt { font-size: .85rem; opacity: .8; } dl.facts dd { margin: 0; font-size: 1.1rem; }
 dl.terms dt { font-weight: bold; } dl.terms dd { margin: 0 0 .4rem 1.5rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: 1rem 1.5rem; }
@@ -34,6 +34,7 @@ figure { margin: 0; max-width: 38rem; } svg { display: block; width: 100%; heigh
 pre { overflow-x: auto; background: var(--soft); padding: .8rem; font-size: .85rem; line-height: 1.4; }
 details { margin: 1rem 0; } summary { cursor: pointer; }
 blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--line); white-space: pre-wrap; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: flex-start; } .tables > .wide { max-width: 100%; }
 @media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding: .25rem .45rem; font-size: .9rem; } }
 @media print {
   :root { color-scheme: light; } body { max-width: none; margin: 0; font-size: 11px; } h2, h3, h4 { break-after: avoid; }
@@ -113,6 +114,12 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], cho
         body.append(tag("tr", Html(first + cells), class_="chosen" if mark else ""))
     said = tag("caption", caption) if caption else ""
     return Html(f'<div class="wide" tabindex="0"><table>{said}<thead><tr>{top}</tr></thead><tbody>{joined(body)}</tbody></table></div>')
+
+
+def tables(found: Iterable[Html]) -> Html:
+    """Tables side by side where there is room."""
+    inside = joined(found)
+    return tag("div", inside, class_="tables") if inside else inside
 
 
 def _cell(cell: str, numeric: bool) -> Html:

@@ -16,7 +16,7 @@ from azrecipe.report.markup import Html
 INK = "#010203"  # stands for the page's text colour until the SVG is in the page
 MARKERS = "os^Dv*PX"
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-COLOURS = ("#3b75af", "#c8702a", "#4f8f4f", "#a04c8c", "#7a6a4f", "#b0413e", "#4aa3a2", "#888888")  # all legible on white and on black
+COLOURS = ("#3b75af", "#c8702a", "#4f8f4f", "#a04c8c", "#7a6a4f", "#b0413e", "#3b8f8e", "#888888")  # all legible on white and on black
 MARKED = 9  # markers on a curve of many points
 SIZE = (4.7, 3.3)  # inches: on a phone, a screen wide, its text can still be read
 
@@ -153,10 +153,10 @@ def _style(nth: int) -> dict[str, Any]:
 
 
 def _errorbars(axes: Any, nth: int, name: str, points: Sequence[Point]) -> None:
-    errors = [
-        [max(p.y - p.interval[0], 0) if p.interval else 0 for p in points],
-        [max(p.interval[1] - p.y, 0) if p.interval else 0 for p in points],
-    ]
+    errors = None
+    if any(p.interval for p in points):
+        ends = [p.interval or (p.y, p.y) for p in points]
+        errors = [[max(p.y - low, 0) for p, (low, _) in zip(points, ends, strict=True)], [max(high - p.y, 0) for p, (_, high) in zip(points, ends, strict=True)]]  # fmt: skip
     axes.errorbar([p.x for p in points], [p.y for p in points], yerr=errors, label=_label(name), capsize=3, **_style(nth))
 
 
