@@ -24,6 +24,7 @@ LOGGED: Sequence[tuple[str, str, str, float]] = (
     ("peak_memory_bytes", "Peak memory", "GB", 1e9),
     ("grad_norm", "Gradient norm", "", 1),
 )
+FROM_ZERO = ("tokens_per_second", "peak_memory_bytes")
 THINNED = "A point stands for up to {:,} logged steps: their mean, and the band from the lowest to the highest"
 
 
@@ -97,7 +98,7 @@ def logged(runs: Sequence[Run], key: str) -> list[tuple[Html, str]]:
         series = {run.name: [(x, y / divisor) for x, y in values(run, wanted, key)] for run in runs}
         longest = max(map(len, series.values()), default=0)
         drawn = [curve(name, points, nth, most) for nth, (name, points) in enumerate(series.items())]
-        frame = Frame(title, X[key], unit, borders(runs[0], key) if len(runs) == 1 else ())
+        frame = Frame(title, X[key], unit, borders(runs[0], key) if len(runs) == 1 else (), wanted in FROM_ZERO)
         found.append((curves(frame, drawn), THINNED.format(group(longest, most)) + "." if longest > most else ""))
     return found
 

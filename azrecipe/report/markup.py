@@ -10,13 +10,14 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
-body { font: 16px/1.5 system-ui, "Noto Sans", "DejaVu Sans", sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 1rem/1.5 system-ui, "Noto Sans", "DejaVu Sans", sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
   overflow-wrap: anywhere; }
 h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 2px solid var(--line); } h3 { margin-top: 2rem; }
 p, dl, figcaption { max-width: 48rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { text-align: left; padding: .2rem 0; opacity: .8; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: min(48rem, 100vw - 2rem); }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; } tbody th { font-weight: normal; }
 td.n, th.n { text-align: right; } td.n { white-space: nowrap; } td.t { min-width: 14rem; overflow-wrap: anywhere; }
@@ -37,7 +38,7 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 .tables { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: flex-start; } .tables > .wide { max-width: 100%; }
 @media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding: .25rem .45rem; font-size: .9rem; } }
 @media print {
-  :root { color-scheme: light; } body { max-width: none; margin: 0; font-size: 11px; } h2, h3, h4 { break-after: avoid; }
+  :root { color-scheme: light; } html { font-size: 11px; } body { max-width: none; margin: 0; } h2, h3, h4 { break-after: avoid; }
   figure, tr, .samples > div { break-inside: avoid; } .wide, pre { overflow: visible; } pre { white-space: pre-wrap; }
   td.n { white-space: normal; } details::details-content { content-visibility: visible; block-size: auto; } a { color: inherit; }
 }
@@ -112,7 +113,7 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], cho
         first = tag("th", f"{row[0]} ← selected" if mark else row[0], scope="row")
         cells = joined(_cell(cell, numeric[column]) for column, cell in enumerate(row[1:], 1))
         body.append(tag("tr", Html(first + cells), class_="chosen" if mark else ""))
-    said = tag("caption", caption) if caption else ""
+    said = tag("caption", tag("span", caption)) if caption else ""
     return Html(f'<div class="wide" tabindex="0"><table>{said}<thead><tr>{top}</tr></thead><tbody>{joined(body)}</tbody></table></div>')
 
 

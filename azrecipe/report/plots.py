@@ -45,12 +45,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a plot's values; borders are upright lines with names."""
+    """What stands around a plot's values; borders are upright lines with names. With `zero` the values are seen from 0 up."""
 
     title: str
     x: str
     y: str
     borders: Sequence[tuple[float, str]] = ()
+    zero: bool = False
 
 
 def against(title: str, series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> Html:
@@ -97,6 +98,8 @@ def curves(frame: Frame, found: Sequence[Curve]) -> Html:
             if curve.low and curve.high:
                 axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if frame.zero:
+            axes.set_ylim(bottom=0)
         if max(abs(y) for curve in found for y in curve.y) >= 10_000:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         for x, name in frame.borders:

@@ -50,7 +50,7 @@ def test_an_evaluation_is_shown_with_and_without_intervals_and_with_what_else_it
 
 def test_a_column_of_numbers_stands_to_the_right_and_text_is_escaped() -> None:
     made = table("<c>", ["a", "b"], [["<x>", "1.5"], ["y", "–"]], [True, False])
-    assert "<caption>&lt;c&gt;</caption>" in made
+    assert "<caption><span>&lt;c&gt;</span></caption>" in made
     assert '<tr class="chosen"><th scope="row">&lt;x&gt; ← selected</th><td class="n">1.5</td></tr>' in made
     assert '<th scope="col" class="n">b</th>' in made
 
