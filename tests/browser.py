@@ -34,8 +34,10 @@ const told = {
   background: getComputedStyle(theme).backgroundColor, ink: getComputedStyle(theme).color,
   glyphs: Object.fromEntries([..."əƏğĞıIiİşŞçÇöÖüÜ\\u0378"].map(letter => [letter, drawn(letter)])),
 };
-document.body.append(Object.assign(document.createElement("pre"), {id: "probe", textContent: JSON.stringify(told)}));
+parent.postMessage(JSON.stringify(told), "*");
 </script>"""
+FRAME = """<!doctype html><body><iframe src="{}" style="width: {}px; height: 900px; border: 0"></iframe><pre id="probe"></pre>
+<script>onmessage = event => document.getElementById("probe").textContent = event.data</script></body>"""
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ def see(page: Path, folder: Path, width: int = 1280) -> Seen:
 
 
 def probe(page: Path, folder: Path, theme: str, width: int) -> dict[str, Any]:
-    """What a script finds in a copy of a page that lets it run, in one theme."""
+    """What a script finds in a copy of a page that lets it run, in one theme and in a frame so wide: no window is narrower than 500 pixels."""
     text = page.read_text(encoding="utf-8").replace("color-scheme: light dark;", f"color-scheme: {theme};")
     copy = folder / f"{theme}-{width}.html"
     copy.write_text(text.replace('http-equiv="Content-Security-Policy"', "").replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    document = see(copy, folder, width).document
+    frame = folder / "frame.html"
+    frame.write_text(FRAME.format(copy.name, width), encoding="utf-8")
+    document = see(frame, folder).document
     told: dict[str, Any] = json.loads(html.unescape(document.split('<pre id="probe">')[1].split("</pre>")[0]))
     return told
 

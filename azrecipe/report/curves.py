@@ -22,7 +22,6 @@ LOGGED: Sequence[tuple[str, str, str, float]] = (
     ("learning_rate", "Learning rate", "", 1),
     ("tokens_per_second", "Speed", "tokens/s", 1),
     ("peak_memory_bytes", "Peak memory", "GB", 1e9),
-    ("grad_norm", "Gradient norm", "", 1),
 )
 FROM_ZERO = ("tokens_per_second", "peak_memory_bytes")
 THINNED = "A point stands for up to {:,} logged steps: their mean, and the band from the lowest to the highest"
@@ -95,6 +94,8 @@ def logged(runs: Sequence[Run], key: str) -> list[tuple[Html, str]]:
     most = max(MOST // max(len(runs), 1), LEAST)
     found = []
     for wanted, title, unit, divisor in LOGGED:
+        if wanted == "train_bpb" and len(runs) == 1:
+            continue  # has the shape of the loss, and is for comparing tokenizers
         series = {run.name: [(x, y / divisor) for x, y in values(run, wanted, key)] for run in runs}
         longest = max(map(len, series.values()), default=0)
         drawn = [curve(name, points, nth, most) for nth, (name, points) in enumerate(series.items())]

@@ -72,7 +72,7 @@ def _plot(models: Mapping[str, Mapping[str, Any]]) -> Html:
     }
     if len(names) < 2 or not any(series.values()):
         return Html("")
-    return steps(Frame("Bits per byte of held-out text", "", "bits per byte"), names, series)
+    return steps(Frame("Bits per byte of held-out text", "", "bits per byte", leaning=len(names) > 3), names, series)
 
 
 def _tables(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Html]:

@@ -45,13 +45,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a plot's values; borders are upright lines with names. With `zero` the values are seen from 0 up."""
+    """What stands around a plot's values; borders are upright lines with names. With `zero` the values are seen from 0 up.
+
+    `leaning` leaves room for long names below.
+    """
 
     title: str
     x: str
     y: str
     borders: Sequence[tuple[float, str]] = ()
     zero: bool = False
+    leaning: bool = False
 
 
 def against(title: str, series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> Html:
@@ -67,7 +71,7 @@ def against(title: str, series: Mapping[str, Sequence[Point]], x_label: str, y_l
         f"{name}: " + ", ".join(f"{p.name} {p.y:.4g} at {p.x:,.0f}" for p in sorted(points, key=lambda p: p.x))
         for name, points in series.items()
     )
-    return _svg(Frame(title, x_label, y_label), draw, told, len(series))
+    return _svg(Frame(title, x_label, y_label, leaning=True), draw, told, len(series))
 
 
 def steps(frame: Frame, names: Sequence[str], series: Mapping[str, Sequence[Point]]) -> Html:
@@ -76,7 +80,7 @@ def steps(frame: Frame, names: Sequence[str], series: Mapping[str, Sequence[Poin
     def draw(axes: Any) -> None:
         for nth, (name, points) in enumerate(series.items()):
             _errorbars(axes, nth, name, points)
-        axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20 if len(names) > 3 else 0)
+        axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=20 if frame.leaning else 0)
 
     told = "; ".join(f"{name}: " + ", ".join(f"{p.name} {p.y:.4g}" for p in points) for name, points in series.items())
     return _svg(frame, draw, told, len(series))
@@ -89,7 +93,7 @@ def curves(frame: Frame, found: Sequence[Curve]) -> Html:
         return Html("")
 
     def draw(axes: Any) -> None:
-        from matplotlib.ticker import EngFormatter
+        from matplotlib.ticker import EngFormatter, FuncFormatter
 
         for curve in found:
             style = {"markersize": 4.5, "linewidth": 1.4, **_style(curve.nth)}
@@ -99,19 +103,28 @@ def curves(frame: Frame, found: Sequence[Curve]) -> Html:
                 axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if frame.zero:
-            axes.set_ylim(bottom=0)
-        if max(abs(y) for curve in found for y in curve.y) >= 10_000:
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        for x, name in frame.borders:
-            axes.axvline(x, color=INK, alpha=0.5, linewidth=0.8, linestyle=":")
-            axes.annotate(_short(name), (x, 1), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
-                          va="top", rotation=90, fontsize=8)  # fmt: skip
+            axes.set_ylim(0, 1.08 * max(y for curve in found for y in curve.high or curve.y) or 1)
+        large = max(abs(y) for curve in found for y in curve.y) >= 10_000
+        axes.yaxis.set_major_formatter(EngFormatter(sep="") if large else FuncFormatter(lambda y, _: f"{y:.4g}"))
+        _borders(axes, frame.borders)
 
     told = "; ".join(
-        f"{c.name}: {c.y[0]:.4g} at first, {c.y[-1]:.4g} at last, lowest {min(c.y):.4g}, highest {max(c.y):.4g}" for c in found
+        f"{c.name}: {c.y[0]:.4g} at first, {c.y[-1]:.4g} at last, lowest {min(c.low or c.y):.4g}, highest {max(c.high or c.y):.4g}"
+        for c in found
     )
     names = ", ".join(name for _, name in frame.borders)
     return _svg(frame, draw, told + (f". Borders, in order: {names}" if names else ""), len(found))
+
+
+def _borders(axes: Any, borders: Sequence[tuple[float, str]]) -> None:
+    """Upright lines with their names above them, or numbers where names would stand on each other."""
+    low, high = axes.get_xlim()
+    ends = [*(x for x, _ in borders[1:]), high]
+    tight = any(end - x < 0.09 * len(name) / 4 * (high - low) for (x, name), end in zip(borders, ends, strict=True))
+    for nth, (x, name) in enumerate(borders, 1):
+        axes.axvline(x, color=INK, alpha=0.6, linewidth=0.8, linestyle=":")
+        said = str(nth) if tight else name
+        axes.annotate(said, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points", fontsize=8)
 
 
 def _svg(frame: Frame, draw: Callable[[Any], None], told: str, series: int) -> Html:
@@ -123,9 +136,10 @@ def _svg(frame: Frame, draw: Callable[[Any], None], told: str, series: int) -> H
     settings = {"svg.fonttype": "none", "svg.hashsalt": "azrecipe", "font.family": "sans-serif", "font.size": 10, "text.parse_math": False}
     with mpl.rc_context({**settings, **ink}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that matplotlib's own font lacks is the browser's to find
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=SIZE)  # margins that fit any of our labels: to find the tightest ones takes as long as to draw
+        figure.subplots_adjust(left=0.15, right=0.97, top=0.87 if frame.borders else 0.9, bottom=0.22 if frame.leaning else 0.15)
         axes = figure.add_subplot()
-        axes.set_title(frame.title, fontsize=11)
+        axes.set_title(frame.title, fontsize=11, pad=16 if frame.borders else None)
         axes.set_xlabel(frame.x)
         axes.set_ylabel(frame.y)
         axes.spines[["top", "right"]].set_visible(False)

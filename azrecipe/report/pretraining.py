@@ -67,7 +67,7 @@ def _over_training(run: Run, sets: Sequence[str]) -> tuple[Html, str]:
 def _axis(run: Run) -> str:
     batch, length = run.recipe.get("training", {}).get("global_batch_size"), run.recipe.get("data", {}).get("max_length")
     several = len(run.result.get("phases", {})) > 1
-    borders = " Dotted upright lines: where a phase begins." if several else ""
+    borders = " Dotted upright lines: where a phase begins, by name or by its number among the phases below." if several else ""
     return f"A step is {batch:,} sequences of up to {length:,} tokens.{borders}" if batch and length else borders
 
 
