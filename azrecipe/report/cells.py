@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from azrecipe.report.figures import axes, number
-from azrecipe.report.markup import Part, joined, table, tag
+from azrecipe.report.markup import Part, definitions, folded, joined, table, tag
 from azrecipe.report.runs import Run
 
 
@@ -31,4 +31,5 @@ def parts(run: Run) -> Iterator[Part]:
     ]  # fmt: skip
     yield Part("What they read and cost", table("", ["cell", *costs, *rates, "hours", *(["price"] if priced else []), ""], cells))
     unfinished = [f"{cell['cell']}: {cell['state']} ({cell['step']}) {cell['message']}" for cell in result["unfinished"]]
+    yield Part("Definitions", folded("What the measures mean", definitions(result["definitions"])))
     yield Part("Not finished", joined(tag("p", said) for said in unfinished))

@@ -46,7 +46,7 @@ def starts(run: Run) -> Part:
     for nth, row in enumerate(rows):
         if not row["end"]:
             last = nth + 1 == len(rows)
-            row["end"] = "still running" if last and run.state == "running" else "killed: it left no word"
+            row["end"] = "no end yet: it runs, or was killed" if last and run.state == "running" else "killed: it left no word"
     if len(rows) < 2:
         return Part(
             "Interruptions", tag("p", "None: it was started once and ran to its end.") if rows and run.state == "complete" else Html("")

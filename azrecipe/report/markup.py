@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import count
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
@@ -43,6 +44,7 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
   td.n { white-space: normal; } details::details-content { content-visibility: visible; block-size: auto; } a { color: inherit; }
 }
 """
+OWN = "\ue000"  # begins a plot's ids until the page has numbered its plots
 # The page holds no script and asks for nothing; with this the browser holds it to that.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _NUMBER = re.compile(r"[+\-–−]?(\d|$)")
@@ -81,7 +83,9 @@ def tag(name: str, body: object, **attributes: str) -> Html:
 
 
 def page(title: str, body: Html) -> str:
-    """A whole file."""
+    """A whole file. Plots are numbered, so that ids are never twice in it."""
+    numbers = count(1)
+    body = Html(re.sub(r"<svg.*?</svg>", lambda plot: plot[0].replace(OWN, f"p{next(numbers)}-"), body, flags=re.DOTALL))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'

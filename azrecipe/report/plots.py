@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import warnings
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from azrecipe.report.markup import Html
+from azrecipe.report.markup import OWN, Html
 
 INK = "#010203"  # stands for the page's text colour until the SVG is in the page
 MARKERS = "os^Dv*PX"
@@ -118,6 +117,8 @@ def curves(frame: Frame, found: Sequence[Curve]) -> Html:
 
 def _borders(axes: Any, borders: Sequence[tuple[float, str]]) -> None:
     """Upright lines with their names above them, or numbers where names would stand on each other."""
+    if not borders:
+        return
     low, high = axes.get_xlim()
     ends = [*(x for x, _ in borders[1:]), high]
     tight = any(end - x < 0.09 * len(name) / 4 * (high - low) for (x, name), end in zip(borders, ends, strict=True))
@@ -128,7 +129,7 @@ def _borders(axes: Any, borders: Sequence[tuple[float, str]]) -> None:
 
 
 def _svg(frame: Frame, draw: Callable[[Any], None], told: str, series: int) -> Html:
-    """One plot as an <svg> element with a title and a description in words; its ids are its own in any page."""
+    """One plot as an <svg> element with a title and a description in words."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -155,13 +156,12 @@ def _svg(frame: Frame, draw: Callable[[Any], None], told: str, series: int) -> H
 def _embedded(svg: str, title: str, told: str) -> Html:
     svg = re.sub(r"\s(width|height)=\"[\d.]+pt\"", "", svg[svg.index("<svg") :], count=2).replace(INK, "currentColor")
     used = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", svg))
-    own = f"p{hashlib.sha256((svg + title + told).encode()).hexdigest()[:10]}-"
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{own}{found[1]}"' if found[1] in used else "", svg)
-    svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{own}", svg)
-    words = f'<title id="{own}title">{escape(title)}</title><desc id="{own}told">{escape(told)}</desc>'
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{OWN}{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{OWN}", svg)
+    words = f'<title id="{OWN}title">{escape(title)}</title><desc id="{OWN}told">{escape(told)}</desc>'
     return Html(
-        re.sub(r"<svg([^>]*)>", rf'<svg\1 role="img" aria-labelledby="{own}title {own}told">', svg, count=1).replace(">", f">{words}", 1)
+        re.sub(r"<svg([^>]*)>", rf'<svg\1 role="img" aria-labelledby="{OWN}title {OWN}told">', svg, count=1).replace(">", f">{words}", 1)
     )
 
 
