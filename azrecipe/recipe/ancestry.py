@@ -48,6 +48,9 @@ def _between(old: Node, new: Node, at: tuple[Key, ...] = ()) -> Iterator[dict[st
                 yield {"key": dotted(here), "parent": a[key].plain(), "place": None}
             else:
                 yield from _between(a[key], b[key], here)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and any(isinstance(item.value, dict) for item in b):
+        for nth, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _between(x, y, (*at, nth))
     elif old.plain() != new.plain():
         yield {"key": dotted(at), "value": new.plain(), "parent": old.plain(), "place": str(new.place)}
 

@@ -30,7 +30,7 @@ def differences(run: Run) -> Html:
     own = told["parent"] == told["file"]
     parent = f"{told['file']} as it stands" if own else f"{told['parent']}, which it extends"
     rows = [
-        [found["key"], shown(found["value"]) if "value" in found else "taken away", shown(found["parent"]) if "parent" in found else "–",
+        [found["key"], shown(found["value"]) if "value" in found else "taken away", shown(found["parent"]) if "parent" in found else "not set",
          found["place"] or "–"]
         for found in told["differences"]
     ]  # fmt: skip

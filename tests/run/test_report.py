@@ -186,7 +186,7 @@ def test_starts_interruptions_and_the_parent_are_kept_and_shown(tmp_path: Path) 
     told = json.loads((run / "parent.json").read_text())
     assert (told["file"], told["extends"], told["parent"]) == ("derived.yaml", ["base.yaml"], "base.yaml")
     changed = {found["key"]: found for found in told["differences"]}
-    assert set(changed) == {"phases", "training.save_steps", "seed"}
+    assert set(changed) == {"phases[0].max_steps", "training.save_steps", "seed"}
     assert changed["seed"] == {"key": "seed", "value": 7, "place": "derived.yaml:3:7"}
     assert (changed["training.save_steps"]["parent"], changed["training.save_steps"]["place"]) == (4, "--set training.save_steps=2")
     assert "Differences from base.yaml, which it extends" in shown
