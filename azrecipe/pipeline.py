@@ -32,7 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
         _check_order(recipe, steps, arguments.runs_dir)
         preflight.check([s.recipe for s in steps if not locate(s.recipe, arguments.runs_dir).complete], launch)
         _check_runs(steps, arguments.runs_dir)
-        _note(recipe, steps, arguments)
         return _all(recipe, steps, arguments)
     line = None
     if recipe.stage in preflight.TRAINING:
@@ -101,23 +100,24 @@ def work(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _note(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> None:
-    """Leave in the pipeline's own folder what was asked and where its steps' runs are, for its page."""
+def _note(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> bool:
+    """Leave in the pipeline's own folder what was asked and where its steps' runs are, for its page. Returns True: it was tried."""
     place = locate(recipe, arguments.runs_dir)
     if arguments.cell:  # the page shows the others too
         steps = load_pipeline(recipe.path, parse_overrides(arguments.set))[1]
     runs = [os.path.relpath(locate(step.recipe, arguments.runs_dir).path, place.path.parent) for step in steps]
     listed = {"steps": [{"step": step.key, "cell": step.cell, "run": run} for step, run in zip(steps, runs, strict=True)]}
-    with contextlib.suppress(OSError):  # where nothing can be written the first step says so
+    with contextlib.suppress(OSError):  # where nothing can be written the steps say so
         asked(recipe, place)
         if read_json(place.path / STEPS) != listed:
             write_json(place.path / STEPS, listed)
+    return True
 
 
 def _page(run: Path) -> None:
     """A page for people; that it cannot be made is no failure of a run that is complete."""
     try:
-        if not page.fresh(run):
+        if run.is_dir() and not page.fresh(run):
             page.write(run)
     except Exception as error:
         print(f"azrecipe: {run / 'report.html'} could not be made: {error!r}", file=sys.stderr, flush=True)
@@ -134,6 +134,7 @@ def _worker_arguments(arguments: argparse.Namespace, step: str | None, cell: str
 def _all(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> int:
     """Run the steps in order. What fails ends it all, or in a cell of a matrix that cell; a signal ends it all."""
     failed: dict[str, int] = {}
+    noted = False  # a pipeline whose first step is refused leaves nothing
     for number, step in enumerate(steps, 1):
         if step.cell in failed:
             continue
@@ -146,6 +147,7 @@ def _all(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -
         code = command.run_child(line)
         code = command.stopped() or code
         if code == DONE:
+            noted = noted or _note(recipe, steps, arguments)
             continue
         stops = step.cell is None or code in (SIGINT, SIGTERM)
         then = "the same command goes on from there" if stops else "the other cells go on"
