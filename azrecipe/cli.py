@@ -34,13 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _worker(arguments: list[str]) -> int:
-    from azrecipe.launch import worker
+    from azrecipe import pipeline
 
     parser = argparse.ArgumentParser(prog="python -m azrecipe", description="One process of a run.")
     parser.add_argument("recipe", help="a recipe (YAML)")
     _add_recipe_options(parser)
-    parsed = parser.parse_args(arguments)
-    return worker.start(parsed.recipe, parsed.set, parsed.runs_dir, parsed.step, parsed.cell)
+    return pipeline.work(parser.parse_args(arguments))
 
 
 def _spelled(arguments: list[str]) -> list[str]:
@@ -90,8 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--cell", metavar="CELL", help="that step as a cell of the matrix changes it")
     show.add_argument("--json", action="store_true", help="as JSON")
 
-    report = verbs.add_parser("report", help="one page of HTML for each finished run")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories: runs/<project>/<recipe>")
+    report = verbs.add_parser(
+        "report",
+        help="a page of HTML for a run or a pipeline; several are compared",
+        description="Writes RUN/report.html for each run, finished or not, and for several also one page that compares them.",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories: runs/<project>/<recipe or pipeline>")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the page of one run, or that which compares several, goes (default: report.html in the run directory, "
+        "comparison.html in the folder that holds all of them)",
+    )
 
     copy = verbs.add_parser("copy", help="write the shipped recipes, schemas and accelerate configs into a folder, to edit")
     copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
@@ -182,14 +192,11 @@ def _show(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from azrecipe.report import page
 
-    for run in arguments.runs:
-        if not (run / "result.json").is_file():
-            raise CommandError(f"{run}: no finished run: there is no {run / 'result.json'}")
-        try:
-            written = page.write(run)
-        except (ValueError, LookupError, TypeError) as error:
-            raise CommandError(f"{run / 'result.json'}: damaged, or written by another version of azrecipe: {error!r}") from None
-        print(written if written else f"{run}: there are pages for tokenizer runs and comparisons only")
+    runs = list({run.resolve(): run for run in arguments.runs}.values())
+    for run in runs:
+        print(page.write(run, arguments.output if len(runs) == 1 else None))
+    if len(runs) > 1:
+        print(page.compare(runs, arguments.output))
     return DONE
 
 

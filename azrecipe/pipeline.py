@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,12 +13,14 @@ from types import ModuleType
 
 from azrecipe.errors import DONE, SIGINT, SIGTERM, CommandError, Problem, RecipeError, allowed
 from azrecipe.launch import command, preflight, worker
-from azrecipe.parts.run_dir import candidate_of, check_same, locate, run_of
+from azrecipe.parts.files import read_json, write_json
+from azrecipe.parts.run_dir import asked, candidate_of, check_same, locate, run_of
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import Step, load_pipeline, of_cells, open_recipe
 from azrecipe.report import comparison, page, tables
+from azrecipe.report.runs import STEPS
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -121,10 +125,34 @@ def _unfinished(recipe: Recipe, runs_dir: Path) -> list[str]:
     return [name for name in names if not run_of(recipe, runs_dir, Path(name).stem).complete]
 
 
+def work(arguments: argparse.Namespace) -> int:
+    """One process of a launched run; the main one makes the run's page at its end. Returns the exit code."""
+    code = worker.start(arguments.recipe, arguments.set, arguments.runs_dir, arguments.step, arguments.cell)
+    if code == DONE and os.environ.get("RANK", "0") == "0":
+        recipe, _ = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step, arguments.cell)
+        _page(locate(recipe, arguments.runs_dir).path)
+    return code
+
+
+def _note(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> bool:
+    """Leave in the pipeline's own folder what was asked and where its steps' runs are, for its page. Returns True: it was tried."""
+    place = locate(recipe, arguments.runs_dir)
+    if arguments.cell:  # the page shows the others too
+        steps = load_pipeline(recipe.path, parse_overrides(arguments.set))[1]
+    runs = [os.path.relpath(locate(step.recipe, arguments.runs_dir).path, place.path.parent) for step in steps]
+    listed = {"steps": [{"step": step.key, "cell": step.cell, "run": run} for step, run in zip(steps, runs, strict=True)]}
+    with contextlib.suppress(OSError):  # where nothing can be written the steps say so
+        asked(recipe, place)
+        if read_json(place.path / STEPS) != listed:
+            write_json(place.path / STEPS, listed)
+    return True
+
+
 def _page(run: Path) -> None:
     """A page for people; that it cannot be made is no failure of a run that is complete."""
     try:
-        page.write(run)
+        if run.is_dir() and not page.fresh(run):
+            page.write(run)
     except Exception as error:
         print(f"azrecipe: {run / 'report.html'} could not be made: {error!r}", file=sys.stderr, flush=True)
 
@@ -140,6 +168,7 @@ def _worker_arguments(arguments: argparse.Namespace, step: str | None, cell: str
 def _all(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> int:
     """Run the steps in order. What fails ends it all, or in a cell of a matrix that cell; a signal ends it all."""
     failed: dict[str, int] = {}
+    noted = False  # a pipeline whose first step is refused leaves nothing
     for number, step in enumerate(steps, 1):
         if step.cell in failed:
             continue
@@ -152,11 +181,14 @@ def _all(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -
         code = command.run_child(line)
         code = command.stopped() or code
         if code == DONE:
+            noted = noted or _note(recipe, steps, arguments)
             continue
         stops = step.cell is None or code in (SIGINT, SIGTERM)
         then = "the same command goes on from there" if stops else "the other cells go on"
         print(f"azrecipe: {step.title} ended with exit code {code}; {then}", file=sys.stderr, flush=True)
         if step.cell is None or stops:
+            if code not in (SIGINT, SIGTERM):
+                _page(locate(recipe, arguments.runs_dir).path)
             return code
         failed[step.cell] = code
     _show(recipe, steps, arguments, failed)
@@ -173,12 +205,12 @@ def _show(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace, 
             cells = of_cells(load_pipeline(recipe.path, parse_overrides(arguments.set))[1])
         result = comparison.compare(recipe, cells, runs_dir, failed)
         comparison.write(recipe, runs_dir, result)
-        _page(locate(recipe, runs_dir).path)
         if not arguments.quiet:
             tables.show_comparison(result, recipe.data["description"] or recipe.name)
     elif not arguments.quiet:
         for recipes in cells.values() or [[step.recipe for step in steps]]:
             tables.show_pipeline(recipe, recipes, runs_dir)
+    _page(locate(recipe, runs_dir).path)
 
 
 def _check_order(recipe: Recipe, steps: Sequence[Step], runs_dir: Path) -> None:
@@ -200,14 +232,14 @@ def _check_order(recipe: Recipe, steps: Sequence[Step], runs_dir: Path) -> None:
 
 def _no_candidate(recipe: Recipe, runs_dir: Path, earlier: set[Path]) -> list[Problem]:
     """What is wrong with a `tokenizer.candidate` of a run that no step makes; those of steps have been looked at with the recipes."""
-    asked = recipe.config.tokenizer if recipe.stage == "pretrain" else None
-    if asked is None or asked.candidate is None or asked.output_of is None:
+    wanted = recipe.config.tokenizer if recipe.stage == "pretrain" else None
+    if wanted is None or wanted.candidate is None or wanted.output_of is None:
         return []
-    run = run_of(recipe, runs_dir, Path(asked.output_of).stem)
+    run = run_of(recipe, runs_dir, Path(wanted.output_of).stem)
     if run.path in earlier or not run.complete:
         return []
     try:
-        candidate_of(recipe, run, asked.candidate, "tokenizer", "candidate")
+        candidate_of(recipe, run, wanted.candidate, "tokenizer", "candidate")
     except RecipeError as error:
         return error.problems
     return []

@@ -31,6 +31,7 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     import accelerate.commands.launch  # noqa: F401
+    import matplotlib.backends.backend_svg  # noqa: F401
     import torch.distributed.checkpoint
     import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler
     import torch.distributed.fsdp
@@ -40,6 +41,7 @@ def preload() -> None:
 
     import azrecipe.launch.launcher
     import azrecipe.launch.worker
+    import azrecipe.pipeline
     import azrecipe.stages.evaluate
     import azrecipe.stages.pretrain
     import azrecipe.stages.sft

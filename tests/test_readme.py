@@ -14,7 +14,7 @@ from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import open_recipe
 from tests.conftest import ROOT
 
-TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/design.md", "docs/recipes.md"))
+TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/design.md", "docs/recipes.md", "docs/report.md"))
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = [line.split("  #")[0].strip() for line in BLOCKS.splitlines() if "azrecipe" in line and not line.startswith("python -m")]
 FROM_RECIPES = re.findall(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +19,14 @@ from typing import IO, Any
 
 import azrecipe
 from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted, hint
+from azrecipe.parts import history
 from azrecipe.parts.backend import share
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json, write_text
+from azrecipe.parts.history import now
 from azrecipe.parts.processes import cores
 from azrecipe.recipe import schema
+from azrecipe.recipe.ancestry import differences
 from azrecipe.recipe.load import CELLS, Recipe, is_local_data, is_local_model, is_template_file
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
@@ -72,11 +75,15 @@ class RunDir:
         if self.main:
             write_json(self.path / "result.json", result)
         self.update(state="complete", exit_code=0, message="", finished=now())
+        if self.main:
+            history.note(self.path, "complete")
 
     def fail(self, state: str, exit_code: int, message: str) -> None:
         """Record how a run ended that did not complete. A full disk must not hide the reason of the failure."""
         with contextlib.suppress(OSError):
             self.update(state=state, exit_code=exit_code, message=message, finished=now())
+            if self.main:
+                history.note(self.path, state, exit_code=exit_code, message=message)
 
     def need(self, size: int, what: str) -> None:
         """Refuse to start when the disk has less than `size` bytes free for `what`."""
@@ -90,11 +97,6 @@ class RunDir:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def now() -> str:
-    """The time, to the second, with its zone."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def locate(recipe: Recipe, runs_dir: Path, main: bool = True) -> RunDir:
@@ -154,10 +156,11 @@ def opened(recipe: Recipe, run: RunDir, inputs: Mapping[str, str]) -> Iterator[N
             _take(lock, run.path)
             status = run.status
             fresh = not (run.path / "recipe.yaml").exists()
-            write_text(run.path / "recipe.yaml", to_yaml(recipe.data))
+            asked(recipe, run)
             write_json(run.path / "environment.json", environment())
             run.update(state="running", run_id=status.get("run_id") or uuid.uuid4().hex, inputs=dict(inputs), recipe=str(recipe.path),
                        started=status.get("started") or now(), resumed=status.get("resumed", -1) + 1, exit_code=None, message="", finished=None)  # fmt: skip
+            history.started(run.path)
             with _recorded(run, fresh):
                 yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
@@ -208,6 +211,15 @@ def connect(run: RunDir) -> Any:
     state = PartialState(timeout=timedelta(hours=2)) if several else PartialState()
     share(run.path / "status.json", str(run.status.get("run_id")) if run.main else "")
     return state.device
+
+
+def asked(recipe: Recipe, run: RunDir) -> None:
+    """Leave what was asked for: recipe.yaml, resolved, and parent.json, how it differs from its parent. What is there already is not touched."""
+    parent = json.dumps(differences(recipe), indent=2, ensure_ascii=False) + "\n"
+    for name, text in (("recipe.yaml", to_yaml(recipe.data)), ("parent.json", parent)):
+        file = run.path / name
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
 
 
 def _take(lock: IO[str], path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from azrecipe.errors import CannotRun, CommandError, RunFailed
-from azrecipe.parts import checkpoint, liger, optimizers, precision
+from azrecipe.parts import checkpoint, history, liger, optimizers, precision
 from azrecipe.parts.backend import Backend, check_compiler, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.profiling import Profiler
@@ -136,6 +136,7 @@ def train(
     if backend.main:
         for name in ("metrics.jsonl", "bad_batches.jsonl"):
             trim_lines(loop.run / name, loop.name, checkpoint.step_of(resume) if resume else 0)
+        history.note(loop.run, "training", phase=loop.name, step=checkpoint.step_of(resume) if resume else 0)
     watch, proof = Watch(backend, loop.run, meter, training.save_total_limit), _Proof(backend, training.precision)
     trainer = make([watch, proof])
     watch.trainer = proof.trainer = trainer

@@ -20,6 +20,7 @@ from azrecipe.errors import SIGINT, SIGTERM, AllFailed, Interrupted
 from azrecipe.parts import checkpoint
 from azrecipe.parts.backend import Backend, verify
 from azrecipe.parts.files import write_text
+from azrecipe.parts.history import duration
 from azrecipe.parts.throughput import chips_peak, flops_per_token
 
 if TYPE_CHECKING:
@@ -197,16 +198,6 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def duration(seconds: float) -> str:
-    """A time in words: 12 s, 3:05 min, 2:10 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02} h"
 
 
 def trim_lines(file: Path, phase: str, step: int) -> None:

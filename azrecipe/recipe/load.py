@@ -103,7 +103,7 @@ def from_composed(path: Path, composed: Composed) -> Recipe:
     problems = [*composed.problems, *(p for p in schema.check(root, stage) + rules.check(root, stage) if p.place not in broken)]
     if problems:
         raise RecipeError(_unique(problems))
-    tree = _resolve_paths(root, schema.document(stage))
+    tree = resolve_paths(root, schema.document(stage))
     data = schema.finish(tree, stage)
     for key in ("extends", "fragment", "variables"):
         data.pop(key, None)
@@ -151,18 +151,18 @@ def is_template_file(chat_template: str) -> bool:
     return chat_template.endswith(".jinja")
 
 
-def _resolve_paths(node: Node, definition: schema.Schema) -> Node:
+def resolve_paths(node: Node, definition: schema.Schema) -> Node:
     """Every relative path made relative to the working folder, from the file that it stands in."""
     definition = schema.follow(definition)
     if isinstance(node.value, dict):
         entries = {}
         for key, value in node.value.items():
             inner = schema.below(definition, key)
-            entries[key] = _resolve_paths(value, inner) if inner is not None else value
+            entries[key] = resolve_paths(value, inner) if inner is not None else value
         return replace(node, value=entries)
     if isinstance(node.value, list):
         inner = schema.below(definition, 0)
-        return replace(node, value=[_resolve_paths(item, inner) if inner is not None else item for item in node.value])
+        return replace(node, value=[resolve_paths(item, inner) if inner is not None else item for item in node.value])
     kind = definition.get("x-path")
     if kind is None or not isinstance(node.value, str):
         return node

@@ -95,8 +95,8 @@ def _files(pipeline: Recipe) -> tuple[dict[str, tuple[Path, Node]], list[Problem
         if file.name in files:
             first = files[file.name][1].place
             problems.append(Problem(item.place, f"a step is known by its file name, and '{file.name}' stands already at {first}"))
-        if file.stem == pipeline.name and pipeline.config.matrix:
-            message = f"the run directory '{file.stem}' is that of the matrix' own result: give this step or the pipeline another file name"
+        if file.stem == pipeline.name:
+            message = f"the run directory '{file.stem}' is the pipeline's own: give this step or the pipeline another file name"
             problems.append(Problem(item.place, message))
         files.setdefault(file.name, (file, item))
     return files, problems

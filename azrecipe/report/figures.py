@@ -49,7 +49,8 @@ def series(result: Mapping[str, Any], key: str = "fertility") -> dict[str, dict[
         panel = panels.setdefault(name, {})
         for line in result["candidates"]:
             measure = line[key][name]
-            panel.setdefault(_family(line), []).append(Point(line["name"], line["vocab_size"], measure["value"], measure["interval"]))
+            if measure["value"] is not None:
+                panel.setdefault(_family(line), []).append(Point(line["name"], line["vocab_size"], measure["value"], measure["interval"]))
     return panels
 
 

@@ -35,6 +35,7 @@ def test_two_processes_train_the_model_that_one_trains(small: Project, finished:
 )
 def test_every_launcher_gives_the_same_losses(small: Project, finished: Project, launcher: tuple[str, ...]) -> None:
     small.run("phase1", launcher=launcher)
+    assert (small.path("phase1") / "report.html").exists()
     assert max(abs(a - b) for a, b in zip(small.losses("phase1"), finished.losses("cpt")[:8], strict=True)) < 2e-6
 
 

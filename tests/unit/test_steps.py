@@ -145,7 +145,7 @@ def test_another_tokenizer_drops_the_inherited_candidate() -> None:
         ("dataset: other", "metric: loss", 'study.yaml:9:19: compare.metric = "loss" is not known. Allowed: bpb'),
         ("dataset: other", "price_per_hour: 0", "study.yaml:9:27: compare.price_per_hour = 0 is too small: it must be above 0"),
         ("{seed: 3}", "{data.validation.other: {path: heldout.txt}}", "study.yaml:7:42: cell 'b' measures another text as 'other' than cell 'a'"),
-        ("cpt.yaml, more", "cpt.yaml, sub/study.yaml, more", "study.yaml:3:29: the run directory 'study' is that of the matrix' own result"),
+        ("cpt.yaml, more", "cpt.yaml, sub/study.yaml, more", "study.yaml:3:29: the run directory 'study' is the pipeline's own"),
         ("cpt.yaml, more", "cpt.yaml, cells.yaml, more", "cells.yaml: a recipe cannot be called cells.yaml"),
         ("more.yaml]", "more.yaml, tok2.yaml]", None),
     ],

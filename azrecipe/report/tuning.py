@@ -1,0 +1,74 @@
+"""Knows how a page shows an sft run: what became of the conversations, losses, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from azrecipe.parts.history import duration
+from azrecipe.report import curves, pretraining
+from azrecipe.report.figures import number
+from azrecipe.report.markup import Html, Part, joined, plots, table
+from azrecipe.report.plots import Frame
+from azrecipe.report.plots import curves as drawn
+from azrecipe.report.runs import Run
+
+AXIS = "step"
+COUNTS = {
+    "conversations": "read",
+    "duplicates": "duplicates left out",
+    "dropped": "left out: no trained token within max_length",
+    "truncated": "cut to max_length",
+    "train": "trained on",
+    "held_out": "held out",
+    "trained_tokens": "tokens with a loss",
+}
+
+
+def facts(run: Run) -> dict[str, str]:
+    """The headline."""
+    losses, training, data = (run.result.get(key) or {} for key in ("held_out_loss", "training", "data"))
+    both = losses.get("before") is not None and losses.get("after") is not None
+    return {
+        "held-out loss": f"{losses['before']:.3f} → {losses['after']:.3f}" if both else "",
+        "conversations": number(data.get("train")) if data else "",
+        "epochs": f"{training['epochs']:g}" if "epochs" in training else "",
+        "steps": number(training.get("steps")) if training else "",
+        "time": duration(training["seconds"]) if "seconds" in training else "",
+        "parameters": number(run.result.get("parameters")) if run.result else "",
+        **pretraining.measured(run),
+    }
+
+
+def parts(run: Run) -> Iterator[Part]:
+    """What happened in training."""
+    found = curves.logged([run], AXIS)
+    yield Part("Curves", plots([*found[:1], (held_out([run]), ""), *found[1:]]))
+    yield Part("Data", _counts(run.result.get("data") or {}))
+    yield Part("Adapter", _adapter(run.recipe.get("lora") or {}))
+
+
+def held_out(runs: Sequence[Run]) -> Html:
+    """The loss of held-out conversations over the steps: before, measured on the way, after."""
+    found = []
+    for nth, run in enumerate(runs):
+        told, points = run.result.get("held_out_loss") or {}, dict(curves.values(run, "eval_loss", AXIS))
+        if told.get("before") is not None:
+            points[0] = told["before"]
+        if told.get("after") is not None:
+            points[(run.result.get("training") or {}).get("steps") or 0] = told["after"]
+        found.append(curves.curve(run.name, sorted(points.items()), nth, curves.MOST))
+    return drawn(Frame("Loss of held-out conversations", curves.X[AXIS], "nats a trained token"), found)
+
+
+def _counts(data: Mapping[str, Any]) -> Html:
+    words = {**COUNTS, **{key: key.replace("_", " ") for key in data if key not in COUNTS}}
+    rows = [[words[key], number(data[key])] for key in words if isinstance(data.get(key), int | float)]
+    return joined([table("What became of the conversations", ["conversations", "count"], rows)])
+
+
+def _adapter(lora: Mapping[str, Any]) -> Html:
+    rows = [
+        [key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)] for key, value in lora.items() if value is not None
+    ]
+    return table("LoRA", ["key", "value"], rows)
