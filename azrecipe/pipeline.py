@@ -149,9 +149,9 @@ def _note(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) 
 
 
 def _page(run: Path) -> None:
-    """A page for people; that it cannot be made is no failure of a run that is complete."""
+    """A page for people; that it cannot be made is no failure of a run that is complete. AZRECIPE_PAGE=0: none is wanted."""
     try:
-        if run.is_dir() and not page.fresh(run):
+        if os.environ.get("AZRECIPE_PAGE") != "0" and run.is_dir() and not page.fresh(run):
             page.write(run)
     except Exception as error:
         print(f"azrecipe: {run / 'report.html'} could not be made: {error!r}", file=sys.stderr, flush=True)

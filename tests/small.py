@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,8 +111,22 @@ RECIPES = {
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment for a child that imports azrecipe from any folder."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
+    """This process's environment for a child that imports azrecipe from any folder; it draws no pages, which take seconds, unless told to."""
+    return {"AZRECIPE_PAGE": "0", **os.environ, "PYTHONPATH": str(ROOT), **changes}
+
+
+@contextmanager
+def pages() -> Iterator[None]:
+    """Runs started within make their pages."""
+    before = os.environ.get("AZRECIPE_PAGE")
+    os.environ["AZRECIPE_PAGE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["AZRECIPE_PAGE"]
+        else:
+            os.environ["AZRECIPE_PAGE"] = before
 
 
 PREFORKED = hasattr(os, "fork") and sys.platform == "linux"
@@ -231,7 +246,8 @@ def fill(folder: Path) -> Project:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The whole small job, run once by `azrecipe run pipeline.yaml`; tests only read it."""
     project = fill(tmp_path_factory.mktemp("finished"))
-    write(project.folder / "printed.txt", project.run("pipeline"))
+    with pages():
+        write(project.folder / "printed.txt", project.run("pipeline"))
     return project
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.conftest import Done, jsonl, write
-from tests.small import Project
+from tests.small import Project, pages
 
 PER_SET = ("fertility", "bytes_per_token", "characters_per_token", "words_in_window", "strr", "continued_words", "renyi_efficiency",
            "partial_character_tokens", "tokens_vs_baseline")  # fmt: skip
@@ -22,6 +22,13 @@ CANDIDATES = {
     "more": {"kind": "extension", "new_tokens": 40},
     "guarded": {"kind": "extension", "new_tokens": 40, "protect": {"path": "./english.jsonl"}},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_pages() -> Iterator[None]:
+    """These runs make their pages."""
+    with pages():
+        yield
 
 
 def arguments(small: Project) -> list[str]:

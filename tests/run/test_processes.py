@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from azrecipe.recipe import resources
-from tests.small import Project, weights
+from tests.small import Project, pages, weights
 
 DDP = str(resources.root() / "accelerate_configs" / "ddp.yaml")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_pages() -> Iterator[None]:
+    """These runs make their pages."""
+    with pages():
+        yield
 
 
 def test_two_processes_train_the_model_that_one_trains(small: Project, finished: Project) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,17 @@ import pytest
 from azrecipe.report.plots import COLOURS
 from tests import browser
 from tests.conftest import Done, write
-from tests.small import Project, fill
+from tests.small import Project, fill, pages
 
 STAGES = ("base", "tokenizer", "cpt", "sft", "evaluate")
 needs_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_pages() -> Iterator[None]:
+    """These runs make their pages."""
+    with pages():
+        yield
 
 
 def page(run: Path) -> str:
