@@ -59,6 +59,7 @@ class Examples:
     train: list[Row] = field(default_factory=list)
     held_out: list[Any] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    sources: int = 0
 
     def read(self, chosen: Plan) -> list[dict[str, float]]:
         """What a run reads of each source: rows, bytes of text, and times through it."""
@@ -66,7 +67,7 @@ class Examples:
         for number in chosen.rows:
             rows[self.train[number].source] += 1
             sizes[self.train[number].source] += self.train[number].size
-        return [{"rows": rows[n], "bytes": sizes[n], "epochs": round(rows[n] / there[n], 3)} for n in sorted(there)]
+        return [{"rows": rows[n], "bytes": sizes[n], "epochs": round(rows[n] / max(there[n], 1), 3)} for n in range(self.sources)]
 
 
 def read(config: Sft, sources: Sequence[Located]) -> list[list[Any]]:
@@ -85,7 +86,7 @@ def read(config: Sft, sources: Sequence[Located]) -> list[list[Any]]:
 
 def examples(config: Sft, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Sequence[Any]]) -> Examples:
     """Rows to tokens: none twice, a share held out, none without a trained token. Raises CommandError where none is left to train on."""
-    fraction, seen, made = config.data.validation.held_out.fraction, set[bytes](), Examples()
+    fraction, seen, made = config.data.validation.held_out.fraction, set[bytes](), Examples(sources=len(sources))
     made.counts.update(dict.fromkeys(("conversations", "train", "held_out", "duplicates", "dropped", "truncated", "trained_tokens"), 0))
     for number, rows in enumerate(sources):
         for row in rows:

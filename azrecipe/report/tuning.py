@@ -27,11 +27,10 @@ COUNTS = {
 
 def facts(run: Run) -> dict[str, str]:
     """The headline."""
-    losses, training, data = (run.result.get(key) or {} for key in ("held_out_loss", "training", "data"))
-    both = losses.get("before") is not None and losses.get("after") is not None
+    training, data = (run.result.get(key) or {} for key in ("training", "data"))
     return {
-        "held-out loss": f"{losses['before']:.3f} → {losses['after']:.3f}" if both else "",
-        "conversations": number(data.get("train")) if data else "",
+        **{f"held-out {name}": _change(run.result.get(f"held_out_{name}") or {}) for name in ("loss", "accuracy", "margin")},
+        "preferences" if _preferences(run) else "conversations": number(data.get("train")) if data else "",
         "epochs": f"{training['epochs']:g}" if "epochs" in training else "",
         "steps": number(training.get("steps")) if training else "",
         "time": duration(training["seconds"]) if "seconds" in training else "",
@@ -40,12 +39,23 @@ def facts(run: Run) -> dict[str, str]:
     }
 
 
+def _preferences(run: Run) -> bool:
+    return run.recipe.get("method") == "dpo"
+
+
+def _change(measured: Mapping[str, Any]) -> str:
+    both = measured.get("before") is not None and measured.get("after") is not None
+    return f"{measured['before']:.3f} → {measured['after']:.3f}" if both else ""
+
+
 def parts(run: Run) -> Iterator[Part]:
     """What happened in training."""
     found = curves.logged([run], AXIS)
-    yield Part("Curves", plots([*found[:1], (held_out([run]), ""), *found[1:]]))
-    yield Part("Data", _counts(run.result.get("data") or {}))
-    yield Part("Adapter", _adapter(run.recipe.get("lora") or {}))
+    own = _margins(run) if _preferences(run) else held_out([run])
+    yield Part("Curves", plots([*found[:1], (own, ""), *found[1:]]))
+    yield Part("Data", joined([_counts(run.result.get("data") or {}), _sources(run)]))
+    if run.recipe.get("adapter") != "none":
+        yield Part("Adapter", _adapter(run.recipe.get("lora") or {}))
 
 
 def held_out(runs: Sequence[Run]) -> Html:
@@ -59,6 +69,21 @@ def held_out(runs: Sequence[Run]) -> Html:
             points[(run.result.get("training") or {}).get("steps") or 0] = told["after"]
         found.append(curves.curve(run.name, sorted(points.items()), nth, curves.MOST))
     return drawn(Frame("Loss of held-out conversations", curves.X[AXIS], "nats a trained token"), found)
+
+
+def _margins(run: Run) -> Html:
+    """How much likelier than at the start the chosen answers became against the rejected ones, in the batches trained on."""
+    points = dict(curves.values(run, "rewards/margins", AXIS))
+    curve = curves.curve(run.name, sorted(points.items()), 0, curves.MOST)
+    return drawn(Frame("Margin of the chosen answers (DPO's reward)", curves.X[AXIS], "beta times nats"), [curve])
+
+
+def _sources(run: Run) -> Html:
+    """What was read of each source."""
+    read = (run.result.get("training") or {}).get("sources") or []
+    names = [str(source.get("path")) for source in run.recipe.get("data", {}).get("datasets", [])]
+    rows = [[name, number(each["rows"]), number(each["bytes"]), f"{each['epochs']:g}"] for name, each in zip(names, read, strict=False)]
+    return table("What was read of each source", ["source", "rows", "bytes of text", "epochs"], rows) if rows else Html("")
 
 
 def _counts(data: Mapping[str, Any]) -> Html:

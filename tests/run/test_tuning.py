@@ -160,6 +160,23 @@ def test_preferences_are_learnt_by_dpo(tuned: Project, adapter: str) -> None:
     opened(tuned.path("dpo") / "final")
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
+@pytest.mark.parametrize(
+    "config, what", [("fsdp", "data: {packing: true}"), ("zero3", "method: dpo\ndata: {datasets: [{path: pairs.jsonl}]}")]
+)
+def test_sharded_tuning_gives_the_weights_of_one_process(tuned: Project, config: str, what: str) -> None:
+    if config == "zero3":
+        pytest.importorskip("deepspeed")
+    write(tuned.folder / "pairs.jsonl", jsonl(*PAIRS))
+    recipe(tuned, "shared", f"{what}\nlora: {{lora_dropout: 0.0}}\ntraining: {{max_steps: 5, learning_rate: 2e-3}}\n")
+    shutil.copytree(tuned.path("cpt"), tuned.path("cpt", "one"))
+    tuned.run("shared", runs="one")
+    tuned.run("shared", "--accelerate-config", config, "--num-processes", "2")
+    left, right = weights(tuned.path("shared", "one") / "final"), weights(tuned.path("shared") / "final")
+    assert left.keys() == right.keys()
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 5e-5
+
+
 def test_a_killed_dpo_goes_on_exactly(tuned: Project) -> None:
     import signal
 
