@@ -18,6 +18,7 @@ import pytest
 
 from azrecipe.errors import Place
 from azrecipe.parts import chat as conversations
+from azrecipe.parts import templates
 from azrecipe.parts.corpus import Located
 from azrecipe.parts.files import read_json, write_json
 from azrecipe.recipe.types import ConversationSource
@@ -38,7 +39,7 @@ def speaker(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = shutil.copytree(llama, tmp_path_factory.mktemp("chat") / "speaker")
     tokenizer = load_tokenizer(str(folder))
-    conversations.apply_template(tokenizer, "llama3")
+    templates.apply_template(tokenizer, "llama3")
     save_tokenizer(tokenizer, folder)
     settings = read_json(folder / "generation_config.json")
     # do_sample and its kin as hub models have them: they must not make greedy writing sample
