@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, backend, corpus, cpu, optimizers
+from azrecipe.parts import auxiliary, backend, corpus, cpu, fidelity, harness, optimizers
 from azrecipe.parts.batches import split
 from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.types import Source
@@ -111,6 +111,8 @@ def _backend(launch: Launch) -> list[str]:
 def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
     """What is wrong with one recipe, as far as it can be known without loading a model or asking the hub."""
     yield from _missing(recipe)
+    if recipe.stage == "evaluate":
+        yield from _evaluation(recipe)
     if recipe.stage not in TRAINING:
         return
     training = recipe.config.training
@@ -134,6 +136,16 @@ def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
             asked()
         except CannotRun as error:
             yield error
+
+
+def _evaluation(recipe: Recipe) -> Iterator[AzrecipeError]:
+    """What an evaluation at the end of a pipeline lacks: packages, and tasks by their names."""
+    try:
+        fidelity.check(recipe.config)
+        harness.needed(recipe.config)
+        harness.Harness(recipe).check_names()
+    except (CannotRun, RecipeError) as error:
+        yield error
 
 
 def _missing(recipe: Recipe) -> Iterator[RecipeError]:

@@ -24,7 +24,7 @@ from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json, write_text
 from azrecipe.parts.processes import cores
 from azrecipe.recipe import schema
-from azrecipe.recipe.load import CELLS, Recipe, is_local_data, is_local_model
+from azrecipe.recipe.load import CELLS, Recipe, is_local_data, is_local_model, is_local_task
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key, Node, parse
@@ -271,7 +271,12 @@ def _moved(a: Any, b: Any, kind: str | None) -> bool:
     """Whether two values are the same local file or folder seen from two places."""
     if kind is None or not isinstance(a, str) or not isinstance(b, str):
         return False
-    tests: dict[str, Callable[[str], bool]] = {"data": is_local_data, "model": is_local_model, "recipe": lambda _: True}
+    tests: dict[str, Callable[[str], bool]] = {
+        "data": is_local_data,
+        "model": is_local_model,
+        "recipe": lambda _: True,
+        "task": is_local_task,
+    }
     local = tests[kind]
     return local(a) and local(b) and Path(a).name == Path(b).name
 

@@ -146,6 +146,11 @@ def is_local_model(path: str) -> bool:
     return path.startswith(("./", "../", "/", "~")) or path in (".", "..")
 
 
+def is_local_task(path: str) -> bool:
+    """Whether a benchmark task is a file here rather than one of lm-evaluation-harness' own."""
+    return path.startswith(("./", "../", "/", "~")) or path.endswith((".yaml", ".yml"))
+
+
 def _resolve_paths(node: Node, definition: schema.Schema) -> Node:
     """Every relative path made relative to the working folder, from the file that it stands in."""
     definition = schema.follow(definition)
@@ -161,7 +166,7 @@ def _resolve_paths(node: Node, definition: schema.Schema) -> Node:
     kind = definition.get("x-path")
     if kind is None or not isinstance(node.value, str):
         return node
-    local = {"recipe": lambda _: True, "data": is_local_data, "model": is_local_model}[kind](node.value)
+    local = {"recipe": lambda _: True, "data": is_local_data, "model": is_local_model, "task": is_local_task}[kind](node.value)
     return replace(node, value=beside(node.place, node.value)) if local else node
 
 

@@ -294,8 +294,31 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    messages: list[Message]
+class Prompt:
+    """What models are asked: exactly one of text to continue and messages to answer."""
+
+    text: str | None = None
+    messages: list[Message] | None = None
+    language: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateModel(ModelSource):
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    output_of: str
+    max_conversations: int
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    task: str
+    apply_chat_template: bool = False
+    num_fewshot: int | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -318,12 +341,18 @@ class Evaluate:
     project: str
     description: str
     seed: int
-    models: Mapping[str, ModelSource]
+    models: Mapping[str, EvaluateModel]
     data: EvaluateData
-    prompts: list[str | Conversation]
+    prompts: list[str | Prompt]
     generation: Generation
+    tasks: list[str | HarnessTask]
     per_device_eval_batch_size: int
     precision: str
+    baseline: str | None = None
+    language: str | None = None
+    languages: list[str] | None = None
+    script: str | None = None
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
