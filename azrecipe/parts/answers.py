@@ -13,9 +13,8 @@ import regex
 from azrecipe.parts import chat
 from azrecipe.parts.resampling import Estimate, Resampling
 from azrecipe.parts.sources import Inputs
-from azrecipe.recipe import schema
-from azrecipe.recipe.types import Answers, Sft, build
-from azrecipe.recipe.yaml_tree import parse
+from azrecipe.recipe.load import of_run
+from azrecipe.recipe.types import Answers, Sft
 
 WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}]*")
 
@@ -34,7 +33,7 @@ def questions(inputs: Inputs, asked: Answers) -> tuple[list[Question], int]:
     Raises RecipeError for a run that is none of sft, or that holds out nothing.
     """
     run = inputs.run_of(asked.output_of, "answers", "output_of")
-    held_out = _held_out(inputs, parse((run.path / "recipe.yaml").read_text(encoding="utf-8"), str(run.path / "recipe.yaml")))
+    held_out = _held_out(inputs, of_run(run.path / "recipe.yaml"))
     if not held_out:
         raise inputs.recipe.problem(
             f"{asked.output_of} holds out no conversation: raise its data.validation.held_out.fraction", "answers", "output_of"
@@ -48,14 +47,10 @@ def questions(inputs: Inputs, asked: Answers) -> tuple[list[Question], int]:
     return found, len(held_out)
 
 
-def _held_out(inputs: Inputs, root: Any) -> list[chat.Messages]:
+def _held_out(inputs: Inputs, config: Any) -> list[chat.Messages]:
     """What the sft stage keeps from training, read and split by its own functions."""
-    stage = root.get("stage")
-    if stage is None or stage.value != "sft":
-        raise inputs.recipe.problem(
-            f"the run is one of a {stage.value if stage else '?'} recipe: only sft holds out conversations", "answers", "output_of"
-        )
-    config: Sft = build(Sft, schema.finish(root, "sft"))
+    if not isinstance(config, Sft):
+        raise inputs.recipe.problem(f"the run is one of a {config.stage} recipe: only sft holds out conversations", "answers", "output_of")
     sources = [inputs.located(source, "answers", "datasets", i) for i, source in enumerate(config.data.datasets)]
     everything = [messages for source in sources for messages in chat.read(source)]
     return chat.split(everything, config.data.validation.held_out.fraction)[1]

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import logging
 import os
+import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,9 +111,10 @@ class Harness:
 
     def _load(self, nth: int) -> Any:
         task = asked(self.recipe.config)[nth].task
+        spec = str(Path(task).resolve()) if is_local_task(task) else task
         try:
             with _quiet(), _beside(task):
-                return self._manager.load([str(Path(task).resolve()) if is_local_task(task) else task])
+                return self._manager.load([spec])
         except AzrecipeError:
             raise
         except Exception as error:  # of the harness, of datasets, of the hub's client, of a user's own functions
@@ -130,24 +132,28 @@ class Harness:
         {"tasks": {name: {"version", "num_fewshot", "questions"}}, "metrics": {name: {metric: {"value", "stderr"}}},
         "values": {name: {metric: its value for each question}}}.
         """
-        from lm_eval import simple_evaluate
+        import torch
+        from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         task, seed = asked(self.recipe.config)[nth], self.recipe.config.seed
         loaded = self._load(nth)
+        for one in loaded["tasks"].values():  # as lm_eval.simple_evaluate does, which also asks pip and git about the machine
+            own = one.get_config("num_fewshot")
+            if own is None or (task.num_fewshot is not None and own != 0):
+                one.set_config("num_fewshot", task.num_fewshot or 0)
+            one.set_fewshot_seed(seed=seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         with _quiet(), _beside(task.task):
-            found = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=[*loaded["groups"].values()] or [*loaded["tasks"].values()],
-                task_manager=self._manager,
-                num_fewshot=task.num_fewshot,
+            found = evaluate(
+                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                task_dict=loaded,
                 limit=task.limit,
                 apply_chat_template=task.apply_chat_template,
+                fewshot_as_multiturn=task.apply_chat_template,
                 bootstrap_iters=BOOTSTRAPS,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
             )
         about = {
             name: {

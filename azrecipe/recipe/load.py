@@ -10,10 +10,11 @@ from typing import Any
 
 from azrecipe.errors import Place, Problem, RecipeError, hint
 from azrecipe.recipe import rules, schema
+from azrecipe.recipe.building import build
 from azrecipe.recipe.compose import Composed, compose, shown
 from azrecipe.recipe.overrides import Override
-from azrecipe.recipe.types import STAGE_TYPES, build
-from azrecipe.recipe.yaml_tree import Key, Node
+from azrecipe.recipe.types import STAGE_TYPES
+from azrecipe.recipe.yaml_tree import Key, Node, parse
 
 CELLS = "cells"  # the folder of a project that holds the runs of a matrix' cells, one folder a cell
 DATA_SUFFIXES = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
@@ -104,10 +105,22 @@ def from_composed(path: Path, composed: Composed) -> Recipe:
     if problems:
         raise RecipeError(_unique(problems))
     tree = _resolve_paths(root, schema.document(stage))
+    data = _finished(tree, stage)
+    return Recipe(path, stage, data, build(STAGE_TYPES[stage], data), tree, composed.used)
+
+
+def _finished(tree: Node, stage: str) -> Any:
     data = schema.finish(tree, stage)
     for key in ("extends", "fragment", "variables"):
         data.pop(key, None)
-    return Recipe(path, stage, data, build(STAGE_TYPES[stage], data), tree, composed.used)
+    return data
+
+
+def of_run(file: Path) -> Any:
+    """The dataclass of a run's recipe.yaml, which is resolved already: its paths are relative to where that run was started."""
+    tree = parse(file.read_text(encoding="utf-8"), str(file))
+    stage = stage_of(tree)
+    return build(STAGE_TYPES[stage], _finished(tree, stage))
 
 
 def stage_of(root: Node) -> str:

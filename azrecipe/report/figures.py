@@ -18,19 +18,16 @@ MEASURES: Mapping[str, str] = {
     "renyi_efficiency": "Rényi efficiency",
     "tokens_vs_baseline": "tokens vs. base",
 }
-# The measures of what models wrote, in the order in which they are shown, and how their numbers are.
+# The measures of what models wrote that a table shows, in this order, and how their numbers are written.
 WRITTEN: Mapping[str, tuple[str, str]] = {
     "chrf": ("chrF", ".1f"),
     "chrf++": ("chrF++", ".1f"),
     "rouge_l": ("ROUGE-L", ".1f"),
     "language": ("in the language", ".0%"),
-    "language_characters": ("… of characters", ".0%"),
     "script": ("in the script", PERCENT),
     "repetition": ("repeated 4-grams", PERCENT),
     "ended": ("ended by itself", ".0%"),
-    "tokens": ("tokens", ".1f"),
     "words": ("words", ".1f"),
-    "bytes": ("bytes", ".0f"),
 }
 _FORMATS: Mapping[str, str] = {
     "words_in_window": ",.0f", "strr": PERCENT, "continued_words": PERCENT, "renyi_efficiency": ".3f", "tokens_vs_baseline": ".3f",
