@@ -64,7 +64,7 @@ def check(recipes: Sequence[Recipe], launch: Launch) -> None:
     if trains:
         lacking += _backend(launch)
     for recipe in recipes:
-        for problem in _refusals(recipe, launch):
+        for problem in (*_refusals(recipe, launch), *_evaluation(recipe)):
             if isinstance(problem, RecipeError):
                 wrong += problem.problems
             else:
@@ -111,8 +111,6 @@ def _backend(launch: Launch) -> list[str]:
 def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
     """What is wrong with one recipe, as far as it can be known without loading a model or asking the hub."""
     yield from _missing(recipe)
-    if recipe.stage == "evaluate":
-        yield from _evaluation(recipe)
     if recipe.stage not in TRAINING:
         return
     training = recipe.config.training
@@ -139,7 +137,9 @@ def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
 
 
 def _evaluation(recipe: Recipe) -> Iterator[AzrecipeError]:
-    """What an evaluation at the end of a pipeline lacks: packages, and tasks by their names."""
+    """What an evaluation at the end of a pipeline lacks: packages, and tasks by their names, which take a while to look up."""
+    if recipe.stage != "evaluate":
+        return
     try:
         fidelity.check(recipe.config)
         harness.needed(recipe.config)

@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,20 +48,26 @@ def needed(config: Evaluate) -> None:
         raise CannotRun(MISSING)
 
 
+@lru_cache
+def _manager(folders: tuple[str, ...], own: bool) -> Any:
+    """lm_eval.TaskManager for task files in some folders and, with `own`, the harness' own tasks; read once by a process."""
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        return TaskManager(include_path=list(folders) or None, include_defaults=own)
+
+
 @dataclass(frozen=True)
 class Harness:
     """The tasks of a recipe. Reading the index of the harness' own tasks takes some twenty seconds; task files need none."""
 
     recipe: Recipe
 
-    @cached_property
+    @property
     def _manager(self) -> Any:
-        from lm_eval.tasks import TaskManager
-
         names = [task.task for task in asked(self.recipe.config)]
         folders = dict.fromkeys(str(Path(name).resolve().parent) for name in names if is_local_task(name))
-        with _quiet():
-            return TaskManager(include_path=list(folders) or None, include_defaults=not all(map(is_local_task, names)))
+        return _manager(tuple(folders), not all(map(is_local_task, names)))
 
     def check_names(self) -> None:
         """Raise RecipeError for tasks that are not there, all at once; needs no data of theirs."""

@@ -98,9 +98,8 @@ def _tokenizer_of(adapter: str, base: str) -> str:
 def _checked(subject: Subject) -> PreTrainedTokenizerBase:
     """A model's tokenizer, once the two are known to belong together and its weights to be there."""
     net = model.skeleton(subject.path, revision=subject.revision)
-    folder = Path(subject.path)
-    if folder.is_dir():
-        _check_weights(folder)
+    if Path(subject.path).is_dir():
+        _check_weights(subject.path)
     if subject.adapter is not None:
         _check_fit(subject.adapter, subject.path, net)
     tokenizer = subject.load_tokenizer()
@@ -108,13 +107,13 @@ def _checked(subject: Subject) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_weights(folder: Path) -> None:
-    there = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+def _check_weights(folder: str) -> None:
+    there = next((file for name in WEIGHTS if (file := Path(folder, name)).is_file()), None)
     if there is None:
         raise CommandError(f"the folder {folder} holds a model's configuration and no weights: there is none of {', '.join(WEIGHTS)}")
     if there.name.endswith("index.json"):
         parts = sorted(set(json.loads(there.read_text(encoding="utf-8"))["weight_map"].values()))
-        gone = [part for part in parts if not (folder / part).is_file()]
+        gone = [part for part in parts if not Path(folder, part).is_file()]
         if gone:
             raise CommandError(f"the folder {folder} lacks {len(gone)} of the {len(parts)} files of its model: {', '.join(gone[:3])}")
 

@@ -23,10 +23,10 @@ WRITTEN: Mapping[str, tuple[str, str]] = {
     "chrf": ("chrF", ".1f"),
     "chrf++": ("chrF++", ".1f"),
     "rouge_l": ("ROUGE-L", ".1f"),
-    "language": ("in the language", ".0%"),
-    "script": ("in the script", PERCENT),
-    "repetition": ("repeated 4-grams", PERCENT),
-    "ended": ("ended by itself", ".0%"),
+    "language": ("language", ".0%"),
+    "script": ("script", PERCENT),
+    "repetition": ("repetition", PERCENT),
+    "ended": ("ended", ".0%"),
     "words": ("words", ".1f"),
 }
 _FORMATS: Mapping[str, str] = {

@@ -154,14 +154,14 @@ def _evaluate(result: Mapping[str, Any], title: str = "Evaluation") -> None:
     baseline = result.get("baseline", next(iter(models)))
     caption = f"[95 % interval]; below, Δ: the difference to {baseline} and its interval, resampled together"
     table = Table(title=title, caption=f"{result['definitions']['bpb']}\n{caption}")
-    table.add_column("", overflow="fold")
+    table.add_column("", no_wrap=True)
     for name in models:
         table.add_column(name, justify="right")
     table.add_row("parameters", *(f"{found['parameters']:,}" for found in models.values()), end_section=True)
     for section, rows in figures.evaluated(result):
         for last, (name, keys, form) in enumerate(rows, 1 - len(rows)):
             cells = [_measured(found, keys, form) for found in models.values()]
-            table.add_row(f"{section}, {name}", *cells, end_section=last == 0)
+            table.add_row(f"{section}, {name}".removeprefix(", "), *cells, end_section=last == 0)
     console.print(table)
     for nth, prompt in enumerate(result["prompts"]):
         samples = Table(title=f"Prompt: {prompt}", show_header=False, title_justify="left", expand=False)

@@ -177,7 +177,7 @@ def _check_tasks(recipe: Recipe, tasks: harness.Harness, tokenizers: Mapping[str
     bare = [name for name, tokenizer in tokenizers.items() if tokenizer.chat_template is None]
     for i, task in enumerate(harness.asked(recipe.config)):
         if task.apply_chat_template and bare:
-            raise recipe.problem(f"apply_chat_template: {', '.join(bare)} has no chat template", "tasks", i)
+            raise recipe.problem(f"apply_chat_template: models without a chat template: {', '.join(bare)}", "tasks", i)
     say("  opening benchmark tasks")
     tasks.open()
 

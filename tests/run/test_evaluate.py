@@ -159,7 +159,7 @@ def test_the_table_shows_values_with_intervals_and_differences(evaluated: Projec
     found = models["base"]["bpb"]["target"]
     assert f"{found['value']:.3f} [{found['interval'][0]:.3f}–{found['interval'][1]:.3f}]" in printed
     assert f"Δ {models['base']['difference']['bpb']['target']['value']:+.3f} [" in printed
-    for row in ("tokens/word, english", "answers, chrF++", "answers, ROUGE-L", "prompts, in the language", "tasks, completion acc"):
+    for row in ("tokens/word, english", "answers, chrF++", "answers, ROUGE-L", "prompts, language", "completion acc"):
         assert f"│ {row} " in printed
     assert f"{models['base']['tasks']['completion']['acc']['value']:.3f} ± " in printed
 
@@ -255,7 +255,7 @@ def test_tasks_are_looked_for_before_anything_starts(own: Project, cli: Callable
     assert "no such task file: ./tasks/completoin.yaml; did you mean 'completion.yaml'?" in said("[./tasks/completoin.yaml]")
     write("tasks/broken.yaml", "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}\ntest_split: test\n")
     assert "./tasks/broken.yaml: no task that lm-evaluation-harness can load" in said("[./tasks/broken.yaml]")
-    assert "base has no chat template" in said("[{task: ./tasks/completion.yaml, apply_chat_template: true}]")
+    assert "models without a chat template: base, adapted, twin" in said("[{task: ./tasks/completion.yaml, apply_chat_template: true}]")
     unknown = said("[belebele_azj_Latin, include_base_44_azerbaijani]")
     assert "has no task 'belebele_azj_Latin'; did you mean 'belebele_azj_Latn'?" in unknown
     assert "include_base_44_azerbaijani'" not in unknown
