@@ -200,7 +200,7 @@ REFUSED_BY_READING = [
     Case("cell of no pipeline", PRETRAIN, ("r.yaml: --cell names a cell of the matrix of a pipeline, and this is none",), args=("--cell", "a")),
     Case("step of which cell", PIPELINE + "matrix: {a: {sft.yaml: {seed: 1}}, b: {sft.yaml: {seed: 2}}}\n", ("r.yaml: sft.yaml runs in each cell of the matrix: say --cell, one of a, b",), args=("--step", "sft.yaml"), files=STEPS),
     Case("language that lingua has not", EVALUATE + "language: azerbaijan\n", ("r.yaml:5:11: lingua knows no language 'azerbaijan'; did you mean 'az' (Azerbaijani)? Languages: af, ar, az",)),
-    Case("language of a prompt", EVALUATE + "language: az\nprompts: [{text: a, language: uz}]\n", ("r.yaml:6:30: lingua knows no language 'uz'. Languages: af",)),
+    Case("language of a prompt", EVALUATE + "language: az\nprompts: [{text: a, language: uz}]\n", ("r.yaml:6:31: lingua knows no language 'uz'. Languages: af",)),
     Case("languages to decide between", EVALUATE + "languages: [az, kaz]\n", ("r.yaml:5:17: lingua knows no language 'kaz'; did you mean",)),
     Case("script that there is not", EVALUATE + "script: Latn\n", ("r.yaml:5:9: script = \"Latn\" is not known; did you mean 'Latin'?",)),
     Case("baseline that is no model", EVALUATE + "baseline: bse\n", ("r.yaml:5:11: baseline names no model: 'bse'; did you mean 'base'? Models: base",)),
