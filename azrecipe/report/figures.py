@@ -80,17 +80,15 @@ def evaluated(result: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, tupl
     """What an evaluation measured: sections of (name, where each model's line has the measure, how its number is written)."""
     sets = list(result["validation"])
     one = list(result["models"].values())
-    sections = [
+    sections: list[tuple[str, list[tuple[str, tuple[str, ...], str]]]] = [
         ("bits/byte", [(name, ("bpb", name), ".3f") for name in sets]),
         ("tokens/word", [(name, ("fertility", name), ".2f") for name in sets]),
     ]
     for title, key in (("prompts", "generations"), ("answers", "answers")):
-        found = next((line[key] for line in one if key in line), {})
+        found: dict[str, Any] = next((line[key] for line in one if key in line), {})
         sections.append((title, [(name, (key, measure), form) for measure, (name, form) in WRITTEN.items() if measure in found]))
     tasks: dict[str, Any] = next((line["tasks"] for line in one if "tasks" in line), {})
-    sections.append(
-        ("tasks", [(f"{task} {metric}", ("tasks", task, metric), ".3f") for task, metrics in tasks.items() for metric in metrics])
-    )
+    sections.append(("", [(f"{task} {metric}", ("tasks", task, metric), ".3f") for task, metrics in tasks.items() for metric in metrics]))
     return [(title, rows) for title, rows in sections if rows]
 
 
