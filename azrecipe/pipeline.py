@@ -110,12 +110,14 @@ def check(arguments: argparse.Namespace) -> int:
 
 def _check(recipe: Recipe, runs_dir: Path, preview: ModuleType) -> None:
     from azrecipe.parts.sources import Inputs
-    from azrecipe.stages import pretrain, sft
+    from azrecipe.stages import evaluate, pretrain, sft
 
     if recipe.stage == "sft":
         preview.show_tuning(recipe, sft.check(recipe, Inputs(recipe, runs_dir)))
     elif recipe.stage == "pretrain":
         preview.show_phases(recipe, *pretrain.check(recipe, runs_dir))
+    elif recipe.stage == "evaluate":
+        evaluate.check(recipe, Inputs(recipe, runs_dir))
     print(f"{recipe.path}: nothing that can be told beforehand stands in the way")
 
 

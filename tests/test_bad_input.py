@@ -199,6 +199,13 @@ REFUSED_BY_READING = [
     Case("cell of no matrix", PIPELINE, ("r.yaml: there is no cell 'a': it has no matrix",), args=("--cell", "a"), files=STEPS),
     Case("cell of no pipeline", PRETRAIN, ("r.yaml: --cell names a cell of the matrix of a pipeline, and this is none",), args=("--cell", "a")),
     Case("step of which cell", PIPELINE + "matrix: {a: {sft.yaml: {seed: 1}}, b: {sft.yaml: {seed: 2}}}\n", ("r.yaml: sft.yaml runs in each cell of the matrix: say --cell, one of a, b",), args=("--step", "sft.yaml"), files=STEPS),
+    Case("language that lingua has not", EVALUATE + "language: azerbaijan\n", ("r.yaml:5:11: lingua knows no language 'azerbaijan'; did you mean 'az' (Azerbaijani)? Languages: af, ar, az",)),
+    Case("language of a prompt", EVALUATE + "language: az\nprompts: [{text: a, language: uz}]\n", ("r.yaml:6:31: lingua knows no language 'uz'. Languages: af",)),
+    Case("languages to decide between", EVALUATE + "languages: [az, kaz]\n", ("r.yaml:5:17: lingua knows no language 'kaz'; did you mean",)),
+    Case("script that there is not", EVALUATE + "script: Latn\n", ("r.yaml:5:9: script = \"Latn\" is not known; did you mean 'Latin'?",)),
+    Case("baseline that is no model", EVALUATE + "baseline: bse\n", ("r.yaml:5:11: baseline names no model: 'bse'; did you mean 'base'? Models: base",)),
+    Case("task that stands there twice", EVALUATE + "tasks: [a.yaml, {task: a.yaml, limit: 3}]\n", ("r.yaml:5:24: the task a.yaml stands already at r.yaml:5:9",)),
+    Case("prompt that is two", EVALUATE + "prompts: [{text: a, messages: [{role: user, content: b}]}]\n", ("r.yaml:5:11: prompts[0]: give exactly one of text, messages: there are text, messages",)),
     Case("compare without a matrix", PIPELINE + "compare: {metric: bpb}\n", ("r.yaml:4:1: compare ranks the cells of a matrix, and there is none",), files=STEPS),
     Case("compare on no set", PIPELINE + "matrix: {a: {cpt.yaml: {seed: 1}}}\ncompare: {dataset: taget}\n", ("r.yaml:5:20: cell 'a' has no validation set 'taget' to be compared on; did you mean 'target'?",), files=STEPS),
     Case("compare what trains nothing", PIPELINE + "matrix: {a: {sft.yaml: {seed: 1}}}\ncompare: {}\n", ("r.yaml:4:10: cell 'a' repeats no pretrain step",), files=STEPS),
@@ -573,7 +580,10 @@ EXTRAS = {
     "set": {"sft.yaml": {"seed": 1, "data.datasets[0].path": "x"}},
     "matrix": {"a": {"cpt.yaml": {"seed": 1, "tokenizer.candidate": "x"}}},
     "compare": {"metric": "bpb", "dataset": "target", "price_per_hour": 1},
-    "prompts": ["a", {"messages": [{"role": "user", "content": "a"}]}],
+    "prompts": ["a", {"messages": [{"role": "user", "content": "a"}]}, {"text": "a", "language": "az"}],
+    "answers": {"output_of": "sft.yaml", "max_conversations": 2},
+    "languages": ["az", "tr"],
+    "tasks": ["a", {"task": "b.yaml", "limit": 2}],
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, backend, corpus, cpu, optimizers
+from azrecipe.parts import auxiliary, backend, corpus, cpu, fidelity, harness, optimizers
 from azrecipe.parts.batches import split
 from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.types import Source
@@ -64,7 +64,7 @@ def check(recipes: Sequence[Recipe], launch: Launch) -> None:
     if trains:
         lacking += _backend(launch)
     for recipe in recipes:
-        for problem in _refusals(recipe, launch):
+        for problem in (*_refusals(recipe, launch), *_evaluation(recipe)):
             if isinstance(problem, RecipeError):
                 wrong += problem.problems
             else:
@@ -135,6 +135,18 @@ def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
             asked()
         except CannotRun as error:
             yield error
+
+
+def _evaluation(recipe: Recipe) -> Iterator[AzrecipeError]:
+    """What an evaluation at the end of a pipeline lacks: packages, and tasks by their names, which take a while to look up."""
+    if recipe.stage != "evaluate":
+        return
+    try:
+        fidelity.check(recipe.config)
+        harness.needed(recipe.config)
+        harness.Harness(recipe).check_names()
+    except (CannotRun, RecipeError) as error:
+        yield error
 
 
 def _missing(recipe: Recipe) -> Iterator[RecipeError]:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -155,3 +155,29 @@ def sha256(path: Path) -> str:
 def _sha256(path: Path, _size: int, _changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Add rows as lines of JSON, synced to disk before this returns. The last ones may be missing or torn after a crash."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    if fresh:
+        sync_folder(path.parent)
+
+
+def whole_lines(path: Path) -> list[Any]:
+    """The rows that `append_lines` wrote; what a crash left of a last line is cut off the file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+    return [json.loads(line) for line in data[:whole].splitlines()]

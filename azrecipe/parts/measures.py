@@ -1,4 +1,4 @@
-"""How a tokenizer is judged: counts for each held-out document, measures from their sums, intervals by resampling documents.
+"""How a tokenizer is judged: counts for each held-out document, and measures from their sums.
 
 Every measure is defined, with its source, in docs/metrics.md.
 """
@@ -17,19 +17,13 @@ import numpy.typing as npt
 import regex
 
 from azrecipe.parts.processes import Workers, chunked
+from azrecipe.parts.resampling import BLOCK, RESAMPLES, Floats, Ints, Resampling, rounded
 from azrecipe.parts.tokens import encode, on_disk, reader
 from azrecipe.parts.vocabulary import is_byte_level_bpe, rows_needed, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
-RESAMPLES = 1_000
-BLOCK = 50  # resamples worked on at a time
-UNITS = 10_000  # drawn separately at most: more make no interval better, and cost memory
-LEVEL = 95  # per cent of the resamples that an interval holds
 ALPHA = 2.5  # order of the Rényi entropy, as Zouhar et al. (2023) choose it
 TIMED = 4_000_000  # bytes of text that the encoding speed is measured on at most
 
@@ -127,45 +121,6 @@ def _partial(tokenizer: PreTrainedTokenizerBase) -> Ints:
     elif tokenizer.unk_token_id is not None:
         flags[tokenizer.unk_token_id] = 1
     return flags
-
-
-class Resampling:
-    """How often each unit stands in each resample, the same for every tokenizer measured on a set, so that differences are paired.
-
-    Whole groups are drawn with replacement (Efron & Tibshirani 1993, ch. 6 and 8): documents of one source resemble each other.
-    More than UNITS groups are drawn in UNITS blocks, each of every UNITS-th one.
-    """
-
-    def __init__(self, groups: Sequence[str], seed: int) -> None:
-        _, group = np.unique(np.array(groups, dtype=object), return_inverse=True)
-        self.unit: Ints = group % UNITS  # [documents]
-        self.units = int(self.unit.max()) + 1
-        random = np.random.Generator(np.random.PCG64(seed))
-        self.drawn = random.multinomial(self.units, np.full(self.units, 1 / self.units), RESAMPLES).astype(np.uint16)
-
-    def of(self, value: float, resampled: Floats) -> dict[str, Any]:
-        """A measure with its percentile interval; none from a single unit."""
-        if self.units < 2:
-            return {"value": rounded(value), "interval": None}
-        low, high = np.nanpercentile(resampled, [50 - LEVEL / 2, 50 + LEVEL / 2])
-        return {"value": rounded(value), "interval": [rounded(float(low)), rounded(float(high))]}
-
-    def ratio(self, above: Ints, below: Ints, factor: float = 1.0) -> dict[str, Any]:
-        """A quotient of two sums over documents, times a factor. The value is None where there is nothing to divide by."""
-        if below.sum() == 0:
-            return {"value": None, "interval": None}
-        with np.errstate(invalid="ignore", divide="ignore"):
-            resampled = factor * self._sums(above) / self._sums(below)
-        return self.of(factor * float(above.sum() / below.sum()), resampled)
-
-    def _sums(self, counts: Ints) -> Floats:
-        by_unit = np.bincount(self.unit, counts, minlength=self.units)
-        return np.concatenate([self.drawn[i : i + BLOCK] @ by_unit for i in range(0, RESAMPLES, BLOCK)])
-
-
-def rounded(value: float) -> float:
-    """Five significant digits: more than any interval here is wide."""
-    return float(f"{value:.5g}")
 
 
 def measures(counts: Counts, baseline: Counts, vocab_size: int, window: int, resampling: Resampling) -> dict[str, Any]:

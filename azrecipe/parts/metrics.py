@@ -34,11 +34,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Bits:
-    """A sum over a set of documents: nats of all scored tokens, bytes of UTF-8 text, tokens scored."""
+    """A sum over a set of documents: nats of all scored tokens, bytes of UTF-8 text, tokens scored.
+
+    `of_documents`, of each document by itself: nats and tokens, both [documents]. Nats are 0 where the model takes its loss in chunks.
+    """
 
     nats: float
     bytes: int
     tokens: int
+    of_documents: tuple[torch.Tensor, torch.Tensor]
 
     @property
     def per_byte(self) -> float:
@@ -67,27 +71,35 @@ def bits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list
     if first is None:
         raise CannotRun("the tokenizer has neither a BOS nor an EOS token: the first token of a document cannot be scored")
     limit = getattr(model.config, "max_position_embeddings", None) or max_length
-    pieces = [window for ids in encode(tokenizer, texts) for window in windows(ids, first, min(max_length, limit))]
-    pieces.sort(key=lambda window: len(window.ids))  # less padding; the sum does not depend on the order
+    encoded = encode(tokenizer, texts)
+    pieces = [(window, nth) for nth, ids in enumerate(encoded) for window in windows(ids, first, min(max_length, limit))]
+    pieces.sort(key=lambda piece: len(piece[0].ids))  # less padding; the sum does not depend on the order
     rank, world = _position()
     batches = [pieces[i : i + batch_size] for i in range(0, len(pieces), batch_size)]
     rounds = math.ceil(len(batches) / world)
     was_training = model.training
     model.eval()
-    nats = torch.zeros((), dtype=torch.float64)
+    nats = torch.zeros(1 + len(texts), dtype=torch.float64)  # of all, then of each document
     with torch.no_grad():
         for i in range(rounds):
             nth = i * world + rank
-            score = _score(model, batches[nth if nth < len(batches) else 0])
+            batch = batches[nth if nth < len(batches) else 0]
+            scores = _scores(model, [window for window, _ in batch])
             if nth < len(batches):
-                nats += score
+                nats[0] += scores.sum()
+                if not losses.chunked(model):
+                    nats.index_add_(0, torch.tensor([1 + document for _, document in batch]), scores)
     model.train(was_training)
-    total = _sum(nats.to(model.device) if model.device.type == "cuda" else nats)
-    return Bits(float(total), sum(len(t.encode()) for t in texts), sum(len(w.ids) - w.context for w in pieces))
+    total = _sum(nats.to(model.device) if model.device.type == "cuda" else nats).cpu()
+    tokens = torch.tensor([len(ids) for ids in encoded])
+    return Bits(float(total[0]), sum(len(t.encode()) for t in texts), int(tokens.sum()), (total[1:], tokens))
 
 
-def _score(model: PreTrainedModel, batch: list[Window]) -> torch.Tensor:
-    """Sum of -ln p over the scored tokens of a batch, in float64. Padding stands at the end, where it is seen by nothing."""
+def _scores(model: PreTrainedModel, batch: list[Window]) -> torch.Tensor:
+    """Sum of -ln p over the scored tokens of each window, in float64; of all of them [1] where the model takes its loss in chunks.
+
+    Padding stands at the end, where it is seen by nothing.
+    """
     longest = max(len(window.ids) for window in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     labels = torch.full((len(batch), longest), -100)
@@ -98,11 +110,11 @@ def _score(model: PreTrainedModel, batch: list[Window]) -> torch.Tensor:
     positions = torch.arange(longest, device=ids.device).expand_as(ids)
     if losses.chunked(model):
         total: torch.Tensor = model(input_ids=ids, labels=labels, position_ids=positions, use_cache=False, num_items_in_batch=1).loss
-        return total.double().cpu()
+        return total.double().cpu()[None]
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     # a row at a time: float32 logits of a whole batch at a large vocabulary would not fit
     rows = [F.cross_entropy(logits[row, :-1].float(), labels[row, 1:], reduction="sum").double().cpu() for row in range(len(batch))]
-    return torch.stack(rows).sum()
+    return torch.stack(rows)
 
 
 def _position() -> tuple[int, int]:

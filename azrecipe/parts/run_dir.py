@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from azrecipe.parts.history import now
 from azrecipe.parts.processes import cores
 from azrecipe.recipe import schema
 from azrecipe.recipe.ancestry import differences
-from azrecipe.recipe.load import CELLS, Recipe, is_local_data, is_local_model, is_template_file
+from azrecipe.recipe.load import CELLS, LOCAL, Recipe
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key, Node, parse
@@ -283,13 +283,7 @@ def _moved(a: Any, b: Any, kind: str | None) -> bool:
     """Whether two values are the same local file or folder seen from two places."""
     if kind is None or not isinstance(a, str) or not isinstance(b, str):
         return False
-    tests: dict[str, Callable[[str], bool]] = {
-        "data": is_local_data,
-        "model": is_local_model,
-        "recipe": lambda _: True,
-        "template": is_template_file,
-    }
-    local = tests[kind]
+    local = LOCAL[kind]
     return local(a) and local(b) and Path(a).name == Path(b).name
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import Place, Problem, RecipeError, hint
 from azrecipe.recipe import rules, schema
+from azrecipe.recipe.building import build
 from azrecipe.recipe.compose import Composed, compose, shown
 from azrecipe.recipe.overrides import Override
-from azrecipe.recipe.types import STAGE_TYPES, build
-from azrecipe.recipe.yaml_tree import Key, Node
+from azrecipe.recipe.types import STAGE_TYPES
+from azrecipe.recipe.yaml_tree import Key, Node, parse
 
 CELLS = "cells"  # the folder of a project that holds the runs of a matrix' cells, one folder a cell
 DATA_SUFFIXES = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
@@ -104,10 +105,22 @@ def from_composed(path: Path, composed: Composed) -> Recipe:
     if problems:
         raise RecipeError(_unique(problems))
     tree = resolve_paths(root, schema.document(stage))
+    data = _finished(tree, stage)
+    return Recipe(path, stage, data, build(STAGE_TYPES[stage], data), tree, composed.used)
+
+
+def _finished(tree: Node, stage: str) -> Any:
     data = schema.finish(tree, stage)
     for key in ("extends", "fragment", "variables"):
         data.pop(key, None)
-    return Recipe(path, stage, data, build(STAGE_TYPES[stage], data), tree, composed.used)
+    return data
+
+
+def of_run(file: Path) -> Any:
+    """The dataclass of a run's recipe.yaml, which is resolved already: its paths are relative to where that run was started."""
+    tree = parse(file.read_text(encoding="utf-8"), str(file))
+    stage = stage_of(tree)
+    return build(STAGE_TYPES[stage], _finished(tree, stage))
 
 
 def stage_of(root: Node) -> str:
@@ -151,6 +164,20 @@ def is_template_file(chat_template: str) -> bool:
     return chat_template.endswith(".jinja")
 
 
+def is_local_task(path: str) -> bool:
+    """Whether a benchmark task is a file here rather than one of lm-evaluation-harness' own."""
+    return path.startswith(("./", "../", "/", "~")) or path.endswith((".yaml", ".yml"))
+
+
+LOCAL: Mapping[str, Callable[[str], bool]] = {  # by a key's x-path: whether its value is a path here
+    "recipe": lambda _: True,
+    "data": is_local_data,
+    "model": is_local_model,
+    "template": is_template_file,
+    "task": is_local_task,
+}
+
+
 def resolve_paths(node: Node, definition: schema.Schema) -> Node:
     """Every relative path made relative to the working folder, from the file that it stands in."""
     definition = schema.follow(definition)
@@ -166,7 +193,7 @@ def resolve_paths(node: Node, definition: schema.Schema) -> Node:
     kind = definition.get("x-path")
     if kind is None or not isinstance(node.value, str):
         return node
-    local = {"recipe": lambda _: True, "data": is_local_data, "model": is_local_model, "template": is_template_file}[kind](node.value)
+    local = LOCAL[kind](node.value)
     return replace(node, value=beside(node.place, node.value)) if local else node
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from azrecipe.errors import Place, Problem, did_you_mean, hint
-from azrecipe.recipe import groups, optimization, schema, tuning
+from azrecipe.recipe import evaluation, groups, optimization, schema, tuning
 from azrecipe.recipe.yaml_tree import Node
 
 # Fields of TrainingArguments that follow from the recipe, the launcher or the run directory.
@@ -44,6 +44,8 @@ def check(root: Node, stage: str) -> list[Problem]:
         found += optimization.check(root, stage)
     if stage == "tokenizer":
         found += _candidates(root)
+    if stage == "evaluate":
+        found += evaluation.check(root)
     if stage == "pipeline":
         found += _compare(root)
     return found

@@ -7,9 +7,8 @@ absent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -312,8 +311,31 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Conversation:
-    messages: list[Message]
+class Prompt:
+    """What models are asked: exactly one of text to continue and messages to answer."""
+
+    text: str | None = None
+    messages: list[Message] | None = None
+    language: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateModel(ModelSource):
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    output_of: str
+    max_conversations: int
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    task: str
+    apply_chat_template: bool = False
+    num_fewshot: int | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -336,12 +358,18 @@ class Evaluate:
     project: str
     description: str
     seed: int
-    models: Mapping[str, ModelSource]
+    models: Mapping[str, EvaluateModel]
     data: EvaluateData
-    prompts: list[str | Conversation]
+    prompts: list[str | Prompt]
     generation: Generation
+    tasks: list[str | HarnessTask]
     per_device_eval_batch_size: int
     precision: str
+    baseline: str | None = None
+    language: str | None = None
+    languages: list[str] | None = None
+    script: str | None = None
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -369,32 +397,3 @@ STAGE_TYPES: Mapping[str, type[Any]] = {
     "evaluate": Evaluate,
     "pipeline": Pipeline,
 }
-
-T = TypeVar("T")
-
-
-def build(kind: type[T], data: Mapping[str, Any]) -> T:
-    """A dataclass from checked plain data; every key must be a field."""
-    hints = get_type_hints(kind)
-    unknown = data.keys() - {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown:
-        raise TypeError(f"{kind.__name__} has no field for {sorted(unknown)}")
-    return kind(**{key: _convert(hints[key], value) for key, value in data.items()})
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        options = [a for a in arguments if a is not NoneType]
-        if isinstance(value, dict):
-            return _convert(next(a for a in options if is_dataclass(a) or get_origin(a) is dict), value)
-        if isinstance(value, list):
-            return _convert(next(a for a in options if get_origin(a) is list), value)
-        return value if len(options) > 1 else _convert(options[0], value)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, value)
-    if origin is list:
-        return [_convert(arguments[0], item) for item in value]
-    if origin is Mapping:
-        return {key: _convert(arguments[1], item) for key, item in value.items()}
-    return float(value) if hint is float else value

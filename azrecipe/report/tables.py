@@ -154,18 +154,18 @@ def _sft(result: Mapping[str, Any]) -> None:
 
 def _evaluate(result: Mapping[str, Any], title: str = "Evaluation") -> None:
     models: Mapping[str, Any] = result["models"]
-    sets = list(result["validation"])
     console = _console()
-    table = Table(title=title, caption=result["definitions"]["bpb"])
-    table.add_column("model")
-    table.add_column("parameters", justify="right")
-    for name in sets:
-        table.add_column(f"fertility\n{name}", justify="right")
-    for name in sets:
-        table.add_column(f"bits/byte\n{name}", justify="right")
-    for name, found in models.items():
-        cells = [f"{found['fertility'][n]:.2f}" for n in sets] + [f"{found['bpb'][n]:.3f}" for n in sets]
-        table.add_row(name, f"{found['parameters']:,}", *cells)
+    baseline = result.get("baseline", next(iter(models)))
+    caption = f"[95 % interval]; below, Δ: the difference to {baseline} and its interval, resampled together"
+    table = Table(title=title, caption=f"{result['definitions']['bpb']}\n{caption}")
+    table.add_column("", no_wrap=True)
+    for name in models:
+        table.add_column(name, justify="right")
+    table.add_row("parameters", *(f"{found['parameters']:,}" for found in models.values()), end_section=True)
+    for section, rows in figures.evaluated(result):
+        for last, (name, keys, form) in enumerate(rows, 1 - len(rows)):
+            cells = [_measured(found, keys, form) for found in models.values()]
+            table.add_row(f"{section}, {name}".removeprefix(", "), *cells, end_section=last == 0)
     console.print(table)
     for nth, prompt in enumerate(result["prompts"]):
         samples = Table(title=f"Prompt: {prompt}", show_header=False, title_justify="left", expand=False)
@@ -175,3 +175,17 @@ def _evaluate(result: Mapping[str, Any], title: str = "Evaluation") -> None:
             text = " ".join(found["samples"][nth]["output"].split())
             samples.add_row(name, text[:SAMPLE] + ("…" if len(text) > SAMPLE else ""))
         console.print(samples)
+
+
+def _measured(line: Mapping[str, Any], keys: Sequence[str], form: str) -> str:
+    """A model's measure, and below it its difference to the baseline."""
+    found, apart = figures.measure(_at(line, keys)), _at(line.get("difference", {}), keys)
+    text = figures.interval(found, form)
+    return text if apart is None else f"{text}\nΔ {figures.difference(apart, form)}"
+
+
+def _at(value: Any, keys: Sequence[str]) -> Any:
+    """What stands below these keys, or None."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

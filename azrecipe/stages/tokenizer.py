@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from azrecipe.errors import Problem, RecipeError
-from azrecipe.parts import candidates, measures, model, run_dir, vocabulary
+from azrecipe.parts import candidates, measures, model, resampling, run_dir, vocabulary
 from azrecipe.parts.backend import Backend
 from azrecipe.parts.corpus import Located, rows, texts
 from azrecipe.parts.files import whole_folder
-from azrecipe.parts.measures import Counts, Held, Resampling
+from azrecipe.parts.measures import Counts, Held
 from azrecipe.parts.processes import Workers
+from azrecipe.parts.resampling import Resampling
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.tokens import held_out_hashes, text_hash, tokenizer_hash
 from azrecipe.parts.watching import say
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFINITIONS = {
-    "interval": f"{measures.LEVEL} % of {measures.RESAMPLES:,} resamples of the held-out documents (or groups of them); null from a single one",
+    "interval": f"{resampling.LEVEL} % of {resampling.RESAMPLES:,} resamples of the held-out documents (or groups of them); null from a single one",
     "fertility": "tokens per white-space separated word, no special tokens, summed over the held-out documents",
     "bytes_per_token": "bytes of UTF-8 text per token",
     "characters_per_token": "characters (code points) per token",
@@ -101,7 +102,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             "candidates": table,
             "show_words": config.show_words,
             "window": config.data.max_length,
-            "resamples": {"seed": config.seed, "count": measures.RESAMPLES, "level": measures.LEVEL},
+            "resamples": {"seed": config.seed, "count": resampling.RESAMPLES, "level": resampling.LEVEL},
             "definitions": DEFINITIONS,
             "validation": {key: _size(held, inputs, key) for key, held in sets.items()},
         }

@@ -43,7 +43,7 @@ def test_padding_goes_through_every_stage(padded: Project) -> None:
         assert (model.config.vocab_size, len(tokenizer)) == (448, 400)
         assert weights(padded.path(recipe) / "final")["model.embed_tokens.weight"].shape == (448, 32)
     evaluated = padded.result("evaluate")["models"]
-    assert evaluated["adapted"]["bpb"]["target"] < evaluated["base"]["bpb"]["target"]
+    assert evaluated["adapted"]["bpb"]["target"]["value"] < evaluated["base"]["bpb"]["target"]["value"]
     assert len(evaluated["assistant"]["samples"]) == 2
     said = tokenizer.decode(model.generate(torch.tensor([[0, 50]]), max_new_tokens=8, do_sample=True, temperature=50.0)[0])
     assert isinstance(said, str)  # a padding row that is drawn has no text, and no error

@@ -31,7 +31,7 @@ def test_the_pipeline_ends_with_one_table(finished: Project) -> None:
     for row in ("base", "adapted", "assistant"):
         assert f"│ {row}" in printed
     evaluated = finished.result("evaluate")["models"]
-    assert f"{evaluated['adapted']['bpb']['target']:.3f}" in printed
+    assert f"{evaluated['adapted']['bpb']['target']['value']:.3f}" in printed
 
 
 def test_bpb_on_the_target_language_falls_with_training(finished: Project) -> None:
@@ -39,7 +39,7 @@ def test_bpb_on_the_target_language_falls_with_training(finished: Project) -> No
     assert list(bpb) == ["base", "new_vocabulary", "embeddings", "full"]
     assert bpb["base"]["target"] > bpb["embeddings"]["target"] > bpb["full"]["target"]
     models = finished.result("evaluate")["models"]
-    assert models["base"]["bpb"]["target"] > models["adapted"]["bpb"]["target"]
+    assert models["base"]["bpb"]["target"]["value"] > models["adapted"]["bpb"]["target"]["value"]
     assert set(models["base"]) >= {"bpb", "fertility", "samples"}
 
 

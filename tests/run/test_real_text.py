@@ -56,7 +56,7 @@ def test_the_whole_job_on_real_azerbaijani(llama3: Path, tmp_path: Path) -> None
     assert candidates["baseline"]["fertility"]["target"]["value"] > 3
     assert candidates["custom_8k"]["fertility"]["target"]["value"] < 2
     models = json.loads((runs / "evaluate" / "result.json").read_text())["models"]
-    bpb = [models[name]["bpb"]["target"] for name in ("base", "embeddings", "full")]
+    bpb = [models[name]["bpb"]["target"]["value"] for name in ("base", "embeddings", "full")]
     assert bpb == sorted(bpb, reverse=True)
     swap = json.loads((runs / "cpt_phase1" / "result.json").read_text())["vocabulary"]
     assert (swap["old_size"], swap["new_size"]) == (128_256, 8_000)

@@ -20,11 +20,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from azrecipe.errors import CannotRun
-from azrecipe.parts import candidates, extension, measures, vocabulary
+from azrecipe.parts import candidates, extension, measures, resampling, vocabulary
 from azrecipe.parts.corpus import Located
-from azrecipe.parts.measures import Resampling
 from azrecipe.parts.model import embedding_shape
 from azrecipe.parts.processes import Workers, chunked
+from azrecipe.parts.resampling import Resampling
 from azrecipe.parts.tokens import encode
 from azrecipe.parts.vocabulary import (
     LLAMA3_SPECIALS,
@@ -183,11 +183,11 @@ def test_documents_of_one_group_are_drawn_together() -> None:
 
 
 def test_very_many_documents_are_drawn_in_blocks(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measures, "UNITS", 3)
-    resampling = Resampling(list("abcdef"), 1)
-    assert (resampling.units, resampling.drawn.shape) == (3, (measures.RESAMPLES, 3))
-    assert resampling.unit.tolist() == [0, 1, 2, 0, 1, 2]
-    assert resampling.ratio(np.array([1, 2, 3, 3, 2, 1]), np.array([1] * 6)) == {"value": 2.0, "interval": [2.0, 2.0]}
+    monkeypatch.setattr(resampling, "UNITS", 3)
+    drawn = Resampling(list("abcdef"), 1)
+    assert (drawn.units, drawn.drawn.shape) == (3, (resampling.RESAMPLES, 3))
+    assert drawn.unit.tolist() == [0, 1, 2, 0, 1, 2]
+    assert drawn.ratio(np.array([1, 2, 3, 3, 2, 1]), np.array([1] * 6)) == {"value": 2.0, "interval": [2.0, 2.0]}
     counts = _count(base, TEXTS)
     found = measures.measures(counts, counts, len(base), 64, Resampling(list("abcdef"), 1))
     assert found["renyi_efficiency"]["interval"][0] <= found["renyi_efficiency"]["value"]

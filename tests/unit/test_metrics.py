@@ -118,3 +118,14 @@ def test_a_long_document_is_scored_in_windows_that_overlap_by_half(trained: tupl
     assert found.tokens == len(ids) - 1
     blind = sum(bits(model, tokenizer, [tokenizer.decode(ids[at : at + 16])], length, 4).nats for at in range(1, len(ids), 16))
     assert found.nats < blind  # a window without half a window before it knows less
+
+
+def test_each_document_has_its_own_nats(llama: Path) -> None:
+    model, tokenizer = load_model(str(llama), "float32"), load_tokenizer(str(llama))
+    texts = ["".join(TALES), TALES[1], "Ə", TALES[0] * 3]  # windows of the longer ones stand apart
+    found = bits(model, tokenizer, texts, 32, 3)
+    nats, tokens = found.of_documents
+    alone = [bits(model, tokenizer, [text], 32, 1) for text in texts]
+    assert nats.tolist() == pytest.approx([one.nats for one in alone], rel=1e-5)
+    assert tokens.tolist() == [one.tokens for one in alone]
+    assert float(nats.sum()) == pytest.approx(found.nats, rel=1e-12)
