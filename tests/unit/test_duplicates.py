@@ -136,3 +136,16 @@ def test_a_tokenizer_that_splits_in_another_way_is_given_whole_texts(llama: Path
     assert Cutter(backend).by_parts
     backend.add_tokens(["Kənddə bir"])
     assert not Cutter(backend).by_parts
+
+
+def test_what_was_forgotten_is_cut_again_alike(cutter: tuple[Cutter, Cutter], monkeypatch: pytest.MonkeyPatch) -> None:
+    from azrecipe.parts import cutting
+
+    monkeypatch.setattr(cutting, "REMEMBERED", 8)
+    monkeypatch.setattr(cutting, "LONG", 6)
+    by_parts, whole = cutter
+    for turn in range(4):
+        texts = [f"{tale} evlərimizdəkilər, ev. {turn}\n \n" for tale in TALES]
+        assert [ids.tolist() for ids in by_parts(texts)] == [ids.tolist() for ids in whole(texts)]
+        assert len(by_parts.words) + len(by_parts.parts) < 200
+        assert not any(len(word) > 6 for word in (*by_parts.words, *by_parts.parts))
