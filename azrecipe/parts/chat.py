@@ -82,7 +82,7 @@ def _read(located: Located, shapes: Mapping[str, Shape[T]]) -> list[T]:
         more = [f"… and {len(wrong) - SHOWN} rows more"] if len(wrong) > SHOWN else []
         raise RecipeError([Problem(located.place, text) for text in [*wrong[:SHOWN], *more]])
     if not found:
-        raise located.wrong(f"{located.title} holds no row")
+        raise located.wrong(f"{located.title} holds no {'preference' if 'preference' in shapes else 'conversation'}")
     return found
 
 

@@ -109,9 +109,8 @@ def examples(config: Sft, tokenizer: PreTrainedTokenizerBase, sources: Sequence[
                 made.counts["trained_tokens"] += trained_tokens(example)
     made.counts["train"], made.counts["held_out"] = len(made.train), len(made.held_out)
     if not made.train:
-        raise CommandError(
-            f"no row has a trained token left within data.max_length = {config.data.max_length}: raise it, or check the chat template"
-        )
+        kind = "preference fits" if config.method == "dpo" else "conversation has a trained token left"
+        raise CommandError(f"no {kind} within data.max_length = {config.data.max_length}: raise it, or check the chat template")
     return made
 
 

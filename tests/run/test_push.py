@@ -50,7 +50,7 @@ def test_the_card_has_the_runs_numbers_and_no_path_of_this_machine(push: Callabl
     result, measured = project.result("sft"), project.result("evaluate")["models"]["assistant"]
     values = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
     for name in ("target", "english"):
-        assert values[name, "bits_per_byte"] == measured["bpb"][name]
+        assert values[name, "bits_per_byte"] == measured["bpb"][name]["value"]
         assert values[name, "fertility"] == measured["fertility"][name]
         assert f"{project.result('evaluate')['models']['base']['bpb'][name]:.3f}" in text
     assert values["held-out conversations", "loss"] == result["held_out_loss"]["after"]

@@ -77,7 +77,7 @@ def test_every_stage_leaves_a_page_with_its_numbers(finished: Project) -> None:
     models = finished.result("evaluate")["models"]
     evaluated = page(finished.path("evaluate"))
     for name, found in models.items():
-        assert f"{found['bpb']['english']:.3f}" in evaluated
+        assert f"{found['bpb']['english']['value']:.3f}" in evaluated
         assert evaluated.count(f"<h5>{name}</h5>") == 2
     assert "None: it was started once and ran to its end." in cpt
     assert "What was changed of cpt.yaml as it stands" not in cpt

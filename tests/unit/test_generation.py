@@ -86,7 +86,7 @@ def test_writing_stops_at_every_end_of_turn_that_the_model_names(llama: Path) ->
 
 
 def test_a_conversation_goes_through_the_template_where_there_is_one(llama: Path) -> None:
-    from azrecipe.parts.chat import apply_template
+    from azrecipe.parts.templates import apply_template
 
     tokenizer = load_tokenizer(str(llama))
     messages = [{"role": "user", "content": "Salam"}]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ from tests.conftest import ROOT, Done, write
 PENALTY = 3.0
 GREEDY = writing.Settings(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=PENALTY)
 SAMPLED = writing.Settings(max_new_tokens=24, temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches this process and its children, even where the tests run as a job in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
