@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from azrecipe.report.figures import PERCENT, number
+from azrecipe.report.figures import PERCENT, WRITTEN, number
 from azrecipe.report.markup import Html, Part, folded, joined, listing, plots, table, tables, tag
 from azrecipe.report.plots import Frame, Point, steps
 from azrecipe.report.runs import Run
@@ -14,10 +14,12 @@ TITLES = {
     "bpb": "Bits per byte, lower is better",
     "fertility": "Fertility: tokens a word",
     "bytes_per_token": "Bytes a token",
+    "generations": "What was written after the prompts",
+    "answers": "Answers to held-out conversations",
     "tasks": "Tasks",
 }
 # Keys of a model that are no measure, and of a generation that are not said in small print.
-_NO_MEASURE = ("path", "parameters", "vocab_size", "samples", "generations")
+_NO_MEASURE = ("path", "parameters", "vocab_size", "samples", "answer_samples")
 _NO_NOTE = ("prompt", "output", "messages", "text")
 CHANGES = ("differences", "difference", "changes")
 
@@ -103,8 +105,9 @@ def _table(caption: str, rows: Mapping[str, Any], measure: str, sign: bool = Fal
     columns = list(dict.fromkeys(column for told in found.values() for column in told))
     if not columns:
         return Html("")
-    cells = [[name, *(value(told.get(column), _form(measure), sign) for column in columns)] for name, told in found.items() if told]
-    return table(caption, ["model", *(column or measure for column in columns)], cells)
+    cells = [[name, *(value(told.get(column), _form(measure, column), sign) for column in columns)] for name, told in found.items() if told]
+    known = WRITTEN if measure in ("generations", "answers") else {}
+    return table(caption, ["model", *(known[column][0] if column in known else column or measure for column in columns)], cells)
 
 
 def leaves(told: Any, at: str = "") -> Iterator[tuple[str, Any]]:
@@ -118,7 +121,9 @@ def leaves(told: Any, at: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(below, f"{at}: {key}" if at else str(key))
 
 
-def _form(measure: str) -> str:
+def _form(measure: str, column: str) -> str:
+    if measure in ("generations", "answers") and column in WRITTEN:
+        return WRITTEN[column][1]
     return {"bpb": ".3f", "fertility": ".2f", "bytes_per_token": ".2f"}.get(measure, ".4g")
 
 
@@ -141,6 +146,8 @@ def value(found: Any, form: str = ".3f", sign: bool = False) -> str:
     if number_ is None:
         return "–"
     form = f"+{form}" if sign else form
+    if isinstance(found, Mapping) and found.get("stderr") is not None:
+        return f"{number_:{form}} ± {found['stderr']:{form.removeprefix('+')}}"
     return f"{number_:{form}}" + (f" [{ends[0]:{form}}–{ends[1]:{form}}]" if ends else "")
 
 

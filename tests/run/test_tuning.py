@@ -225,3 +225,16 @@ def test_check_shows_an_example_with_what_the_loss_covers(tuned: Project) -> Non
     ended, printed = called([*tuned.command("sft")[:3], "check", "sft.yaml"], tuned.folder)
     assert ended == 2
     assert "questions.jsonl:1:1: message 2 (assistant) is empty" in printed
+
+
+def test_noise_on_the_embeddings_is_there_while_training_and_not_after(tuned: Project) -> None:
+    recipe(tuned, "plain", "training: {max_steps: 2}\n")
+    recipe(tuned, "noisy", "training: {max_steps: 2, neftune_noise_alpha: 15}\n")
+    for name in ("plain", "noisy"):
+        tuned.run(name)
+    assert tuned.losses("noisy")[0] != pytest.approx(tuned.losses("plain")[0], abs=1e-4)
+    before = [tuned.result(name)["held_out_loss"]["before"] for name in ("plain", "noisy")]
+    assert before[0] == before[1]
+    model, _ = opened(tuned.path("noisy") / "final")
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(ids).logits, model(ids).logits)
