@@ -116,13 +116,19 @@ def _prompt_completion(row: Row) -> Messages:
 
 
 def _pair(row: Row) -> Pair:
-    if "prompt" in row:
+    whole = (
+        isinstance(row["chosen"], list)
+        and row["chosen"]
+        and isinstance(row["chosen"][0], dict)
+        and row["chosen"][0].get("role") != "assistant"
+    )
+    if "prompt" in row and not whole:
         prompt = _side(row["prompt"], "user")
         chosen, rejected = (_side(row[key], "assistant") for key in ("chosen", "rejected"))
     else:
         chosen, rejected = (row[key] for key in ("chosen", "rejected"))
         if not isinstance(chosen, list) or not isinstance(rejected, list):
-            raise ValueError("without a column 'prompt', chosen and rejected must be whole conversations, lists of {role, content}")
+            raise ValueError("chosen and rejected must be answers with a column 'prompt', or whole conversations, lists of {role, content}")
         same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
     for name, side in (("chosen", chosen), ("rejected", rejected)):

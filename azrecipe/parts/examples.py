@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
+TOGETHER = 4_096  # tokens whose logits are there at once
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def examples(config: Sft, tokenizer: PreTrainedTokenizerBase, sources: Sequence[
             # a preference by its prompt: the other pairs of that prompt would give it away
             held = chat.is_held_out(chat.key(row.prompt) if isinstance(row, Pair) else key, fraction)
             example = _pair(config, tokenizer, row) if isinstance(row, Pair) else _conversation(config, tokenizer, row)
-            made.counts["truncated"] += isinstance(example, Example) and example.cut
+            made.counts["truncated"] += isinstance(example, Example) and example.cut and example.trained > 0
             if example is None or (isinstance(example, Example) and not example.trained):
                 made.counts["dropped"] += 1
             elif held:
@@ -125,7 +126,10 @@ def _pair(config: Sft, tokenizer: PreTrainedTokenizerBase, pair: Pair) -> PairEx
         return None
     prompt = list(tokenizer.apply_chat_template(pair.prompt, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
     if chosen[: len(prompt)] != prompt or rejected[: len(prompt)] != prompt:
-        raise CommandError("the chat template renders a prompt in another way by itself than before its answer: method: dpo cannot use it")
+        begins = " ".join(pair.prompt[-1]["content"].split())[:60]
+        raise CommandError(
+            f"the chat template renders the prompt '{begins}' in another way by itself than before its answer: method: dpo cannot use it"
+        )
     end = tokenizer.eos_token_id  # what stands behind the end of turn is no part of the answer
     answers = [ids[len(prompt) :] for ids in (chosen, rejected)]
     answers = [ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids for ids in answers]
@@ -248,18 +252,21 @@ def log_likelihoods(model: PreTrainedModel, given: Sequence[Example], batch_size
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(given), batch_size):
-            batch = given[start : start + batch_size]
+        at = 0
+        while at < len(given):
+            longest = max(len(e.input_ids) for e in given[at : at + batch_size])
+            batch = given[at : at + max(1, min(batch_size, TOGETHER // longest))]
+            at += len(batch)
             width = max(len(e.input_ids) for e in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             labels = torch.full((len(batch), width), IGNORED)
             for row, example in enumerate(batch):
                 ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
                 labels[row, : len(example.labels)] = torch.tensor(example.labels)
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].float()
-            target = labels[:, 1:].to(model.device)
-            each = -F.cross_entropy(logits.transpose(1, 2), target, reduction="none").sum(1)
-            found += zip(each.tolist(), (target != IGNORED).sum(1).tolist(), strict=True)
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+            for row, label in enumerate(labels[:, 1:].to(model.device)):
+                on = label != IGNORED  # what is not trained takes no memory in float32
+                found.append((-float(F.cross_entropy(logits[row, :-1][on].float(), label[on], reduction="sum")), int(on.sum())))
     model.train(was_training)
     return found
 

@@ -33,8 +33,10 @@ def lora_config(lora: Lora, model: PreTrainedModel, new_tokens: Sequence[int] = 
             problems.append(f"lora.modules_to_save: no module is called '{name}'{did_you_mean(name, modules)}")
     if problems:
         raise CommandError("\n".join(problems))
-    matrices = token_matrices(model)
+    matrices, saved = token_matrices(model), {"embed_tokens", "lm_head"} & set(lora.modules_to_save)
     rows = {name: list(new_tokens) for name in matrices if name not in lora.modules_to_save} if new_tokens else {}
+    if model.config.tie_word_embeddings and saved:
+        rows = {}  # the whole matrix trains
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -44,7 +46,7 @@ def lora_config(lora: Lora, model: PreTrainedModel, new_tokens: Sequence[int] = 
         use_dora=lora.use_dora,
         modules_to_save=list(lora.modules_to_save) or None,
         trainable_token_indices=rows or None,
-        ensure_weight_tying=bool({"embed_tokens", "lm_head"} & set(lora.modules_to_save)) and bool(model.config.tie_word_embeddings),
+        ensure_weight_tying=bool(saved) and bool(model.config.tie_word_embeddings),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -102,12 +104,14 @@ class Base:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                self.path,
-                dtype=compute,
-                quantization_config=how,
-                attn_implementation=self.asked.attn_implementation,
-                revision=self.asked.revision or "main",
+            return self._fitted(
+                AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    dtype=compute,
+                    quantization_config=how,
+                    attn_implementation=self.asked.attn_implementation,
+                    revision=self.asked.revision or "main",
+                )
             )
         except ImportError as error:
             raise CannotRun(f"adapter: qlora needs bitsandbytes (pip install 'azrecipe[qlora]'): {error}") from None
@@ -134,8 +138,10 @@ def merged(base: Base, adapter: Path, precision: str) -> PreTrainedModel:
 
     from azrecipe.parts.model import WEIGHTS
 
-    whole = PeftModel.from_pretrained(base.load("float32"), str(adapter)).merge_and_unload(safe_merge=True)
-    return whole.to(WEIGHTS[precision])
+    whole: PreTrainedModel = PeftModel.from_pretrained(base.load("float32"), str(adapter)).merge_and_unload(safe_merge=True)
+    for parameter in whole.parameters():  # not the buffers: rotary frequencies stay in float32, as in a model that is opened
+        parameter.data = parameter.data.to(WEIGHTS[precision])
+    return whole
 
 
 def check_backend(adapter: str, backend: Backend) -> None:
@@ -147,7 +153,7 @@ def check_backend(adapter: str, backend: Backend) -> None:
 
 def check_rows(backend: Backend, new: Sequence[int], lora: Lora) -> None:
     """Raise CannotRun for rows of tokens that would have to train on a backend that keeps the matrix in pieces."""
-    if new and backend.sharded and not {"embed_tokens"} & set(lora.modules_to_save):
+    if new and lora.train_new_tokens and backend.sharded and "embed_tokens" not in lora.modules_to_save:
         raise CannotRun(
             f"{len(new)} tokens of the chat template are new to the model, and PEFT cannot train rows of a matrix that is sharded: "
             "run without sharding (an adapter needs little memory), or --set lora.train_new_tokens=false"

@@ -33,8 +33,8 @@ _CHATML = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\n' }}"
     "{%- if message['role'] == 'assistant' %}"
-    "{%- generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}{{- '\n' }}"
-    "{%- else %}{{- message['content'] + '<|im_end|>\n' }}{%- endif %}"
+    "{%- generation %}{{- message['content'] | trim + '<|im_end|>' }}{%- endgeneration %}{{- '\n' }}"
+    "{%- else %}{{- message['content'] | trim + '<|im_end|>\n' }}{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
@@ -111,7 +111,7 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str, marks: boo
             )
         if marks:
             _check_marks(str(tokenizer.chat_template), template)
-            tokenizer.eos_token = end_of_turn(tokenizer, probe)
+        tokenizer.eos_token = end_of_turn(tokenizer, probe, marks) or tokenizer.eos_token
     _pad(tokenizer)
     return list(range(before, len(tokenizer)))
 
@@ -136,14 +136,21 @@ def has_marks(template: str) -> bool:
     return "generation" in template and "endgeneration" in template
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Messages = PROBE) -> str:
-    """The special token that ends the assistant's turn, found by rendering one. Raises CommandError where the marks hold none.
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Messages = PROBE, marks: bool = True) -> str | None:
+    """The special token that ends the assistant's turn, found by rendering one: within the template's marks, or behind the answer.
 
-    A model that is never trained on it never stops; the loss looks well all the same.
+    Raises CommandError where the marks hold none: a model that is never trained on it never stops, and the loss looks well all
+    the same. Without marks: None where there is none.
     """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if not marks:
+        last = max((n for n, message in enumerate(probe) if message["role"] == "assistant"), default=0)
+        ids = list(render(tokenizer, probe[: last + 1], marks=False)["input_ids"])
+        prompt = list(tokenizer.apply_chat_template(probe[:last], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
+        behind = next((i for i in ids[len(prompt) :] if i in special), None) if last else None
+        return None if behind is None else str(tokenizer.convert_ids_to_tokens(behind))
     encoded = render(tokenizer, probe, marks=True)
     ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     first = mask.index(1) if 1 in mask else len(mask)
     stop = next((n for n in range(first, len(mask)) if not mask[n]), len(mask))
     found = [i for i in ids[first:stop] if i in special]

@@ -72,6 +72,7 @@ class PartRates(training.FilledGroups):
             for rate in dict.fromkeys(by_id.get(id(p), group["lr"]) for p in group["params"]):
                 own = [p for p in group["params"] if by_id.get(id(p), group["lr"]) == rate]
                 groups.append({**group, "params": own, "lr": rate})
+        groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)  # the first one's rate is what is logged
         optimizer.param_groups[:] = groups
         return optimizer
 
@@ -167,6 +168,7 @@ def _dpo(config: Sft, subject: Subject, examples: Examples, plan: Plan, argument
             train_dataset=rows([examples.train[sequence[0]].example for sequence in plan.sequences]), eval_dataset=rows(examples.held_out),
             args=training.checked(
                 DPOConfig, **arguments, beta=config.dpo.beta, loss_type=[config.dpo.loss_type], label_smoothing=config.dpo.label_smoothing,
+                disable_dropout=config.adapter == "none" or config.lora.lora_dropout == 0,
             ),
         )  # fmt: skip
         name_bias(tuner.model)

@@ -24,6 +24,8 @@ def check(root: Node) -> Iterator[Problem]:
             node = root.get(*keys)
             if node is not None and node.value is not wanted and isinstance(node.value, bool):
                 yield Problem(node.at, f"{keys[-1]}: {str(node.value).lower()} is not for method: dpo, which compares answers alone")
+        if (noise := root.get("training", "neftune_noise_alpha")) is not None and noise.value is not None:
+            yield Problem(noise.at, "neftune_noise_alpha is not for method: dpo, whose reference would be noisy too")
     elif method == "sft":
         yield from _unread(root, ("dpo",), "is for method: dpo, and method is sft")
     yield from _sources(root, method)

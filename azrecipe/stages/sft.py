@@ -15,10 +15,12 @@ from accelerate import PartialState
 from azrecipe.errors import CommandError
 from azrecipe.parts import checkpoint, examples, liger, lora, model, optimizers, profiling, run_dir, templates, training, tuning, vocabulary
 from azrecipe.parts.backend import Backend, check_context
+from azrecipe.parts.embeddings import add_rows
 from azrecipe.parts.examples import Examples, Plan
 from azrecipe.parts.files import read_json, whole_folder
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.sources import Inputs
+from azrecipe.parts.text_training import release
 from azrecipe.parts.watching import say
 from azrecipe.recipe.load import Recipe, is_template_file
 from azrecipe.recipe.types import Sft
@@ -56,15 +58,17 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     with run_dir.opened(recipe, place, inputs.found):
         _describe(config, checked, backend)
         device = connect(place)
-        base, size = checked.base, config.training.per_device_eval_batch_size
+        base = checked.base
         net = base.load_quantized(config.training.precision) if config.adapter == "qlora" else base.load(config.training.precision)
         place.need(3 * 4 * model.count(net), "the tuned model")
-        before = _measured(config, net.to(device), checked, size) if backend.main else {}
+        before = _measured(config, net, checked, device) if backend.main else {}
         subject = _subject(config, base, net, checked.new_tokens, backend)
         trainer, happened = tuning.tune(config, (place, backend), subject, checked.examples, checked.plan)
         whole = _save(config, place, (trainer, backend), base)
+        del trainer, subject, net
+        release()  # before a second model goes to the device
         if whole is not None:
-            after = _measured(config, whole.to(device), checked, size)
+            after = _measured(config, whole, checked, device)
             place.finish(_result(config, model.count(whole), checked, happened, {"before": before, "after": after}))
         PartialState().wait_for_everyone()
     return read_json(place.path / "result.json") or {}
@@ -85,7 +89,10 @@ def check(recipe: Recipe, inputs: Inputs) -> Checked:
     rows = examples.read(config, sources)
     try:
         new = templates.apply_template(
-            tokenizer, config.chat_template, config.training.assistant_only_loss, examples.messages_of(rows[0][0])
+            tokenizer,
+            config.chat_template,
+            config.training.assistant_only_loss and config.method == "sft",  # a preference is its answers, whatever is marked
+            examples.messages_of(rows[0][0]),
         )
     except CommandError as error:
         raise recipe.problem(str(error), "chat_template") from None
@@ -93,12 +100,12 @@ def check(recipe: Recipe, inputs: Inputs) -> Checked:
     if limit is not None and config.data.max_length > limit:
         message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
         raise recipe.problem(message, "data", "max_length")
-    _check_parts(recipe, net)
+    _check_parts(recipe, net, new if config.lora.train_new_tokens else [], tokenizer)
     made = examples.examples(config, tokenizer, rows)
     return Checked(lora.Base(path, config.model, tokenizer), made, examples.plan(config, made.train), new)
 
 
-def _check_parts(recipe: Recipe, net: PreTrainedModel) -> None:
+def _check_parts(recipe: Recipe, net: PreTrainedModel, new: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse an adapter that this model cannot have, and rates of learning for parts that it has not."""
     config: Sft = recipe.config
     adapted: Any = net
@@ -106,7 +113,9 @@ def _check_parts(recipe: Recipe, net: PreTrainedModel) -> None:
         from peft import get_peft_model
 
         try:
-            adapter = lora.lora_config(config.lora, net)
+            with torch.device("meta"):
+                add_rows(net, vocabulary.rows_needed(tokenizer))
+            adapter = lora.lora_config(config.lora, net, new)
         except CommandError as error:
             raise recipe.problem(str(error), "lora") from None
         with torch.device("meta"):
@@ -172,14 +181,23 @@ def _save(config: Sft, place: run_dir.RunDir, ran: tuple[Any, Backend], base: lo
     return whole
 
 
-def _measured(config: Sft, net: PreTrainedModel, checked: Checked, size: int) -> dict[str, float]:
-    """What the held-out rows say of a model: the loss of conversations, or how it takes the pairs."""
-    held = checked.examples.held_out
+def _measured(config: Sft, net: PreTrainedModel, checked: Checked, device: torch.device) -> dict[str, float]:
+    """What the held-out rows say of a model, on one device: the loss of conversations, or how it takes the pairs. Nothing where it does not fit."""
+    held, size = checked.examples.held_out, config.training.per_device_eval_batch_size
     if not held:
         return {}
-    if config.method == "sft":
-        return {"loss": round(examples.loss(net, held, size) or 0.0, 5)}
-    found = examples.preferences(net, held, size)
+    mixed = config.training.precision == "bf16_mixed"  # as it trains
+    try:
+        net.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            if config.method == "sft":
+                return {"loss": round(examples.loss(net, held, size) or 0.0, 5)}
+            found = examples.preferences(net, held, size)
+    except torch.OutOfMemoryError:
+        say("  warning: the held-out rows are not measured: the whole model has no room on one GPU")
+        net.to("cpu")
+        release()
+        return {}
     return {"accuracy": round(sum(value > 0 for value in found) / len(found), 5), "margin": round(math.fsum(found) / len(found), 5)}
 
 
@@ -188,6 +206,9 @@ DEFINITIONS = {
     "held_out_accuracy": "share of the held-out pairs whose chosen answer the model finds likelier than the rejected one, by the sum of ln p over its tokens",
     "held_out_margin": "mean over the held-out pairs of ln p(chosen) - ln p(rejected)",
 }
+
+
+QUANTIZED = "; before: of the base in 4 bits, after: of the base as it is with the adapter added"
 
 
 def _result(config: Sft, parameters: int, checked: Checked, happened: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +223,7 @@ def _result(config: Sft, parameters: int, checked: Checked, happened: dict[str, 
         "data": dict(checked.examples.counts),
         "training": happened,
         **found,
-        "definitions": {name: DEFINITIONS[name] for name in found},
+        "definitions": {name: DEFINITIONS[name] + (QUANTIZED if config.adapter == "qlora" else "") for name in found},
     }
 
 

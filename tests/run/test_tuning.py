@@ -212,6 +212,15 @@ def test_the_adapter_is_merged_in_float32_and_rounded_once(tuned: Project) -> No
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, exact[name].to(torch.bfloat16)), name
 
+    from azrecipe.parts import lora
+    from azrecipe.recipe.types import Model
+
+    saved = AutoModelForCausalLM.from_pretrained(tuned.path("half") / "final", dtype=torch.bfloat16)
+    path, (_, tokenizer) = str(tuned.path("cpt") / "final"), opened(tuned.path("half") / "final")
+    live = lora.merged(lora.Base(path, Model(path), tokenizer), tuned.path("half") / "adapter", "bf16_pure")
+    ids = torch.arange(1, 90)[None]
+    assert torch.equal(live(ids).logits, saved(ids).logits)  # buffers as in a model that is opened
+
 
 def test_check_shows_an_example_with_what_the_loss_covers(tuned: Project) -> None:
     from tests.small import called

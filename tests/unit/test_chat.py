@@ -129,7 +129,7 @@ def test_a_shipped_template_trains_the_answers_and_the_end_of_turn_and_nothing_e
     for talk in conversations(50):
         example = templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
         trained = tokenizer.decode([label for label in example.labels if label != -100])
-        answers = [m["content"] if name == "chatml" else m["content"].strip() for m in talk if m["role"] == "assistant"]
+        answers = [m["content"].strip() for m in talk if m["role"] == "assistant"]
         assert trained == "".join(answer + shipped.end_of_turn for answer in answers)
         prompt = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert example.input_ids[: len(prompt)] == list(prompt)
@@ -172,3 +172,16 @@ def test_padding_is_never_the_end_of_turn(llama: Path) -> None:
     tokenizer.pad_token = "<|eot_id|>"
     templates.apply_template(tokenizer, "llama3")
     assert tokenizer.pad_token == "<|finetune_right_pad_id|>"
+
+
+def test_without_marks_the_end_of_turn_is_what_stands_behind_the_answer(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}\n{{ m.content }}<|eom_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
+    )
+    templates.apply_template(tokenizer, str(file), marks=False)
+    assert tokenizer.eos_token == "<|eom_id|>"
+    cut = templates.tokenize(tokenizer, TALK, 40, assistant_only=False)
+    assert cut.cut
+    assert cut.labels[-1] == tokenizer.eos_token_id
