@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,6 @@ from azrecipe.recipe import resources
 from tests.small import Project, pages, weights
 
 DDP = str(resources.root() / "accelerate_configs" / "ddp.yaml")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def with_pages() -> Iterator[None]:
-    """These runs make their pages."""
-    with pages():
-        yield
 
 
 def test_two_processes_train_the_model_that_one_trains(small: Project, finished: Project) -> None:
@@ -42,7 +34,8 @@ def test_two_processes_train_the_model_that_one_trains(small: Project, finished:
     ids=["accelerate", "accelerate-ddp", "torchrun"],
 )
 def test_every_launcher_gives_the_same_losses(small: Project, finished: Project, launcher: tuple[str, ...]) -> None:
-    small.run("phase1", launcher=launcher)
+    with pages():
+        small.run("phase1", launcher=launcher)
     assert (small.path("phase1") / "report.html").exists()
     assert max(abs(a - b) for a, b in zip(small.losses("phase1"), finished.losses("cpt")[:8], strict=True)) < 2e-6
 

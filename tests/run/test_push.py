@@ -51,8 +51,8 @@ def test_the_card_has_the_runs_numbers_and_no_path_of_this_machine(push: Callabl
     values = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
     for name in ("target", "english"):
         assert values[name, "bits_per_byte"] == measured["bpb"][name]["value"]
-        assert values[name, "fertility"] == measured["fertility"][name]
-        assert f"{project.result('evaluate')['models']['base']['bpb'][name]:.3f}" in text
+        assert values[name, "fertility"] == measured["fertility"][name]["value"]
+        assert f"{project.result('evaluate')['models']['base']['bpb'][name]['value']:.3f}" in text
     assert values["held-out conversations", "loss"] == result["held_out_loss"]["after"]
     assert (card.data.license, card.data.language, card.data.library_name) == ("apache-2.0", ["az"], "transformers")
     assert card.data.pipeline_tag == "text-generation" and card.data.base_model is None

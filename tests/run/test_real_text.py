@@ -31,7 +31,7 @@ def llama3() -> Path:
 
 
 def test_the_whole_job_on_real_azerbaijani(llama3: Path, tmp_path: Path) -> None:
-    steps = {"pretrain.yaml": 12, "cpt_phase1.yaml": 12, "cpt_phase2.yaml": 40}
+    steps = {"pretrain.yaml": 12, "cpt_phase1.yaml": 12, "cpt_phase2.yaml": 24}
     settings = [
         f"variables.text={SHARED / 'data' / 'az_docs.jsonl.gz'}",
         f"variables.replay={SHARED / 'data' / 'en_docs.jsonl.gz'}",
