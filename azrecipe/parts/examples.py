@@ -17,13 +17,13 @@ from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.parts import chat
 from azrecipe.parts.chat import Pair
 from azrecipe.parts.corpus import Located
+from azrecipe.parts.packing import IGNORED
 from azrecipe.parts.templates import Example, Messages, render, tokenize
 from azrecipe.recipe.types import Sft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100
 TOGETHER = 4_096  # tokens whose logits are there at once
 
 

@@ -13,7 +13,7 @@ import torch
 from azrecipe.errors import CannotRun, CommandError, did_you_mean
 from azrecipe.parts.backend import Backend, check_adapter
 from azrecipe.parts.embeddings import add_rows
-from azrecipe.parts.model import load_model
+from azrecipe.parts.model import WEIGHTS, load_model
 from azrecipe.parts.vocabulary import rows_needed
 from azrecipe.recipe.types import Lora, Model
 
@@ -135,8 +135,6 @@ def untrained(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
 def merged(base: Base, adapter: Path, precision: str) -> PreTrainedModel:
     """The base model with the adapter added to its weights, an ordinary model; summed in float32 and rounded once to `precision`'s format."""
     from peft import PeftModel
-
-    from azrecipe.parts.model import WEIGHTS
 
     whole: PreTrainedModel = PeftModel.from_pretrained(base.load("float32"), str(adapter)).merge_and_unload(safe_merge=True)
     for parameter in whole.parameters():  # not the buffers: rotary frequencies stay in float32, as in a model that is opened

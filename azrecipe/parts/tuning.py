@@ -16,6 +16,7 @@ from azrecipe.parts.backend import Backend
 from azrecipe.parts.examples import Examples, Plan, joined
 from azrecipe.parts.packing import Collate
 from azrecipe.parts.run_dir import RunDir
+from azrecipe.parts.templates import Example
 from azrecipe.parts.watching import Meter
 from azrecipe.recipe.types import Sft
 
@@ -114,19 +115,19 @@ def _sft(config: Sft, subject: Subject, examples: Examples, plan: Plan, argument
 
         learning_rates = config.training.learning_rates
 
-    rows = [{"input_ids": row.example.input_ids, "labels": row.example.labels} for row in examples.train]
-    held = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples.held_out]
+    held = examples.held_out
     if config.data.packing:
         parts = [joined([examples.train[row].example for row in sequence]) for sequence in plan.sequences]
         train = Dataset.from_list(parts).with_format("torch")
-        held_out = Dataset.from_list([joined([e]) for e in examples.held_out]).with_format("torch") if held else None
+        held_out = Dataset.from_list([joined([e]) for e in held]).with_format("torch") if held else None
         flat = config.model.attn_implementation.startswith("flash")
         more = {"data_collator": Collate(subject.tokenizer.pad_token_id, flat)}
         arguments = {**arguments, "dataset_kwargs": {"skip_prepare_dataset": True}}
         subject.model.config.use_cache = False  # or position ids that restart would not keep conversations apart
     else:
-        train, more = Dataset.from_list(rows).select([sequence[0] for sequence in plan.sequences]), {}
-        held_out = Dataset.from_list(held) if held else None
+        rows = Dataset.from_list([_tokens(row.example) for row in examples.train])
+        train, more = rows.select([sequence[0] for sequence in plan.sequences]), {}
+        held_out = Dataset.from_list([_tokens(e) for e in held]) if held else None
     arguments = {**arguments, "shuffle_dataset": False}
 
     def make(callbacks: list[Any]) -> Trainer:
@@ -138,6 +139,10 @@ def _sft(config: Sft, subject: Subject, examples: Examples, plan: Plan, argument
         return tuner
 
     return make
+
+
+def _tokens(example: Example) -> dict[str, list[int]]:
+    return {"input_ids": example.input_ids, "labels": example.labels}
 
 
 def name_bias(model: Any) -> None:
