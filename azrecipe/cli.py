@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "comparison.html in the folder that holds all of them)",
     )
 
-    copy = verbs.add_parser("copy", help="write the shipped recipes, schemas and accelerate configs into a folder, to edit")
+    copy = verbs.add_parser("copy", help="write the shipped recipes, schemas, accelerate configs and hardware into a folder, to edit")
     copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
     options.add(verbs)
     return parser

@@ -39,7 +39,7 @@ def call(installed: Path, folder: Path, *arguments: str) -> subprocess.Completed
 
 def test_the_wheel_carries_what_the_checkout_has(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for top in ("recipes", "schema", "accelerate_configs"):
+    for top in ("recipes", "schema", "accelerate_configs", "hardware"):
         for file in (ROOT / top).rglob("*"):
             if file.is_file():
                 assert f"azrecipe/_shipped/{file.relative_to(ROOT)}" in names

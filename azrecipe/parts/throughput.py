@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from azrecipe.parts.backend import has_accelerator
+from azrecipe.parts.hardware import card_of
 from azrecipe.parts.tokens import encode
 
 if TYPE_CHECKING:
@@ -17,32 +18,11 @@ if TYPE_CHECKING:
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # a mixture's configuration has one of them
 SAMPLE = 1_000_000  # characters of held-out text that the words a token makes are counted on, at most
 
-# Peak of dense bfloat16 matrix products with float32 sums, in TFLOP/s, from NVIDIA's data sheets and architecture papers (without
-# sparsity; for GeForce cards these give half of what they give for float16 sums). The first name found in the device's counts.
-PEAK_TFLOPS = {
-    "B200": 2250,  # DGX B200 data sheet: 4.5 PFLOP/s with sparsity
-    "H200 NVL": 835.5,  # H200 data sheet: 1,671 with sparsity
-    "H200": 989.5,  # H200 data sheet: 1,979 with sparsity
-    "GH200": 989.5,
-    "H100 NVL": 835.5,  # H100 data sheet: 1,671 with sparsity
-    "H100 PCIe": 756.5,  # H100 data sheet: 1,513 with sparsity
-    "H100": 989.5,  # H100 data sheet, SXM: 1,979 with sparsity
-    "A100": 312,  # A100 data sheet
-    "L40S": 362.05,  # L40S data sheet
-    "L4": 121,  # L4 data sheet: 242 with sparsity
-    "A10G": 70,  # AWS' G5 and NVIDIA's A10G: 70 (the A10's data sheet says 125)
-    "RTX 3090": 71,  # GA102 paper
-    "RTX 4090": 165.2,  # Ada paper
-    "RTX 5090": 209.5,  # RTX Blackwell paper
-}
-
 
 def peak_flops(device: str) -> float | None:
     """The peak of a device by its name, dense bfloat16 FLOP/s; None for one that is not known."""
-    words = f" {device.replace('-', ' ')} ".upper()
-    if " LAPTOP " in words:
-        return None
-    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if f" {name.upper()} " in words), None)
+    card = card_of(device)
+    return None if card is None else card.bf16_tflops * 1e12
 
 
 def chips_peak() -> float | None:

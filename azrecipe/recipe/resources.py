@@ -10,7 +10,7 @@ _PACKAGE = Path(azrecipe.__file__).resolve().parent
 
 
 def root() -> Path:
-    """The folder that holds recipes/, schema/ and accelerate_configs/."""
+    """The folder that holds recipes/, schema/, accelerate_configs/ and hardware/."""
     packaged = _PACKAGE / "_shipped"
     return packaged if packaged.is_dir() else _PACKAGE.parent
 
@@ -29,9 +29,9 @@ def find(path: str) -> Path:
 
 
 def copy(folder: Path) -> tuple[int, int]:
-    """Write the shipped recipes, schemas and accelerate configs below a folder; returns (written, left alone)."""
+    """Write the shipped recipes, schemas, accelerate configs and hardware below a folder; returns (written, left alone)."""
     written = kept = 0
-    for top in ("recipes", "schema", "accelerate_configs"):
+    for top in ("recipes", "schema", "accelerate_configs", "hardware"):
         for source in sorted((root() / top).rglob("*")):
             target = folder / source.relative_to(root())
             if not source.is_file():

@@ -149,7 +149,8 @@ def _words(error: Any, keys: tuple[Key, ...]) -> str:
                 narrow = "letters, digits and _ only, a letter first"
                 wide = "letters, digits, '-', '_' and '.' only, a letter or digit first"
                 return f"'{value}' is no name to use here: {wide if '.-' in limit else narrow}"
-            hint = "the file name of a recipe, ending in .yaml" if "ya?ml" in limit else "letters, digits, '-', '_' and '.', no spaces"
+            kinds = {"ya?ml": "the file name of a recipe, ending in .yaml", "[0-9]{4}-": "a day, as in 2026-01-31"}
+            hint = next((words for part, words in kinds.items() if part in limit), "letters, digits, '-', '_' and '.', no spaces")
             return f"{name} = {shown} must be {hint}"
         case _:
             return f"{name}: {error.message}"
