@@ -1,0 +1,215 @@
+"""Knows what a training step takes at any batch: bytes by kind, operations, bytes moved; made of two recorded steps. No torch.
+
+Live bytes after an operator are linear in the batch, and in the number of equal decoder layers; which operator has the most is not.
+So every operator's line is kept that is the highest for some batch, and the peak is the highest of the lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from azrecipe.parts.tiles import rows
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "unsharded", "communication", "buffers", "temporary")
+SHARDED = ("weights", "gradients", "optimizer")  # what a process has a part of, where the model is split
+LARGEST = 4096  # sequences on a device that are looked at
+
+Place = tuple[str, int]  # start, forward i, head, backward i, step
+Event = tuple[Place, tuple[int, ...], int, float, float]  # place, bytes by kind, bytes of tiles, FLOPs, bytes moved
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One step: its events, and what does not depend on them.
+
+    layers: those that it was run with. of_layer: bytes at rest that a further layer adds, by kind. trained: trainable bytes of it, and of all.
+    """
+
+    batch: int
+    length: int
+    layers: int
+    events: list[Event]
+    of_layer: Mapping[str, int]
+    grows: float  # what trains in the whole model / in these layers
+    tokens_wide: tuple[str, int, int, bool]  # the head: its kind, vocabulary, width, float32
+
+
+@dataclass(frozen=True)
+class Parameters:
+    total: int
+    trainable: int
+    embeddings: int
+    bytes: int
+    trainable_bytes: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """bytes by kind = base + each * batch, and bytes of tiles for each row of one."""
+
+    base: tuple[float, ...]
+    each: tuple[float, ...]
+    tile: float
+
+    def at(self, batch: int, held_rows: int) -> float:
+        return sum(self.base) + sum(self.each) * batch + self.tile * held_rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operators of one size: how many, FLOPs and bytes moved by each, both base + each * batch."""
+
+    count: float
+    flops: tuple[float, float]
+    moved: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A step of a length on each of `shards` processes."""
+
+    length: int
+    shards: int
+    parameters: Parameters
+    head: tuple[str, int, int, bool]
+    lines: tuple[Line, ...]
+    work: tuple[Work, ...]
+
+    def memory(self, batch: int, shards: int | None = None) -> dict[str, float]:
+        """Bytes by kind where the peak is; `tile` apart. `shards`: over as many processes instead."""
+        held = self._rows(batch)
+        share = self.shards / shards if shards else 1.0
+        best: dict[str, float] = {}
+        for line in self.lines:
+            found = {kind: a + b * batch for kind, a, b in zip(KINDS, line.base, line.each, strict=True)}
+            if self.shards > 1:
+                found |= {kind: found[kind] * share for kind in SHARDED}
+            found["tile"] = line.tile * held
+            if sum(found.values()) > sum(best.values()):
+                best = found
+        return best
+
+    def flops(self, batch: int) -> float:
+        """FLOPs of a step on a device."""
+        return sum(work.count * (work.flops[0] + work.flops[1] * batch) for work in self.work)
+
+    def seconds(self, batch: int, flops_per_second: float, bytes_per_second: float) -> float:
+        """The roofline's: each operator as long as its arithmetic or its memory takes, whichever is longer."""
+        return sum(
+            work.count
+            * max((work.flops[0] + work.flops[1] * batch) / flops_per_second, (work.moved[0] + work.moved[1] * batch) / bytes_per_second)
+            for work in self.work
+        )
+
+    def _rows(self, batch: int) -> int:
+        kind, vocabulary, width, exact = self.head
+        return rows(kind, batch * self.length, vocabulary, width, exact) if kind != "logits" else 0
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def from_plain(data: Mapping[str, Any]) -> Cost:
+    """The same from JSON."""
+    return Cost(
+        length=data["length"],
+        shards=data["shards"],
+        parameters=Parameters(**data["parameters"]),
+        head=tuple(data["head"]),
+        lines=tuple(Line(tuple(line["base"]), tuple(line["each"]), line["tile"]) for line in data["lines"]),
+        work=tuple(Work(work["count"], tuple(work["flops"]), tuple(work["moved"])) for work in data["work"]),
+    )
+
+
+def cost(recorded: Sequence[Recorded], layers: int, parameters: Parameters, shards: int) -> Cost:
+    """From two steps that differ in their batch alone. `layers`: the model's own number of decoder layers.
+
+    Raises ValueError where the two are not the same operators.
+    """
+    import numpy as np
+
+    first, second = recorded
+    if [event[0] for event in first.events] != [event[0] for event in second.events]:
+        raise ValueError("the operators of a step depend on its batch")
+    at = [_whole(step, layers) for step in (first, second)]
+    span = second.batch - first.batch
+    held = [np.array(found[0], dtype=np.float64) for found in at]
+    each = (held[1] - held[0]) / span
+    base = held[0] - each * first.batch
+    kind, vocabulary, width, exact = first.tokens_wide
+    made = [rows(kind, step.batch * step.length, vocabulary, width, exact) if kind != "logits" else 1 for step in (first, second)]
+    tiles = np.array(at[0][1], dtype=np.float64) / made[0]
+    grid = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
+    held_rows = np.array([rows(kind, int(b) * first.length, vocabulary, width, exact) if kind != "logits" else 0 for b in grid])
+    total = base.sum(1)[:, None] + each.sum(1)[:, None] * grid + tiles[:, None] * held_rows
+    # Over fewer processes what is at rest weighs more, which can move the peak: the highest for twice and for an eighth count too
+    still = base[:, : len(SHARDED)].sum(1)[:, None]
+    best = {int(i) for share in (1.0, 8.0, 0.125) for i in (total + (share - 1) * still * (shards > 1)).argmax(0)}
+    lines = tuple(Line(tuple(base[i].tolist()), tuple(each[i].tolist()), float(tiles[i])) for i in sorted(best))
+    return Cost(first.length, shards, parameters, first.tokens_wide, lines, _work(first, second, layers))
+
+
+def _whole(step: Recorded, layers: int) -> tuple[list[list[float]], list[float]]:
+    """Bytes by kind and of tiles after each operator, as they would be with all layers.
+
+    The layers that were left out stand before the last two: what they add at rest is everywhere, what they keep for the backward pass from
+    the last two on until their own backward, and their gradients from there on.
+    """
+    extra = layers - step.layers
+    if extra == 0:
+        return [list(event[1]) for event in step.events], [event[2] for event in step.events]
+    rest = [float(step.of_layer.get(kind, 0)) for kind in KINDS]
+    by_place: dict[Place, list[Event]] = {}
+    for event in step.events:
+        by_place.setdefault(event[0], []).append(event)
+    kept = _difference(by_place[("forward", 2)][-1], by_place[("forward", 1)][-1])
+    after = _gradients(by_place, kept)
+    held: list[list[float]] = []
+    tiles: list[float] = []
+    last = step.layers - 1
+    for (where, number), bytes_, tile, *_ in step.events:
+        if where in ("start",) or (where == "forward" and number < last - 1):
+            more = rest
+        elif where in ("forward", "head") or (where == "backward" and number >= last - 1):
+            more = [r + k for r, k in zip(rest, kept, strict=True)]
+        else:
+            more = [r + a for r, a in zip(rest, after, strict=True)]
+        whole: list[float] = [b + extra * m for b, m in zip(bytes_, more, strict=True)]
+        if where == "step":
+            whole[-1] = bytes_[-1] * step.grows  # what an optimizer makes of all tensors at once
+        held.append(whole)
+        tiles.append(float(tile))
+    return held, tiles
+
+
+def _difference(one: Event, other: Event) -> list[float]:
+    return [float(a - b) for a, b in zip(one[1], other[1], strict=True)]
+
+
+def _gradients(by_place: Mapping[Place, list[Event]], kept: list[float]) -> list[float]:
+    """What a layer has left behind after its backward pass, beyond what it had at rest."""
+    if ("backward", 1) not in by_place or ("backward", 2) not in by_place:
+        return [0.0] * len(kept)
+    moved = _difference(by_place[("backward", 1)][-1], by_place[("backward", 2)][-1])
+    return [k + m for k, m in zip(kept, moved, strict=True)]
+
+
+def _work(first: Recorded, second: Recorded, layers: int) -> tuple[Work, ...]:
+    """Operators of a size, and how many of them there are: a middle layer's stand for those of the layers left out."""
+    extra, span = layers - first.layers, second.batch - first.batch
+    counted: dict[tuple[float, ...], float] = {}
+    for one, other in zip(first.events, second.events, strict=True):
+        where, number = one[0]
+        times = 1.0 + (extra if where in ("forward", "backward") and number == 1 else 0)
+        grow = first.grows if where == "step" and extra else 1.0
+        lines: list[float] = []
+        for before, now in ((one[3], other[3]), (one[4], other[4])):
+            slope = (now - before) / span
+            lines += [grow * (before - slope * first.batch), grow * slope]
+        if any(lines):
+            key = tuple(lines)
+            counted[key] = counted.get(key, 0.0) + times
+    return tuple(Work(count, (key[0], key[1]), (key[2], key[3])) for key, count in counted.items())

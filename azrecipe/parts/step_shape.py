@@ -1,0 +1,69 @@
+"""Knows what decides how much memory and arithmetic a training step takes: of the recipe, of the launch, of the machine. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from azrecipe.recipe.types import Lora
+
+FORMAT = 1  # of what is kept on disk under a key
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sequences on a device at once, and tokens in each."""
+
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A training step but for its batch.
+
+    config: transformers' own, with model_type and the vocab_size trained with. trainable: groups and patterns, without an adapter.
+    kernels: Liger's that are in use. head: how the loss is computed: logits (all of them), liger, torch or trl (a tile at a time).
+    masked: packed documents are kept apart by a mask [length, length]. shards: processes that the model is split over (1: whole).
+    """
+
+    config: Mapping[str, Any]
+    precision: str
+    trainable: tuple[str, ...] = ("all",)
+    new_rows: int = 0
+    lora: Lora | None = None
+    quantized: bool = False
+    attn_implementation: str = "sdpa"
+    masked: bool = False
+    kernels: tuple[str, ...] = ()
+    head: str = "logits"
+    optim: str = "adamw_torch_fused"
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
+    accumulates: bool = False
+    kind: str = "single"
+    shards: int = 1
+    reshard_after_forward: bool = True
+    cuda: bool = True
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether the step is run under FSDP 2; ZeRO 3 is planned as it."""
+        return self.shards > 1
+
+    @property
+    def zero(self) -> bool:
+        return self.kind.startswith("zero")
+
+    def with_config(self, config: Mapping[str, Any]) -> Asked:
+        return replace(self, config=dict(config))
+
+    def key(self, length: int) -> str:
+        """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""
+        libraries = [version(name) for name in ("torch", "transformers", "peft", "accelerate")]
+        text = json.dumps([FORMAT, asdict(self), length, libraries], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]

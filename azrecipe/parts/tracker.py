@@ -1,0 +1,179 @@
+"""Knows what a training step holds in memory after each operator, and what each operator computes and moves.
+
+Sees every operator below autograd and remembers the storages that they return for as long as these live, by kind. Tensors may
+have values or shapes only (PyTorch's fake tensors): the count of bytes is the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from azrecipe.parts.step_cost import KINDS, Event
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TILE = "tile"  # a piece of the logits of a loss that never makes all of them: counted apart, as its size is no multiple of the batch's
+
+_aten = torch.ops.aten
+_FREE = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
+
+
+def _flash(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _flash_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+# FlopCounterMode knows the GPU's attention kernels; a step on CPU tensors, fake or not, uses the CPU's
+CPU_ATTENTION: dict[Any, Any] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _flash,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+}
+
+
+class Tracker(TorchDispatchMode):
+    """Records a step. `block`: bytes that a size is rounded up to (512: the GPU allocator's; 1: none).
+
+    `events`: after each operator (place, bytes by kind, bytes of tiles, FLOPs, bytes moved). `place` is the caller's, set as the step goes on.
+    """
+
+    def __init__(self, block: int = 512) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.block = block
+        self.place: tuple[str, int] = ("start", 0)
+        self.phase = "activations"  # the kind of what an operator makes, where nothing else is known
+        self.scale = 1.0  # of FLOPs and bytes moved, where a part of a loop stands for all of it
+        self.logits: tuple[int, ...] = ()  # last dimensions that say: these are logits
+        self.by_kind = dict.fromkeys((*KINDS, TILE), 0)
+        self.live: dict[int, list[Any]] = {}  # id of a storage → bytes, kind, weak reference
+        self.events: list[Event] = []
+
+    def label(self, kind: str, tensors: Iterable[Any]) -> None:
+        """Count these tensors as a kind from now on."""
+        for tensor in tensors:
+            if tensor is not None:
+                self._see(tensor, kind)
+
+    def _see(self, tensor: Any, kind: str | None) -> None:
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a sharded one this process' part
+        size, known = self._rounded(storage.nbytes()), self.live.get(id(storage))
+        if known is None:
+            kind = kind or self._kind(tensor)
+            self.live[id(storage)] = [size, kind, weakref.ref(storage, partial(self._drop, id(storage)))]
+            self.by_kind[kind] += size
+        elif size != known[0] or (kind is not None and kind != known[1]):
+            self.by_kind[known[1]] -= known[0]
+            known[:2] = size, kind or known[1]
+            self.by_kind[known[1]] += size
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self.block) * self.block
+
+    def _kind(self, tensor: Any) -> str:
+        if self.phase == TILE:
+            return TILE
+        wide = tensor.dim() > 1 and tensor.shape[-1] in self.logits and tensor.is_floating_point() and self.phase != "optimizer"
+        return "logits" if wide else self.phase
+
+    def _drop(self, key: int, _: Any) -> None:
+        size, kind, _ = self.live.pop(key)
+        self.by_kind[kind] -= size
+
+    @contextmanager
+    def tile(self, part: float) -> Iterator[None]:
+        """Within it what is made is a tile, and what is done is done once for each `part` of the whole."""
+        before = self.phase, self.scale
+        self.phase, self.scale = TILE, 1 / part
+        try:
+            yield
+        finally:
+            self.phase, self.scale = before
+
+    @contextmanager
+    def work(self, part: float) -> Iterator[None]:
+        """Within it what is done is done once for each `part` of the whole; what is made is no tile."""
+        before, self.scale = self.scale, 1 / part
+        try:
+            yield
+        finally:
+            self.scale = before
+
+    def note(self, flops: float = 0.0, moved: float = 0.0) -> None:
+        """An event: what is held now, and what was done for it."""
+        held = tuple(self.by_kind[kind] for kind in KINDS)
+        self.events.append((self.place, held, self.by_kind[TILE], flops * self.scale, moved * self.scale))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any("DTensor" in kind.__name__ for kind in types):
+            return NotImplemented  # what it does to this process' part comes here by itself
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]
+        out = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        for tensor in made:
+            self._see(tensor, None)
+        name = func.__name__
+        if name.startswith("_allgather_base_"):
+            self._see(args[0], "communication")
+        elif name.startswith("_reduce_scatter_base_"):
+            self._see(args[1], "communication")
+        self.note(self._flops(func, args, kwargs, out), 0.0 if _is_free(func, made) else _moved(made, args))
+        return out
+
+    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+        packet = func._overloadpacket
+        count = CPU_ATTENTION.get(packet)
+        if count is not None:
+            shapes = [getattr(argument, "shape", argument) for argument in args]
+            return float(count(*shapes))
+        known: Any = flop_registry.get(packet)
+        return float(known(*args, **kwargs, out_val=out)) if known is not None else 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[Tracker]:
+        """Within it operators are recorded, and storages that change their size: FSDP 2 frees and refills them so."""
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> Any:
+            resize(storage, size)
+            known = self.live.get(id(storage))
+            if known is not None:
+                self.by_kind[known[1]] -= known[0]
+                known[:2] = self._rounded(size), "unsharded" if size else known[1]
+                self.by_kind[known[1]] += known[0]
+                self.note()
+            return storage
+
+        # No operator tells of it (torch, fsdp/_fully_shard/_fsdp_param.py, alloc_storage and free_storage)
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        try:
+            with self:
+                yield self
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+def _is_free(func: Any, made: list[Any]) -> bool:
+    """Whether an operator moves nothing: it makes a view, or memory that nobody has written."""
+    if func in _FREE or func.is_view:
+        return True
+    return func is _aten.detach.default or not made
+
+
+def _moved(made: list[Any], args: Any) -> float:
+    """Bytes that an operator reads and writes at least, each tensor once."""
+    given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in (*given, *made)))
