@@ -36,8 +36,13 @@ def _flash_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_sh
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
-# FlopCounterMode knows the GPU's attention kernels; a step on CPU tensors, fake or not, uses the CPU's
-CPU_ATTENTION: dict[Any, Any] = {
+def _addmm(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    return int(2 * a[0] * a[1] * b[1])
+
+
+# What FlopCounterMode does not know: the CPU's attention (a step on CPU tensors, fake or not, uses it), a product added in place
+MORE_FLOPS: dict[Any, Any] = {
+    _aten.addmm_: _addmm,
     _aten._scaled_dot_product_flash_attention_for_cpu: _flash,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
 }
@@ -135,7 +140,7 @@ class Tracker(TorchDispatchMode):
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         packet = func._overloadpacket
-        count = CPU_ATTENTION.get(packet)
+        count = MORE_FLOPS.get(packet)
         if count is not None:
             shapes = [getattr(argument, "shape", argument) for argument in args]
             return float(count(*shapes))
