@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,12 @@ def skeleton(asked: Asked) -> Any:
     config = adapters.lora_config(asked.lora, model, range(asked.new_rows) if asked.lora.train_new_tokens else ())
     with torch.device("meta"):
         return get_peft_model(model, config)
+
+
+def prepare() -> None:
+    """Load what a step needs, ahead of the first."""
+    for name in ("accelerate.utils.fsdp_utils", "peft", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"):
+        importlib.import_module(name)
 
 
 def measure(asked: Asked, length: int) -> Cost:

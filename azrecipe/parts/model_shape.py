@@ -84,25 +84,37 @@ def configuration(model: ModelSource, given: Path | None = None) -> tuple[dict[s
         if not file.is_file():
             raise CommandError(f"{path} holds no config.json: it is no model's folder")
         return _read(file), ""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(path, "config.json", revision=model.revision)
     if isinstance(cached, str):
         return _read(Path(cached)), ""
-    known = _known().get(path)
+    if (known := known_shapes().get(path)) is not None:
+        return dict(known), f"the shapes of {path} are from azrecipe's own table, hardware/models.yaml"
+    return _fetched(path, model.revision), ""
+
+
+def _fetched(name: str, revision: str | None) -> dict[str, Any]:
+    """A model's config.json from the hub, asked once: a machine without a network is told so in seconds."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
     try:
-        return _read(Path(hf_hub_download(path, "config.json", revision=model.revision, etag_timeout=3))), ""
+        response = get_session().get(hf_hub_url(name, "config.json", revision=revision), headers=build_hf_headers(), timeout=5)
+        hf_raise_for_status(response)
+        return _parsed(response.content, name)
+    except CommandError:
+        raise
     except Exception as error:  # what the hub's client raises has many bases
-        if known is not None:
-            return dict(known), f"the shapes of {path} are from azrecipe's own table: its config.json could not be fetched"
         reason = str(error).strip().partition("\n")[0]
         raise CannotRun(
-            f"the configuration of {path} cannot be fetched: {reason}\n"
-            f"  Give its config.json: --config-json FILE (from {path} on the hub, or any model of the same shapes)"
+            f"the configuration of {name} cannot be fetched: {reason}\n"
+            f"  Give its config.json: --config-json FILE (from {name} on the hub, or any model of the same shapes)"
         ) from None
 
 
-def _known() -> dict[str, Any]:
+def known_shapes() -> dict[str, Any]:
+    """Configurations by the names of their models: hardware/models.yaml."""
     file = resources.root() / "hardware" / "models.yaml"
     known: dict[str, Any] = parse(file.read_text(encoding="utf-8"), str(file)).plain()
     return known
@@ -110,18 +122,22 @@ def _known() -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return _parsed(file.read_bytes(), str(file))
     except OSError as error:
         raise CommandError(f"{file}: {error.strerror}") from None
+
+
+def _parsed(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads(content)
     except ValueError as error:
-        raise CommandError(f"{file}: not JSON: {error}") from None
+        raise CommandError(f"{name}: not JSON: {error}") from None
     text = config.get("text_config", config) if isinstance(config, dict) else {}
     missing = [key for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers") if key not in text]
     if missing:
-        raise CommandError(f"{file}: no configuration of a language model: it lacks {', '.join(missing)}")
-    for key in ("architectures", "transformers_version", "torch_dtype", "dtype", "quantization_config", "_name_or_path"):
-        text.pop(key, None)
-    return dict(text)
+        raise CommandError(f"{name}: no configuration of a language model: it lacks {', '.join(missing)}")
+    left_out = ("architectures", "transformers_version", "torch_dtype", "dtype", "quantization_config", "_name_or_path")
+    return {key: value for key, value in text.items() if key not in left_out}
 
 
 def _new_tokens(folder: Path) -> int:

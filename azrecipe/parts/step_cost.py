@@ -59,8 +59,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Work:
-    """Operators of one size: how many, FLOPs and bytes moved by each, both base + each * batch."""
+    """Operators of one size: how many, FLOPs and bytes moved by each, both base + each * batch.
 
+    once: they are the optimizer's, which works once a step on this process' part, however often batches accumulate.
+    """
+
+    once: bool
     count: float
     flops: tuple[float, float]
     moved: tuple[float, float]
@@ -92,16 +96,16 @@ class Cost:
         return best
 
     def flops(self, batch: int) -> float:
-        """FLOPs of a step on a device."""
+        """FLOPs of a batch on a device."""
         return sum(work.count * (work.flops[0] + work.flops[1] * batch) for work in self.work)
 
-    def seconds(self, batch: int, flops_per_second: float, bytes_per_second: float) -> float:
-        """The roofline's: each operator as long as its arithmetic or its memory takes, whichever is longer."""
-        return sum(
-            work.count
-            * max((work.flops[0] + work.flops[1] * batch) / flops_per_second, (work.moved[0] + work.moved[1] * batch) / bytes_per_second)
-            for work in self.work
-        )
+    def seconds(self, batch: int, flops_per_second: float, bytes_per_second: float) -> tuple[float, float]:
+        """The roofline's, of a batch and of the optimizer: an operator takes as long as its arithmetic or its memory, whichever is longer."""
+        found = [0.0, 0.0]
+        for work in self.work:
+            flops, moved = work.flops[0] + work.flops[1] * batch, work.moved[0] + work.moved[1] * batch
+            found[work.once] += work.count * max(flops / flops_per_second, moved / bytes_per_second)
+        return found[0], found[1]
 
     def _rows(self, batch: int) -> int:
         kind, vocabulary, width, exact = self.head
@@ -120,7 +124,7 @@ def from_plain(data: Mapping[str, Any]) -> Cost:
         parameters=Parameters(**data["parameters"]),
         head=tuple(data["head"]),
         lines=tuple(Line(tuple(line["base"]), tuple(line["each"]), line["tile"]) for line in data["lines"]),
-        work=tuple(Work(work["count"], tuple(work["flops"]), tuple(work["moved"])) for work in data["work"]),
+        work=tuple(Work(work["once"], work["count"], tuple(work["flops"]), tuple(work["moved"])) for work in data["work"]),
     )
 
 
@@ -200,7 +204,7 @@ def _gradients(by_place: Mapping[Place, list[Event]], kept: list[float]) -> list
 def _work(first: Recorded, second: Recorded, layers: int) -> tuple[Work, ...]:
     """Operators of a size, and how many of them there are: a middle layer's stand for those of the layers left out."""
     extra, span = layers - first.layers, second.batch - first.batch
-    counted: dict[tuple[float, ...], float] = {}
+    counted: dict[tuple[bool, tuple[float, ...]], float] = {}
     for one, other in zip(first.events, second.events, strict=True):
         where, number = one[0]
         times = 1.0 + (extra if where in ("forward", "backward") and number == 1 else 0)
@@ -210,6 +214,6 @@ def _work(first: Recorded, second: Recorded, layers: int) -> tuple[Work, ...]:
             slope = (now - before) / span
             lines += [grow * (before - slope * first.batch), grow * slope]
         if any(lines):
-            key = tuple(lines)
+            key = (where == "step", tuple(lines))
             counted[key] = counted.get(key, 0.0) + times
-    return tuple(Work(count, (key[0], key[1]), (key[2], key[3])) for key, count in counted.items())
+    return tuple(Work(once, count, (at[0], at[1]), (at[2], at[3])) for (once, at), count in counted.items())

@@ -62,6 +62,9 @@ class Asked:
     def with_config(self, config: Mapping[str, Any]) -> Asked:
         return replace(self, config=dict(config))
 
+    def with_shards(self, shards: int) -> Asked:
+        return replace(self, shards=shards)
+
     def key(self, length: int) -> str:
         """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""
         libraries = [version(name) for name in ("torch", "transformers", "peft", "accelerate")]

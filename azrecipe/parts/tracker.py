@@ -28,6 +28,10 @@ _aten = torch.ops.aten
 _FREE = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
 
 
+# Operators that read of their largest input only what they choose
+_CHOOSE = {_aten.embedding, _aten.nll_loss_forward, _aten.nll_loss_backward, _aten.gather, _aten.index, _aten.index_select}
+
+
 def _flash(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
@@ -135,7 +139,7 @@ class Tracker(TorchDispatchMode):
             self._see(args[0], "communication")
         elif name.startswith("_reduce_scatter_base_"):
             self._see(args[1], "communication")
-        self.note(self._flops(func, args, kwargs, out), 0.0 if _is_free(func, made) else _moved(made, args))
+        self.note(self._flops(func, args, kwargs, out), 0.0 if _is_free(func, made) else _moved(func, made, args))
         return out
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
@@ -178,7 +182,9 @@ def _is_free(func: Any, made: list[Any]) -> bool:
     return func is _aten.detach.default or not made
 
 
-def _moved(made: list[Any], args: Any) -> float:
+def _moved(func: Any, made: list[Any], args: Any) -> float:
     """Bytes that an operator reads and writes at least, each tensor once."""
-    given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-    return float(sum(tensor.numel() * tensor.element_size() for tensor in (*given, *made)))
+    sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    if func._overloadpacket in _CHOOSE and sizes:
+        sizes.remove(max(sizes))
+    return float(sum(sizes) + sum(tensor.numel() * tensor.element_size() for tensor in made))

@@ -1,0 +1,87 @@
+"""Knows what has been worked out of training steps before, on disk: the same question is answered without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from azrecipe.errors import CommandError
+from azrecipe.parts.files import read_json, write_json
+from azrecipe.parts.processes import cores
+from azrecipe.parts.step_cost import Cost, from_plain
+from azrecipe.parts.step_shape import Asked
+
+SHARDS = 8  # that a split model is run with, whatever their number: what is at rest is in proportion
+
+
+def folder() -> Path:
+    """$XDG_CACHE_HOME/azrecipe/plan, by default ~/.cache/azrecipe/plan."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "azrecipe" / "plan"
+
+
+def costs(steps: Sequence[tuple[Asked, int]]) -> list[Cost]:
+    """The cost of each step (what is asked, tokens in a sequence). What is not known is worked out, in processes beside each other.
+
+    Raises CommandError for a model that cannot be built or patterns that match nothing in it.
+    """
+    wanted = [(asked.with_shards(SHARDS) if asked.shards > 1 else asked, length) for asked, length in steps]
+    keys = [asked.key(length) for asked, length in wanted]
+    found = {key: cost for key in dict.fromkeys(keys) if (cost := _known(key)) is not None}
+    lacking = {key: step for key, step in zip(keys, wanted, strict=True) if key not in found}
+    if lacking:
+        for key, cost in zip(lacking, _measured(list(lacking.values())), strict=True):
+            found[key] = cost
+            with contextlib.suppress(OSError):  # a home that cannot be written in costs time, nothing else
+                folder().mkdir(parents=True, exist_ok=True)
+                write_json(folder() / f"{key}.json", cost.plain())
+    return [found[key] for key in keys]
+
+
+def _known(key: str) -> Cost | None:
+    try:
+        data = read_json(folder() / f"{key}.json")
+        return from_plain(data) if data else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _measured(steps: list[tuple[Asked, int]]) -> list[Cost]:
+    workers = min(cores(), len(steps))
+    if workers == 1:
+        return [_measure(step) for step in steps]
+    _ready()
+    gc.freeze()  # the processes share what is there, and no collection goes through it
+    try:
+        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+            return list(pool.map(_measure, steps))
+    finally:
+        gc.unfreeze()
+
+
+def _ready() -> None:
+    """Import what every process needs, once, before they part."""
+    import torch
+
+    from azrecipe.parts import fake_step
+
+    torch.set_num_threads(1)  # shapes need no more, and threads do not survive a fork
+    fake_step.prepare()
+    gc.collect()
+
+
+def _measure(step: tuple[Asked, int]) -> Cost:
+    from azrecipe.parts import fake_step
+
+    try:
+        return fake_step.measure(*step)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, CommandError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        kind = step[0].config.get("model_type")
+        raise CommandError(f"a training step of this {kind} could not be looked at ({type(error).__name__}: {reason})") from error

@@ -1,0 +1,194 @@
+"""Knows how long a training step takes on a machine: a roofline of the card, what the links carry, and how near to both runs have come.
+
+Nothing here is measured on the machine that is asked about: efficiencies come from runs that others have published
+(hardware/calibration.yaml names each) or from the user's own. No torch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from azrecipe.parts.hardware import Machine, load
+from azrecipe.parts.model_shape import known_shapes
+from azrecipe.parts.step_cost import Cost
+from azrecipe.parts.step_shape import Asked
+from azrecipe.recipe import resources
+from azrecipe.recipe.yaml_tree import parse
+
+ALONE = 0.1  # how far from a card's only known run another may be
+ELSEWHERE = 0.2  # the same where no run on this card is known
+
+
+@dataclass(frozen=True)
+class Span:
+    """A quantity that is known within bounds."""
+
+    low: float
+    middle: float
+    high: float
+
+    def over(self, other: float) -> Span:
+        return Span(self.low / other, self.middle / other, self.high / other)
+
+    def times(self, other: float) -> Span:
+        return Span(self.low * other, self.middle * other, self.high * other)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines of a kind, and how the processes on their cards share the work (backend.Backend's kind and replicate)."""
+
+    machine: Machine
+    nodes: int
+    kind: str
+    replicate: int = 1
+    context: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.machine.count * self.nodes
+
+    @property
+    def shards(self) -> int:
+        return self.world // self.replicate if self.kind in ("fsdp2", "hsdp", "zero3") else 1
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer's step. links: what the links would take by themselves, inside a machine and between machines."""
+
+    total: Span
+    compute: Span
+    inside: float
+    between: Span
+    rests_on: str
+
+    @property
+    def bound(self) -> str:
+        """What the step waits for: the cards, the links inside a machine, or the network."""
+        longest = max(self.compute.middle, self.inside, self.between.middle)
+        if longest == self.compute.middle:
+            return "compute"
+        return "network" if longest == self.between.middle else "links"
+
+
+def step_time(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: Cluster) -> StepTime:
+    """An optimizer's step of `accumulation` batches on each card. Links work beside the card: the longer one counts, and both at worst."""
+    card = cluster.machine.card
+    peak = card.fp32_tflops if asked.precision == "float32" else card.bf16_tflops
+    batches, optimizer = cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9)
+    optimizer *= cost.shards / cluster.shards if cost.shards > 1 else 1.0
+    found, rests_on = efficiency(card.name)
+    roof = batches * accumulation + optimizer
+    compute = Span(roof / found.high, roof / found.middle, roof / found.low)
+    inside, between = _links(cost, asked, accumulation, cluster)
+    slowest = [max(inside, rate) for rate in (between.low, between.middle, between.high)]
+    total = Span(
+        max(compute.low, slowest[0]),
+        max(compute.middle, slowest[1]),
+        max(compute.high, slowest[2]) + min(compute.middle, slowest[1]) * (cluster.world > 1),
+    )
+    return StepTime(total, compute, inside, between, rests_on)
+
+
+def volumes(cost: Cost, asked: Asked, accumulation: int) -> tuple[float, float]:
+    """Bytes a step that every process must get of parameters, and that must be added up of gradients.
+
+    FSDP 2 as Accelerate puts it on: all parameters for the forward pass, and again for the backward pass but those of the head and the embeddings
+    tied to it. Gradients accumulate in each process and are added up once.
+    """
+    parameters = cost.parameters
+    width = 4 if asked.precision == "float32" else 2
+    summed = parameters.trainable * (2 if asked.precision == "bf16_pure" else 4)
+    if cost.shards == 1:
+        again = parameters.total * width if asked.zero else 0
+        return float(again), float(summed)
+    return float((2 * parameters.total - parameters.embeddings) * width * accumulation), float(summed)
+
+
+def _links(cost: Cost, asked: Asked, accumulation: int, cluster: Cluster) -> tuple[float, Span]:
+    """Seconds that the links inside a machine, and those between machines, are busy in a step."""
+    gathered, summed = volumes(cost, asked, accumulation)
+    rates, machine, nodes = _rates(), cluster.machine, cluster.nodes
+    inner = machine.link.gb_per_s * 1e9 * rates[machine.link.kind]["middle"]
+    whole = cluster.kind in ("ddp", "zero1")
+    ring = (cluster.world - 1) / cluster.world
+    local = (machine.count - 1) / machine.count
+    inside = (gathered + (2 if whole else 1) * summed) * local / inner
+    if nodes == 1 or machine.network is None:
+        return inside, Span(0.0, 0.0, 0.0)
+    outer = machine.network.gbit_per_s / 8 * 1e9
+    if cluster.kind == "hsdp":  # shards stay inside; what a machine's shards add up to goes round the machines
+        crossing = 2 * (nodes - 1) / nodes * summed
+    else:
+        crossing = (gathered + (2 if whole else 1) * summed) * ring
+    found = rates["efa" if machine.network.efa_interfaces else "network"]
+    return inside, Span(crossing / (outer * found["high"]), crossing / (outer * found["middle"]), crossing / (outer * found["low"]))
+
+
+def efficiency(card: str, more: Sequence[Mapping[str, Any]] = ()) -> tuple[Span, str]:
+    """The share of the roofline that training on a card has reached, and what that rests on. `more`: a user's own runs, which count alone."""
+    known, cards = _calibration()["runs"], load().cards
+    own = [run for run in more if run["card"] == card]
+    peak = cards[card].bf16_tflops if card in cards else None  # cards of one peak are one chip, with more or less memory
+    same = own or [run for run in known if cards[run["card"]].bf16_tflops == peak]
+    shares = [float(run["efficiency"]) for run in same or known]
+    middle = statistics.median(shares)
+    spread = ALONE if same else ELSEWHERE
+    low, high = min(*shares, middle * (1 - spread)), min(max(*shares, middle * (1 + spread)), 1.0)
+    if own:
+        said = f"{len(own)} of your own runs on {card}"
+    elif same:
+        said = f"{len(same)} published run{'s' if len(same) > 1 else ''} on {card}"
+    else:
+        said = f"published runs on other cards ({', '.join(sorted({str(run['card']) for run in known}))}): none on {card} is known"
+    return Span(low, middle, high), said
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose rate is known: tokens/s of one card, and what its step was."""
+
+    card: str
+    what: str
+    asked: Asked
+    length: int
+    batch: int
+    tokens_per_second: float
+    efficiency: float
+
+    def reckoned(self, cost: Cost) -> float:
+        """The share of the roofline that it reached: the roofline's time of a step over the time that it took."""
+        card = load().cards[self.card]
+        peak = card.fp32_tflops if self.asked.precision == "float32" else card.bf16_tflops
+        batch, optimizer = cost.seconds(self.batch, peak * 1e12, card.memory_gb_per_s * 1e9)
+        return (batch + optimizer) * self.tokens_per_second / (self.batch * self.length)
+
+
+def published() -> list[Run]:
+    """The runs in hardware/calibration.yaml."""
+    found = []
+    for run in _calibration()["runs"]:
+        how = dict(run["run"])
+        length, batch = how.pop("length"), how.pop("batch")
+        how["kernels"] = tuple(how.get("kernels", ()))
+        model = run["model"] if isinstance(run["model"], dict) else known_shapes()[run["model"]]
+        asked = Asked(config=model, **how)
+        found.append(Run(run["card"], run["what"], asked, length, batch, run["tokens_per_second"], run["efficiency"]))
+    return found
+
+
+def _rates() -> Mapping[str, Mapping[str, float]]:
+    rates: Mapping[str, Mapping[str, float]] = _calibration()["links"]
+    return rates
+
+
+@cache
+def _calibration() -> Mapping[str, Any]:
+    file = resources.root() / "hardware" / "calibration.yaml"
+    known: Mapping[str, Any] = parse(file.read_text(encoding="utf-8"), str(file)).plain()
+    return known

@@ -1,0 +1,162 @@
+"""The published training of Llama 3.2 1B beside what the planner says of it: memory, largest batches, model states, times.
+
+    python benchmarks/plan_published.py
+
+Published: 8 × H100 (p5.48xlarge) and 16 × A100 40 GB (two p4d.24xlarge), sequences of 2,048, bfloat16, AdamW. What was not published is said
+beside each figure. Nothing here is tuned to agree: memory has no constant of ours but those in parts/room.py, and each time is predicted
+from the others' efficiency (leave one out).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import sys
+from dataclasses import dataclass, replace
+
+from azrecipe.parts import estimates, hardware, room, step_time
+from azrecipe.parts.model_shape import configuration
+from azrecipe.parts.step_cost import Cost
+from azrecipe.parts.step_shape import Asked
+from azrecipe.parts.step_time import Cluster
+from azrecipe.recipe.types import ModelSource
+
+LENGTH = 2048
+LIGER = {"kernels": ("rms_norm", "swiglu"), "head": "liger"}
+GB = 1e9
+
+
+def llama() -> dict[str, object]:
+    """Llama 3.2 1B, from the project's own table of shapes."""
+    return configuration(ModelSource("meta-llama/Llama-3.2-1B", None, None))[0]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A published time: seconds of a step of `batch` sequences on each card, and where."""
+
+    name: str
+    asked: Asked
+    batch: int
+    seconds: float
+    cluster: Cluster
+    assumed: str
+
+
+def line(*cells: object) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def error(found: float, published: float) -> str:
+    return f"{100 * (found / published - 1):+.1f} %"
+
+
+def memory(fsdp: Cost, liger: Cost) -> None:
+    print("\n## Peak memory, FSDP, 8 × H100, batch 10 (published: 64 and 27 GB; tokenizer's size and unit not published)\n")
+    line("case", "predicted GiB", "predicted GB", "published", "error as GiB", "error as GB")
+    line(*["---"] * 6)
+    for name, cost, published in (("FSDP", fsdp, 64), ("FSDP + Liger", liger, 27)):
+        peak = sum(cost.memory(10, 8).values())
+        line(name, f"{peak / room.GIB:.1f}", f"{peak / GB:.1f}", published, error(peak / room.GIB, published), error(peak / GB, published))
+    states = 4 * 2 * fsdp.parameters.total  # weights, gradients and two moments in bfloat16
+    print("\n## Model states (weights, gradients, two moments, bfloat16)\n")
+    line("case", "predicted GiB", "published", "error")
+    line(*["---"] * 4)
+    line("whole", f"{states / room.GIB:.2f}", 9.23, error(states / room.GIB, 9.23))
+    line("on each of 8", f"{states / 8 / room.GIB:.2f}", 1.17, error(states / 8 / room.GIB, 1.17))
+
+
+def batches(found: dict[str, tuple[Cost, Asked]]) -> None:
+    print("\n## Largest batch (published ones are all even)\n")
+    line("case", "A100 40 GB: surely – perhaps", "published", "H100 80 GB: surely – perhaps", "published")
+    line(*["---"] * 5)
+    published = {"FSDP": (4, 10), "FSDP + Liger": (14, 18), "DDP, float32": (2, 4), "DDP, bf16_mixed": (2, 4), "DDP, bf16_pure": (2, 4)}
+    for name, (cost, asked) in found.items():
+        cells = []
+        for card, said in zip(("a100-40g", "h100-80g"), published[name], strict=True):
+            total = hardware.find(card).card.total_memory_gib * room.GIB
+            cells += ["{} – {}".format(*room.largest_batch(cost, asked, total, 8)), said]
+        line(name, *cells)
+
+
+def times(timed: list[Timed]) -> None:
+    print("\n## Time (one efficiency of cards and one of the network; each predicted from the other three)\n")
+    line("case", "predicted s a step", "published s a step", "error", "share of roofline", "assumed")
+    line(*["---"] * 6)
+    costs = estimates.costs([(t.asked, LENGTH) for t in timed])
+    rooflines = [_alone(cost, t) for cost, t in zip(costs, timed, strict=True)]
+    for i, (cost, t) in enumerate(zip(costs, timed, strict=True)):
+        others = [j for j in range(len(timed)) if j != i]
+        share = statistics.median(rooflines[j] / timed[j].seconds for j in others if timed[j].cluster.nodes == 1)
+        crossing = [(_crossing(costs[j], timed[j]), timed[j].seconds) for j in others if timed[j].cluster.nodes > 1]
+        found = rooflines[i] / share
+        if t.cluster.nodes > 1:
+            rate = statistics.median(volume / seconds for volume, seconds in crossing)
+            found = max(found, _crossing(cost, t) / rate)
+        own = f"{rooflines[i] / t.seconds:.3f}"
+        line(t.name, f"{found:.3f}", f"{t.seconds:.3f}", error(found, t.seconds), own, t.assumed)
+    for j, t in enumerate(timed):
+        if t.cluster.nodes > 1 and t.cluster.machine.network is not None:
+            rate = _crossing(costs[j], t) / t.seconds
+            of = rate / (t.cluster.machine.network.gbit_per_s / 8 * GB)
+            print(f"\n{t.name}: the network would have carried {rate / GB:.2f} GB/s, {of:.1%} of what it is sold for.", end="")
+    print(
+        "\n\nBoth phases on two p4d take 2.5 to 3 times what the cards need, in the proportion of the bytes that cross the network: the network"
+        "\nbounds them, at a rate that TCP gives and EFA far exceeds. HSDP sends only gradients across; what it would take, with the network as it was:"
+    )
+    for cost, t in zip(costs, timed, strict=True):
+        if t.cluster.nodes > 1:
+            _, summed = step_time.volumes(cost, t.asked, 1)
+            rate = _crossing(cost, t) / t.seconds
+            print(f"  {t.name}: {max(_alone(cost, t) / 0.9, summed / rate):.2f} s a step instead of {t.seconds:.2f}")
+
+
+def _alone(cost: Cost, t: Timed) -> float:
+    card = t.cluster.machine.card
+    batch, optimizer = cost.seconds(t.batch, card.bf16_tflops * 1e12, card.memory_gb_per_s * GB)
+    return batch + optimizer * cost.shards / t.cluster.shards
+
+
+def _crossing(cost: Cost, t: Timed) -> float:
+    gathered, summed = step_time.volumes(cost, t.asked, 1)
+    return (gathered + summed) * (t.cluster.world - 1) / t.cluster.world
+
+
+def calibration() -> None:
+    print("\n## Efficiencies in hardware/calibration.yaml, reckoned anew\n")
+    line("card", "run", "there", "now")
+    line(*["---"] * 4)
+    runs = step_time.published()
+    for run, cost in zip(runs, estimates.costs([(run.asked, run.length) for run in runs]), strict=True):
+        line(run.card, run.what, f"{run.efficiency:.3f}", f"{run.reckoned(cost):.3f}")
+
+
+def main() -> int:
+    config = llama()
+    plain = Asked(config=config, precision="bf16_pure", kind="fsdp2", shards=8)
+    liger = replace(plain, **LIGER)
+    ddp = {f"DDP, {p}": replace(plain, precision=p, kind="ddp", shards=1) for p in ("float32", "bf16_mixed", "bf16_pure")}
+    cases = {"FSDP": plain, "FSDP + Liger": liger, **ddp}
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "accelerate"))
+    print(
+        f"azrecipe plan beside the published figures. {platform.machine()}, Python {platform.python_version()}, {versions}; no GPU was used."
+    )
+    known = dict(zip(cases, estimates.costs([(asked, LENGTH) for asked in cases.values()]), strict=True))
+    memory(known["FSDP"], known["FSDP + Liger"])
+    batches({name: (known[name], asked) for name, asked in cases.items()})
+    p5 = Cluster(hardware.find("p5.48xlarge"), 1, "fsdp2")
+    p4d = Cluster(hardware.find("p4d.24xlarge"), 2, "fsdp2")
+    frozen = replace(liger, trainable=("embeddings",))
+    times([
+        Timed("p5, FSDP, 63,771 tokens/s/GPU", plain, 10, 10 * LENGTH / 63_771, p5, "batch 10"),
+        Timed("p5, FSDP + Liger, 78,319 tokens/s/GPU", liger, 18, 18 * LENGTH / 78_319, p5, "batch 18"),
+        Timed("2 × p4d, embeddings, 11,400 s / 5,000", frozen, 14, 11_400 / 5_000, p4d, "Liger, FSDP over all 16"),
+        Timed("2 × p4d, all, 43,000 s / 15,000", liger, 14, 43_000 / 15_000, p4d, "Liger, FSDP over all 16"),
+    ])  # fmt: skip
+    calibration()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
