@@ -10,6 +10,7 @@ from pathlib import Path
 
 from azrecipe import __version__
 from azrecipe.errors import DONE, FAILED, SIGINT, WRONG, AzrecipeError, CannotRun, CommandError, hint
+from azrecipe.plan import options as plan_options
 from azrecipe.using import options
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {}
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     copy = verbs.add_parser("copy", help="write the shipped recipes, schemas, accelerate configs and hardware into a folder, to edit")
     copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
     options.add(verbs)
+    plan_options.add(verbs)
     return parser
 
 
@@ -151,6 +153,13 @@ def _check(arguments: argparse.Namespace) -> int:
     from azrecipe import pipeline
 
     return pipeline.check(arguments)
+
+
+@_verb
+def _plan(arguments: argparse.Namespace) -> int:
+    from azrecipe import pipeline
+
+    return pipeline.plan(arguments)
 
 
 @_verb

@@ -13,8 +13,10 @@ from types import ModuleType
 
 from azrecipe.errors import DONE, SIGINT, SIGTERM, CommandError, Problem, RecipeError, allowed
 from azrecipe.launch import command, preflight, worker
+from azrecipe.parts.backend import Mesh
 from azrecipe.parts.files import read_json, write_json
 from azrecipe.parts.run_dir import asked, candidate_of, check_same, locate, run_of
+from azrecipe.plan.where import NOWHERE, Where, kind_of
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
@@ -119,6 +121,28 @@ def _check(recipe: Recipe, runs_dir: Path, preview: ModuleType) -> None:
     elif recipe.stage == "evaluate":
         evaluate.check(recipe, Inputs(recipe, runs_dir))
     print(f"{recipe.path}: nothing that can be told beforehand stands in the way")
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """`azrecipe plan`: what a recipe, or each training step of a pipeline, would need on machines that are only named."""
+    from azrecipe.plan import plan as planning
+
+    if arguments.calibrate is not None:
+        return planning.learn(arguments.calibrate)
+    if arguments.recipe is None:
+        raise CommandError("which recipe? azrecipe plan RECIPE --hardware NAME")
+    recipe, steps = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step, arguments.cell)
+    return planning.run(arguments, recipe, [step.recipe for step in steps], _launch(arguments.accelerate_config))
+
+
+def _launch(name: str | None) -> Where | None:
+    """What an accelerate config says of any number of processes."""
+    if name is None:
+        return None
+    asked = preflight.read(command.config_file(name), None)
+    mesh = asked.mesh or Mesh()
+    kind = kind_of(asked.kind, mesh.replicate, asked.zero_stage)
+    return Where(NOWHERE, 1, kind, mesh.replicate, mesh.context, asked.reshard)
 
 
 def _unfinished(recipe: Recipe, runs_dir: Path) -> list[str]:

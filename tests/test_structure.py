@@ -30,8 +30,8 @@ LAYERS = (
     ("errors",),
     ("",),
 )
-INSIDE = ("launch", "parts", "recipe", "report", "using")  # layers whose modules may import each other
-LIGHT = ("recipe", "launch", "cli", "errors", "pipeline", "report", "using")
+INSIDE = ("launch", "parts", "plan", "recipe", "report", "using")  # layers whose modules may import each other
+LIGHT = ("recipe", "launch", "cli", "errors", "pipeline", "plan", "report", "using")
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "liger_kernel"}
 MAX_LINES = 400
 MAX_ARGUMENTS = 5

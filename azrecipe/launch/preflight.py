@@ -30,6 +30,8 @@ class Launch:
     processes: int
     machines: int
     mesh: backend.Mesh | None = None
+    zero_stage: int = 0
+    reshard: bool = True
 
     @property
     def context(self) -> int:
@@ -47,6 +49,8 @@ def read(file: Path | None, num_processes: int | None) -> Launch:
         num_processes or int(config.get("num_processes", 1)),
         int(config.get("num_machines", 1)),
         _mesh(config.get("parallelism_config") or {}),
+        int((config.get("deepspeed_config") or {}).get("zero_stage", 2)),
+        bool((config.get("fsdp_config") or {}).get("fsdp_reshard_after_forward", True)),
     )
 
 

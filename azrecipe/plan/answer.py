@@ -1,0 +1,138 @@
+"""Knows how to put together what is to be said of a loop on some machines: memory, the largest batch, rate, hours, price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from azrecipe.parts import batches, estimates, room, step_time
+from azrecipe.parts.model_shape import Around, shape_of
+from azrecipe.parts.step_cost import Cost
+from azrecipe.parts.training_steps import Loop, loops
+from azrecipe.plan.amount import Amount, amounts
+from azrecipe.plan.levers import Lever, levers
+from azrecipe.plan.where import Where
+from azrecipe.recipe.load import Recipe
+
+HOUR = 3600.0
+
+
+def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool = True) -> dict[str, Any]:
+    """Everything about a pretrain or sft recipe there, as JSON. Raises CommandError, CannotRun, RecipeError."""
+    shape = shape_of(recipe, around)
+    found = loops(recipe, shape, where.backend)
+    if not where.reshard:
+        found = [replace(loop, asked=replace(loop.asked, reshard_after_forward=False)) for loop in found]
+    long = amounts(recipe, around.runs_dir, found)
+    main = _longest(found, long)
+    changes = levers(recipe.config, found[main], where) if look_at_levers else []
+    known = estimates.costs([(loop.asked, loop.length) for loop in (*found, *(change.loop for change in changes))])
+    answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, known[: len(found)], long, strict=True)]
+    base = answers[main]
+    said = [_lever(change, cost, base) for change, cost in zip(changes, known[len(found) :], strict=True)]
+    notes = dict.fromkeys([*shape.notes, *(note for amount in long for note in amount.notes)])
+    return {
+        "recipe": str(recipe.path),
+        "stage": recipe.stage,
+        "hardware": where.title,
+        "backend": where.kind,
+        "processes": where.world,
+        "card": {"name": where.machine.card.name, "bytes": round(where.card_bytes), "source": where.machine.card.memory_source},
+        "price": _prices(where),
+        "vocab_size": int(shape.config["vocab_size"]),
+        "loops": answers,
+        "hours": _sum(answers),
+        "levers": {"of": found[main].name, "changes": sorted(said, key=_order)},
+        "notes": list(notes),
+    }
+
+
+def _longest(found: Sequence[Loop], long: Sequence[Amount]) -> int:
+    """The loop that most of the time is spent in, as far as known: the one with the most tokens, at last the last."""
+    return max(range(len(found)), key=lambda i: (long[i].tokens or 0, i))
+
+
+def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any]:
+    needs = room.room(cost, loop.asked, loop.batch, where.world, where.replicate)
+    surely, perhaps = room.largest_batch(cost, loop.asked, where.card_bytes, where.world, where.replicate)
+    time = step_time.step_time(cost, loop.asked, loop.batch, loop.accumulation, where.cluster)
+    tokens = loop.global_batch_size * loop.pairs * loop.length * where.context
+    rate = _reversed(time.total, tokens)
+    hours = asdict(time.total.times((amount.steps or 0) / HOUR)) if amount.steps else None
+    return {
+        "name": loop.name,
+        "parameters": {key: getattr(cost.parameters, key) for key in ("total", "trainable", "embeddings")},
+        "max_length": loop.length * where.context,
+        "per_device_train_batch_size": loop.batch // loop.pairs,
+        "gradient_accumulation_steps": loop.accumulation,
+        "memory": {"parts": {k: round(v) for k, v in needs.parts.items()}, "peak": round(needs.peak), "least": round(needs.least), "most": round(needs.most)},
+        "verdict": needs.verdict(where.card_bytes),
+        "largest_batch": {"surely": surely // loop.pairs, "perhaps": perhaps // loop.pairs},
+        "flops_per_token": cost.flops(loop.batch) / (loop.batch * loop.length),
+        "step_seconds": asdict(time.total),
+        "seconds_by": {"compute": time.compute.middle, "links in a machine": time.inside, "network": time.between.middle},
+        "bound": time.bound,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_card": {key: value / where.world for key, value in rate.items()},
+        "rests_on": time.rests_on,
+        "steps": amount.steps,
+        "tokens": amount.tokens,
+        "epochs": amount.epochs,
+        "hours": hours,
+        "cost": _cost(hours, where),
+    }  # fmt: skip
+
+
+def _lever(change: Lever, cost: Cost, base: dict[str, Any]) -> dict[str, Any]:
+    """What a change does: to memory at the batch as it is, to the largest batch, and to the rate at the batch that then is best."""
+    loop, where = change.loop, change.where
+    needs = room.room(cost, loop.asked, loop.batch, where.world, where.replicate)
+    surely, perhaps = room.largest_batch(cost, loop.asked, where.card_bytes, where.world, where.replicate)
+    rate = None
+    batch = 0
+    if surely >= loop.pairs:
+        split = batches.split(loop.global_batch_size, surely // loop.pairs, where.backend.readers)
+        batch = split.per_device
+        time = step_time.step_time(cost, loop.asked, batch * loop.pairs, split.accumulation, where.cluster)
+        rate = _reversed(time.total, loop.global_batch_size * loop.pairs * loop.length)
+    return {
+        "change": change.what,
+        "how": change.how,
+        "peak": round(needs.peak),
+        "difference": round(needs.peak - base["memory"]["peak"]),
+        "verdict": needs.verdict(where.card_bytes),
+        "largest_batch": {"surely": surely // loop.pairs, "perhaps": perhaps // loop.pairs},
+        "best_batch": batch,
+        "tokens_per_second": rate,
+        "faster": rate["middle"] / base["tokens_per_second"]["middle"] - 1 if rate else None,
+    }
+
+
+def _order(line: dict[str, Any]) -> tuple[bool, float]:
+    return line["tokens_per_second"] is None, -(line["tokens_per_second"] or {"middle": 0.0})["middle"]
+
+
+def _reversed(seconds: step_time.Span, tokens: int) -> dict[str, float]:
+    return {"low": tokens / seconds.high, "middle": tokens / seconds.middle, "high": tokens / seconds.low}
+
+
+def _prices(where: Where) -> dict[str, Any]:
+    return {
+        name: None
+        if price is None
+        else {"usd_per_hour": price.usd_per_hour * where.nodes, "region": price.region, "as_of": price.as_of, "source": price.source}
+        for name, price in (("on_demand", where.machine.price), ("spot", where.machine.spot))
+    }
+
+
+def _cost(hours: dict[str, float] | None, where: Where) -> dict[str, dict[str, float] | None]:
+    found: dict[str, dict[str, float] | None] = {}
+    for name, price in _prices(where).items():
+        found[name] = {key: value * price["usd_per_hour"] for key, value in hours.items()} if hours and price else None
+    return found
+
+
+def _sum(answers: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    spans = [answer["hours"] for answer in answers]
+    return None if any(span is None for span in spans) else {key: sum(span[key] for span in spans) for key in ("low", "middle", "high")}

@@ -1,0 +1,156 @@
+"""Knows how an answer reads in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+GIB = 2**30
+GPU = "Nothing of this was measured on a GPU: bytes are PyTorch's own count of the step's tensors, times are reckoned (docs/plan.md)."
+
+
+def console() -> Console:
+    """Where it is printed; 140 columns wide where there is no terminal."""
+    made = Console(highlight=False, markup=False)
+    return made if made.is_terminal else Console(highlight=False, markup=False, width=140)
+
+
+def show(answer: Mapping[str, Any]) -> None:
+    """One recipe on one choice of machines."""
+    out = console()
+    card = answer["card"]
+    out.print(
+        f"{answer['recipe']} on {answer['hardware']} ({_gib(card['bytes'])} each), {answer['backend']}, vocabulary {answer['vocab_size']:,}"
+    )
+    table = Table(title="What each training loop needs", title_justify="left")
+    table.add_column("")
+    for loop in answer["loops"]:
+        table.add_column(loop["name"], justify="right")
+    for name, cells in _rows(answer["loops"]):
+        table.add_row(name, *cells)
+    out.print(table)
+    _levers(answer, out)
+    if answer["hours"]:
+        _price(answer, out)
+    for note in answer["notes"]:
+        out.print(f"note: {note}")
+    for rests_on in dict.fromkeys(loop["rests_on"] for loop in answer["loops"]):
+        out.print(f"time rests on {rests_on}; a run of your own makes it better: azrecipe plan --calibrate RUN")
+    out.print(GPU)
+
+
+def _rows(loops: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    parts = list(loops[0]["memory"]["parts"])
+    rows = [
+        ("parameters", [f"{loop['parameters']['total']:,}" for loop in loops]),
+        ("trainable", [f"{loop['parameters']['trainable']:,}" for loop in loops]),
+        ("of embeddings and head", [f"{loop['parameters']['embeddings']:,}" for loop in loops]),
+        ("sequences × tokens × accumulated", [_batch(loop) for loop in loops]),
+        *((f"  {name}", [_gib(loop["memory"]["parts"][name]) for loop in loops]) for name in parts),
+        ("peak of tensors on a card", [_gib(loop["memory"]["peak"]) for loop in loops]),
+        ("with context and allowance", [f"{_gib(loop['memory']['least'])}–{_gib(loop['memory']['most'])}" for loop in loops]),
+        ("on this card", [loop["verdict"] for loop in loops]),
+        ("largest batch: surely, perhaps", [f"{loop['largest_batch']['surely']}, {loop['largest_batch']['perhaps']}" for loop in loops]),
+        ("seconds a step", [_span(loop["step_seconds"], "{:.2f}") for loop in loops]),
+        ("  waits for", [loop["bound"] for loop in loops]),
+        ("tokens/s, all cards", [_span(loop["tokens_per_second"], "{:,.0f}") for loop in loops]),
+        ("steps", [f"{loop['steps']:,}" if loop["steps"] else "–" for loop in loops]),
+        ("tokens", [f"{loop['tokens']:,}" if loop["tokens"] else "–" for loop in loops]),
+        ("hours", [_span(loop["hours"], "{:.1f}") for loop in loops]),
+        ("USD on demand", [_span((loop["cost"] or {}).get("on_demand"), "{:,.0f}") for loop in loops]),
+        ("USD spot", [_span((loop["cost"] or {}).get("spot"), "{:,.0f}") for loop in loops]),
+    ]
+    for path in dict.fromkeys(path for loop in loops for path in loop["epochs"]):
+        rows.append((f"epochs of {path}", [f"{loop['epochs'][path]:.2f}" if path in loop["epochs"] else "–" for loop in loops]))
+    return rows
+
+
+def _batch(loop: Mapping[str, Any]) -> str:
+    return f"{loop['per_device_train_batch_size']} × {loop['max_length']:,} × {loop['gradient_accumulation_steps']}"
+
+
+def _levers(answer: Mapping[str, Any], out: Console) -> None:
+    changes = answer["levers"]["changes"]
+    if not changes:
+        return
+    table = Table(title=f"What one change does to {answer['levers']['of']}, best first", title_justify="left")
+    for name in ("change", "peak at this batch", "", "largest batch", "tokens/s at its best batch", "", "how"):
+        table.add_column(name, justify="left" if name in ("change", "how") else "right")
+    for line in changes:
+        rate = line["tokens_per_second"]
+        table.add_row(
+            line["change"],
+            _gib(line["peak"]),
+            f"{line['difference'] / GIB:+.1f}",
+            str(line["largest_batch"]["surely"]),
+            f"{rate['middle']:,.0f} at {line['best_batch']}" if rate else "does not fit",
+            f"{line['faster']:+.0%}" if rate else "",
+            line["how"],
+        )
+    out.print(table)
+
+
+def _price(answer: Mapping[str, Any], out: Console) -> None:
+    hours = answer["hours"]
+    out.print(f"{_span(hours, '{:.1f}')} hours in all, without start, checkpoints and measuring")
+    for name, price in answer["price"].items():
+        if price:
+            total = {key: value * price["usd_per_hour"] for key, value in hours.items()}
+            region, day = price["region"] or "your own", f", {price['as_of']}" if price["as_of"] else ""
+            out.print(
+                f"  {name.replace('_', ' ')}: {_span(total, '{:,.0f}')} USD at {price['usd_per_hour']:,.2f} an hour ({region} price{day})"
+            )
+
+
+def compare(answers: Sequence[Mapping[str, Any]]) -> None:
+    """One recipe on several choices of machines."""
+    out = console()
+    table = Table(title=f"{answers[0]['recipe']}: machines compared", title_justify="left")
+    for name in ("machines", "loop", "peak", "on this card", "largest batch", "tokens/s", "waits for", "hours", "USD on demand"):
+        table.add_column(name, justify="left" if name in ("machines", "loop") else "right")
+    for answer in answers:
+        for loop in answer["loops"]:
+            table.add_row(
+                answer["hardware"],
+                loop["name"],
+                _gib(loop["memory"]["peak"]),
+                loop["verdict"],
+                str(loop["largest_batch"]["surely"]),
+                _span(loop["tokens_per_second"], "{:,.0f}"),
+                loop["bound"],
+                _span(loop["hours"], "{:.1f}"),
+                _span((loop["cost"] or {}).get("on_demand"), "{:,.0f}"),
+            )
+    out.print(table)
+    for note in dict.fromkeys(note for answer in answers for note in answer["notes"]):
+        out.print(f"note: {note}")
+    out.print(GPU)
+
+
+def whole(answers: Sequence[Mapping[str, Any]]) -> None:
+    """What a pipeline's training takes together."""
+    spans = [answer["hours"] for answer in answers]
+    if any(span is None for span in spans):
+        return
+    hours = {key: sum(span[key] for span in spans) for key in ("low", "middle", "high")}
+    _price({**answers[0], "hours": hours}, console())
+
+
+def largest(answer: Mapping[str, Any]) -> None:
+    """The largest batch of each loop, one a line: its name, surely, perhaps."""
+    for loop in answer["loops"]:
+        print(f"{loop['name']}\t{loop['largest_batch']['surely']}\t{loop['largest_batch']['perhaps']}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _span(span: Mapping[str, float] | None, form: str) -> str:
+    if not span:
+        return "–"
+    low, middle, high = (form.format(span[key]) for key in ("low", "middle", "high"))
+    return middle if low == high else f"{middle} ({low}–{high})"
