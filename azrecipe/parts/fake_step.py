@@ -119,9 +119,12 @@ def run(asked: Asked, shape: Shape, few: int, trained: int) -> Recorded:
         optimizer = _optimizer(model, asked)
         of_layer = _step(model, optimizer, (asked, shape), tracker)
     output = base.get_output_embeddings().weight
-    exact = asked.precision == "float32"
-    wide = (asked.head, int(output.shape[0]), int(output.shape[1]), exact)
+    wide = (_head(asked), int(output.shape[0]), int(output.shape[1]))
     return Recorded(shape.batch, shape.length, few, tracker.events, of_layer, grows, wide)
+
+
+def _head(asked: Asked) -> str:
+    return "accurate" if asked.head == "torch" and not asked.cuda and asked.precision != "float32" else asked.head
 
 
 def _materialise(model: nn.Module) -> None:
@@ -150,7 +153,7 @@ def _prepare(model: PreTrainedModel, asked: Asked, tracker: Tracker) -> None:
         model.set_attn_implementation(UNMASKED)
     standins.fuse_layers(model, asked.kernels)
     if asked.head != "logits":
-        standins.fuse_head(model, standins.Head(asked.head, tracker, asked.cuda))
+        standins.fuse_head(model, standins.Head(_head(asked), tracker, asked.cuda))
 
 
 def _shard(model: Any, base: Any, asked: Asked, mesh: Any) -> None:

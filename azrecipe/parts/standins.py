@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from azrecipe.parts.tiles import rows
+from azrecipe.parts.tiles import TRL_COLUMNS, rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,75 +67,169 @@ class _LayerNorm(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Head:
-    """A head and its loss, computed a tile of the logits at a time. kind: liger, torch or trl."""
+    """A head and its loss, computed a tile of the logits at a time. kind: liger, torch, accurate (torch's on a CPU) or trl."""
 
     kind: str
     tracker: Tracker
     cuda: bool
 
-    @property
-    def early(self) -> bool:
-        """Whether gradients are made in the forward pass, and the backward pass only hands them on."""
-        return self.kind == "liger"
+    def rows(self, x: torch.Tensor, weight: torch.Tensor) -> int:
+        """In a tile, of x [tokens, width] and weight [vocabulary, width]."""
+        return rows(self.kind, x.shape[0], weight.shape[0], weight.shape[1])
 
-    def tile(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The logits of some rows, and what is made beside them; the tracker counts it as a tile, and its work for all rows."""
-        some = rows(self.kind, x.shape[0], weight.shape[0], weight.shape[1], exact=x.dtype == torch.float32)
-        with self.tracker.tile(some / x.shape[0]):
-            if self.kind == "trl":
-                logits = x.new_empty((some, 32_768))
-                if not self.cuda:  # PyTorch's operators on float32 copies, instead of a kernel (_forward_tile, _backward_tile)
-                    logits = torch.cat([logits.float()] * 4)
-                torch.mm(x[:some], weight.t())
-                return logits
-            logits = x[:some] @ weight.t()
-            return logits if self.kind == "liger" or x.dtype == torch.float32 else logits.float()
-
-    def gradients(self, x: torch.Tensor, weight: torch.Tensor, wanted: tuple[bool, bool]) -> tuple[torch.Tensor | None, ...]:
-        """Of x and of the weight, as they are accumulated tile by tile."""
-        wide = torch.float32 if self.kind == "trl" else None
-        gx = torch.zeros_like(x, dtype=wide) if wanted[0] else None
-        gw = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
-        held = self.tile(x, weight)
-        some = min(held.shape[0], x.shape[0])
-        with self.tracker.tile(some / x.shape[0]):
-            down = held if held.dtype == x.dtype else held.to(x.dtype)
-            down = down[:some, : weight.shape[0]]
-            if gx is not None:
-                down @ weight[: down.shape[1]]
-        if gw is not None:
-            with self.tracker.work(some / x.shape[0]):
-                gw[: down.shape[1]].addmm_(down.t().to(gw.dtype), x[:some].to(gw.dtype))
-        return gx, gw
+    def times(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        """What a matrix product into `out` [m, n] takes: none is made here, as the real ones work on types that a CPU's do not."""
+        m, n = out.shape
+        self.tracker.note(2.0 * m * n * a.shape[1], float(sum(t.numel() * t.element_size() for t in (a, b, out))))
 
 
-class _Fused(torch.autograd.Function):
-    """x [tokens, width], weight [vocabulary, width] → a loss (float32 scalar)."""
+class _Liger(torch.autograd.Function):
+    """Makes the gradients in the forward pass; the backward pass hands them on."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, head: Head) -> torch.Tensor:
-        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        device = x.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.head, ctx.dtypes = head, (x.dtype, weight.dtype)
-        low = (x.to(ctx.dtype), weight.detach().to(ctx.dtype))
-        ctx.early = head.early or (head.kind == "torch" and ctx.dtype == torch.float32)
-        if ctx.early:
-            gx, gw = head.gradients(*low, wanted)
-            ctx.save_for_backward(gx, None if gw is None else gw.to(weight.dtype))
-        else:
-            head.tile(*low)
-            ctx.save_for_backward(x, weight, x.new_empty((7 if head.kind == "trl" else 1, x.shape[0]), dtype=torch.float32))
+        low = (_low(x), _low(weight.detach()))
+        gx = torch.zeros_like(low[0])
+        gw = torch.zeros_like(low[1]) if ctx.needs_input_grad[1] else None
+        some = head.rows(x, weight)
+        part = low[0][:some]
+        with head.tracker.tile(some / x.shape[0]):
+            logits = part.new_empty(some, weight.shape[0])
+            head.times(part, low[1], logits)
+            head.times(logits, low[1].t(), gx[:some])
+        if gw is not None:
+            with head.tracker.work(some / x.shape[0]):
+                head.times(logits.t(), part.t(), gw)
+        ctx.save_for_backward(gx, None if gw is None else gw.to(weight.dtype))
         return x.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> Any:
-        if ctx.early:
-            gx, gw = ctx.saved_tensors
-            return None if gx is None else gx.detach(), None if gw is None else gw.detach(), None
+        gx, gw = ctx.saved_tensors
+        return gx.detach(), None if gw is None else gw.detach(), None
+
+
+class _Torch(torch.autograd.Function):
+    """In float32 the gradients are made in the forward pass; else the backward pass makes the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, head: Head) -> torch.Tensor:
+        ctx.head = head
+        if x.dtype == torch.float32:
+            ctx.made = _torch_tiles(head, x, weight, ctx.needs_input_grad[:2])
+            return x.new_zeros(())
+        ctx.save_for_backward(x, weight)
+        _torch_tiles(head, x, weight, (False, False))
+        return x.new_empty(x.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        if not ctx.saved_tensors:
+            made, ctx.made = ctx.made, None
+            return *(None if gradient is None else gradient.mul_(grads[0]) for gradient in made), None
+        return *_torch_tiles(ctx.head, *ctx.saved_tensors, ctx.needs_input_grad[:2]), None
+
+
+def _torch_tiles(
+    head: Head, x: torch.Tensor, weight: torch.Tensor, wanted: tuple[bool, bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The loop over the tiles: policy compact, and on a CPU below float32 accurate, which works on float32 copies."""
+    accurate, low, some = head.kind == "accurate", x.dtype != torch.float32, head.rows(x, weight)
+    with head.tracker.tile(some / x.shape[0]):
+        logits = x.new_empty((some, weight.shape[0]), dtype=torch.float32)
+    gx = torch.empty_like(x, dtype=torch.float32 if accurate else None) if wanted[0] else None
+    gw = torch.zeros_like(weight) if wanted[1] else None
+    scratch = torch.empty_like(weight, dtype=torch.float32) if wanted[1] and accurate else gw
+    used = weight.float() if accurate else weight
+    _masks = x.new_empty((1, x.shape[0]), dtype=torch.float32), x.new_empty((2, x.shape[0]), dtype=torch.long)  # weights and targets of rows
+    with head.tracker.tile(some / x.shape[0]):
+        part = x[:some].float() if low and (accurate or wanted[1]) else x[:some]
+        head.times(part, used, logits)
+        for _ in ("less the largest", "exponents", "over their sum"):
+            logits.mul_(1)
+        down = logits.to(x.dtype) if low and not accurate and any(wanted) else logits
+        if gx is not None:
+            own = used.new_empty((some, weight.shape[1]))
+            own.mul(1)
+            del own
+            head.times(down, used.t(), gx[:some])
+    if scratch is not None:
+        with head.tracker.work(some / x.shape[0]):
+            head.times(down.t(), part.t(), scratch)
+            if accurate:
+                scratch.add_(1)
+    return None if gx is None else gx.to(x.dtype), gw
+
+
+class _TRL(torch.autograd.Function):
+    """The backward pass makes the logits again, and adds gradients up in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, head: Head) -> torch.Tensor:
+        ctx.head = head
+        ctx.save_for_backward(x, weight, x.new_empty((2, x.shape[0]), dtype=torch.float32))
+        ctx.dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        _statistics = x.new_empty((7, x.shape[0]), dtype=torch.float32)
+        _trl_tiles(head, (x, weight, ctx.dtype), None, None)
+        return x.new_empty((3, x.shape[0]), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
-        gx, gw = ctx.head.gradients(x.to(ctx.dtype), weight.to(ctx.dtype), ctx.needs_input_grad[:2])
-        return None if gx is None else gx.to(ctx.dtypes[0]), None if gw is None else gw.to(ctx.dtypes[1]), None
+        gx = torch.zeros_like(x, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        gw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        _trl_tiles(ctx.head, (x, weight, ctx.dtype), gx, gw)
+        return None if gx is None else gx.to(x.dtype), None if gw is None else gw.to(weight.dtype), None
+
+
+def _trl_tiles(
+    head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype], gx: torch.Tensor | None, gw: torch.Tensor | None
+) -> None:
+    """The loop over the tiles, each of TRL_COLUMNS columns; on a CPU with what PyTorch's operators make beside one, for want of a kernel."""
+    x, weight, dtype = given
+    some, columns = head.rows(x, weight), min(TRL_COLUMNS, weight.shape[0])
+    with head.tracker.tile(some / x.shape[0]):
+        buffer = x.new_empty((some, TRL_COLUMNS), dtype=dtype)
+    with head.tracker.tile(some / x.shape[0]):
+        part = x[:some].to(dtype)
+    with head.tracker.work(columns / weight.shape[0]):
+        its = weight[:columns].to(dtype)
+        with head.tracker.tile(some / x.shape[0] * columns / weight.shape[0]):
+            logits = buffer[:, :columns]
+            head.times(part, its, logits)
+            if not head.cuda:  # _forward_tile and _backward_tile: float32 tensors and a bool one, the size of a tile, that are there at once
+                copies = 13 if gx is None and gw is None else 29
+                torch.empty((some, columns * copies), dtype=torch.uint8)
+            logits.mul_(1)
+            wide = head.cuda or dtype == torch.float32
+            if gx is not None:
+                if not wide:
+                    _copies = logits.float(), its.float()
+                    del _copies
+                head.times(logits, its.t(), gx[:some])
+        if gw is not None:
+            with head.tracker.work(some / x.shape[0] * columns / weight.shape[0]):
+                if not wide:
+                    _copies = logits.float(), part.float()
+                head.times(logits.t(), part.t(), gw[:columns])
+
+
+def _low(tensor: torch.Tensor) -> torch.Tensor:
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+def _loss(head: Head, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """hidden [batch, length, width] → a loss, with what is done around the kernels."""
+    if head.kind == "liger":
+        return _Liger.apply(hidden.flatten(0, -2), weight, head)  # type: ignore[no-untyped-call, no-any-return]
+    if head.kind == "trl":
+        x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        if head.cuda:  # rows without a label are left out, which takes a copy
+            x = x.index_select(0, torch.zeros(x.shape[0], dtype=torch.long))
+        return _TRL.apply(x, weight, head).sum()  # type: ignore[no-untyped-call, no-any-return]
+    _following = torch.nn.functional.pad(labels, (0, 1))[..., 1:].contiguous()
+    return _Torch.apply(_low(hidden).flatten(0, -2), _low(weight), head).float().sum()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def fuse_head(model: PreTrainedModel, head: Head) -> None:
@@ -144,11 +238,10 @@ def fuse_head(model: PreTrainedModel, head: Head) -> None:
     def forward(self: Any, labels: Any = None, **inputs: Any) -> Any:
         inputs.pop("num_items_in_batch", None)
         hidden = self.base_model(**inputs).last_hidden_state
-        output = self.get_output_embeddings()
-        weight = output.weight
+        weight = self.get_output_embeddings().weight
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
-        return types.SimpleNamespace(loss=_Fused.apply(hidden.flatten(0, -2), weight, head))  # type: ignore[no-untyped-call]
+        return types.SimpleNamespace(loss=_loss(head, hidden, weight, labels))
 
     model.forward = types.MethodType(forward, model)
 

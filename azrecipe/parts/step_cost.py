@@ -33,7 +33,7 @@ class Recorded:
     events: list[Event]
     of_layer: Mapping[str, int]
     grows: float  # what trains in the whole model / in these layers
-    tokens_wide: tuple[str, int, int, bool]  # the head: its kind, vocabulary, width, float32
+    tokens_wide: tuple[str, int, int]  # the head: its kind, vocabulary, width
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Cost:
     length: int
     shards: int
     parameters: Parameters
-    head: tuple[str, int, int, bool]
+    head: tuple[str, int, int]
     lines: tuple[Line, ...]
     work: tuple[Work, ...]
 
@@ -108,8 +108,8 @@ class Cost:
         return found[0], found[1]
 
     def _rows(self, batch: int) -> int:
-        kind, vocabulary, width, exact = self.head
-        return rows(kind, batch * self.length, vocabulary, width, exact) if kind != "logits" else 0
+        kind, vocabulary, width = self.head
+        return rows(kind, batch * self.length, vocabulary, width) if kind != "logits" else 0
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
@@ -143,11 +143,11 @@ def cost(recorded: Sequence[Recorded], layers: int, parameters: Parameters, shar
     held = [np.array(found[0], dtype=np.float64) for found in at]
     each = (held[1] - held[0]) / span
     base = held[0] - each * first.batch
-    kind, vocabulary, width, exact = first.tokens_wide
-    made = [rows(kind, step.batch * step.length, vocabulary, width, exact) if kind != "logits" else 1 for step in (first, second)]
+    kind, vocabulary, width = first.tokens_wide
+    made = [rows(kind, step.batch * step.length, vocabulary, width) if kind != "logits" else 1 for step in (first, second)]
     tiles = np.array(at[0][1], dtype=np.float64) / made[0]
     grid = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
-    held_rows = np.array([rows(kind, int(b) * first.length, vocabulary, width, exact) if kind != "logits" else 0 for b in grid])
+    held_rows = np.array([rows(kind, int(b) * first.length, vocabulary, width) if kind != "logits" else 0 for b in grid])
     total = base.sum(1)[:, None] + each.sum(1)[:, None] * grid + tiles[:, None] * held_rows
     # Over fewer processes what is at rest weighs more, which can move the peak: the highest for twice and for an eighth count too
     still = base[:, : len(SHARDED)].sum(1)[:, None]

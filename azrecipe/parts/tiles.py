@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 TRL_ROWS = 4096  # trl/kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE
+TRL_COLUMNS = 32_768  # trl/trainer/utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE
 
 
-def rows(kind: str, tokens: int, vocabulary: int, width: int, exact: bool = False) -> int:
-    """Rows in a tile. kind: liger, torch or trl. `exact`: the arithmetic is float32's.
+def rows(kind: str, tokens: int, vocabulary: int, width: int) -> int:
+    """Rows in a tile. kind: liger, torch, accurate or trl.
 
     liger: liger_kernel/ops/fused_linear_cross_entropy.py, with its memory constant of 1. torch: aspect_ratio:2 of
-    torch/nn/modules/linear_cross_entropy_options.py, which it takes for bfloat16 on a GPU and for float32 anywhere.
+    torch/nn/modules/linear_cross_entropy_options.py, which it takes for bfloat16 on a GPU and for float32 anywhere. accurate: its
+    aspect_ratio, for bfloat16 on a CPU.
     """
     if kind == "trl":
         return min(tokens, TRL_ROWS)
     share = -(-tokens // -(-vocabulary // width))
     power = 1 << (share - 1).bit_length()
-    return max(1, min(power if kind == "liger" else power // 2, tokens))
+    return max(1, min(power // 2 if kind == "torch" else power, tokens))

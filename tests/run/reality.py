@@ -1,0 +1,284 @@
+"""Draws configurations by a seed, and measures a real training step of each: bytes by PyTorch's own accounting, operations by its counter.
+
+As a module (`python -m tests.run.reality FOLDER SEED`, alone or under the launcher) it measures those of its backend, one after the other,
+and writes measured-KIND.json. A step is the second one of the recipe's own trainer, so that an optimizer has its state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SINGLE, SHARDED = 18, 12
+TOKENS = 340
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration: what is drawn, and its recipe."""
+
+    name: str
+    kind: str
+    drawn: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+def draw(seed: int) -> list[Case]:
+    """Configurations of one process and of two under FSDP 2. Every value of a choice is dealt as often as any other."""
+    dealer = random.Random(seed)
+    return [*_hand(dealer, "single", SINGLE), *_hand(dealer, "fsdp2", SHARDED)]
+
+
+def _hand(dealer: random.Random, kind: str, number: int) -> list[Case]:
+    choices: dict[str, list[Any]] = {
+        "trains": ["all", "lora", "embeddings", "layers", "new_tokens", "tuning"],
+        "model_type": ["llama", "qwen3", "llama", "gemma", "llama", "gpt2"],
+        "precision": ["float32", "bf16_mixed", "bf16_pure"],
+        "activation_checkpointing": [True, False],
+        "layers": [2, 3, 6, 9],
+        "batch": [1, 2, 3, 4],
+        "length": [64, 80, 128],
+        "vocabulary": [512, 768, 2048],
+        "tied": [True, False],
+        "kv_heads": [4, 2, 1],
+        "packing": [True, False],
+        "attn_implementation": ["sdpa", "sdpa", "eager"],
+        "fused": [None, "torch"],
+        "accumulation": [1, 1, 2],
+        "max_grad_norm": [1.0, 0.0],
+        "optim": ["adamw_torch_fused", "adamw_torch", "adafactor"],
+        "targets": ["all-linear", ["q_proj", "v_proj"]],
+    }
+    dealt = {}
+    for name, values in choices.items():
+        many = (values * number)[:number]
+        dealer.shuffle(many)
+        dealt[name] = many
+    return [_case(kind, n, {name: values[n] for name, values in dealt.items()}) for n in range(number)]
+
+
+def _case(kind: str, number: int, drawn: dict[str, Any]) -> Case:
+    tuned = drawn["trains"] in ("lora", "tuning")
+    if tuned or drawn["trains"] == "new_tokens" or drawn["model_type"] == "gemma":
+        drawn["fused"] = None if tuned else drawn["fused"]
+    name = f"{kind}-{number:02d}"
+    per_step = drawn["batch"] * drawn["accumulation"] * (2 if kind == "fsdp2" else 1)
+    training = {
+        "global_batch_size": per_step, "per_device_train_batch_size": drawn["batch"], "precision": drawn["precision"],
+        "activation_checkpointing": drawn["activation_checkpointing"], "max_grad_norm": drawn["max_grad_norm"], "optim": drawn["optim"],
+        "logging_steps": 1, "save_steps": 100,
+    }  # fmt: skip
+    recipe: dict[str, Any] = {"project": "reality", "training": training}
+    if tuned:
+        recipe |= {
+            "stage": "sft", "model": {"name_or_path": f"./models/{name}", "attn_implementation": drawn["attn_implementation"]},
+            "chat_template": "llama3", "adapter": "lora" if drawn["trains"] == "lora" else "none",
+            "data": {"max_length": drawn["length"], "packing": drawn["packing"], "datasets": [{"path": "questions.jsonl"}]},
+        }  # fmt: skip
+        if drawn["trains"] == "lora":
+            targets = drawn["targets"] if drawn["model_type"] != "gpt2" else "all-linear"
+            recipe["lora"] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": targets}
+        recipe["data"]["validation"] = {"held_out": {"fraction": 0.1}}
+        training |= {"learning_rate": 1e-3, "max_steps": 3}
+        return Case(name, kind, drawn, recipe)
+    trainable = {"layers": ["layers[2:]" if drawn["layers"] > 2 else "layers[1:]"]}.get(drawn["trains"], [drawn["trains"]])
+    from_base = {"name_or_path": f"./models/{name}"} if drawn["trains"] == "new_tokens" else {"config": config_of(drawn)}
+    recipe |= {
+        "stage": "pretrain", "model": {**from_base, "attn_implementation": drawn["attn_implementation"]},
+        "tokenizer": {"name_or_path": "./tokenizer", "pad_to_multiple_of": drawn["vocabulary"]},
+        "data": {
+            "max_length": drawn["length"], "packing": drawn["packing"], "datasets": [{"path": "short.jsonl" if drawn["packing"] else "long.jsonl"}],
+            "validation": {"target": {"path": "held.jsonl"}},
+        },
+        "phases": [{"name": "phase", "trainable_parameters": trainable, "learning_rate": 1e-3, "max_steps": 3}],
+    }  # fmt: skip
+    if drawn["fused"]:
+        training["fused_linear_cross_entropy"] = drawn["fused"]
+    return Case(name, kind, drawn, recipe)
+
+
+def config_of(drawn: dict[str, Any]) -> dict[str, Any]:
+    """transformers' configuration of a case's model, without its vocabulary."""
+    kind = drawn["model_type"]
+    if kind == "gpt2":
+        return {
+            "model_type": "gpt2", "n_embd": 48, "n_layer": drawn["layers"], "n_head": 4, "n_positions": 256,
+            "tie_word_embeddings": drawn["tied"],
+        }  # fmt: skip
+    return {
+        "model_type": kind, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": drawn["layers"], "num_attention_heads": 4,
+        "num_key_value_heads": drawn["kv_heads"], "head_dim": 12, "max_position_embeddings": 256, "tie_word_embeddings": drawn["tied"],
+    }  # fmt: skip
+
+
+def fill(folder: Path, cases: list[Case]) -> None:
+    """Text, tokenizers, the models that some recipes begin with, and the recipes."""
+    import torch
+
+    from azrecipe.parts.embeddings import pad_vocabulary
+    from azrecipe.parts.model import build_model, save_model
+    from azrecipe.parts.vocabulary import rows_needed, save_tokenizer, train_llama3
+    from tests.conftest import TALES, jsonl, write
+
+    torch.set_num_threads(1)
+    write(folder / "short.jsonl", jsonl(*({"text": f"{TALES[n % 4]} {n}"} for n in range(400))))
+    write(folder / "long.jsonl", jsonl(*({"text": f"{n} " + "".join(TALES) * 30} for n in range(8))))
+    write(folder / "held.jsonl", jsonl({"text": TALES[1]}))
+    talk = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": TALES[1] * 12}]} for n in range(60)
+    ]
+    short = [
+        {"messages": [{"role": "user", "content": f"{n}? {n}"}, {"role": "assistant", "content": TALES[1][: 20 + n % 9]}]} for n in range(500)
+    ]
+    write(folder / "questions.jsonl", jsonl(*talk))
+    write(folder / "short_questions.jsonl", jsonl(*short))
+    tokenizer = train_llama3([tale * 20 for tale in TALES], TOKENS)
+    smaller = train_llama3([tale * 20 for tale in TALES], TOKENS - 40)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    for case in cases:
+        path = case.recipe["model"].get("name_or_path")
+        if path:
+            its = smaller if case.drawn["trains"] == "new_tokens" else tokenizer
+            net = build_model(config_of(case.drawn), its, case.drawn["precision"], case.drawn["attn_implementation"], seed=1)
+            pad_vocabulary(net, rows_needed(its), 1 if its is smaller else case.drawn["vocabulary"])
+            save_model(net, its, folder / path)
+        if case.recipe["stage"] == "sft" and case.recipe["data"]["packing"]:
+            case.recipe["data"]["datasets"][0]["path"] = "short_questions.jsonl"
+        write(folder / f"{case.name}.yaml", json.dumps(case.recipe))
+
+
+class Measured(Exception):
+    """The step has been seen; the run need not go on."""
+
+
+def probe() -> Any:
+    """A callback that measures the bytes of the second step and the operations of the third, and then ends the run."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import TrainerCallback
+
+    from azrecipe.parts.tracker import MORE_FLOPS
+
+    class Probe(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.found: dict[str, Any] = {}
+            self.shapes: list[list[int]] = []
+
+        def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+            pass
+
+        def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            gc.collect()
+            if state.global_step == 1:
+                self.held = held()
+                self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+                self.profile.__enter__()
+            if state.global_step == 2:
+                self.counter = FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
+                self.counter.__enter__()
+
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                self.profile.__exit__(None, None, None)
+                events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+                now = peak = 0
+                for event in sorted(events, key=lambda e: e.start_ns()):
+                    now += event.nbytes()
+                    peak = max(peak, now)
+                self.found = {"peak": self.held + peak, "held": self.held, "left": now}
+                del self.profile
+            if state.global_step == 3:
+                self.counter.__exit__(None, None, None)
+                self.found["flops"] = self.counter.get_total_flops()
+                raise Measured
+
+    def held() -> int:
+        """Bytes of all tensors that are there."""
+        found = {}
+        for each in gc.get_objects():
+            if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
+                storage = each.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+        return sum(found.values())
+
+    return Probe()
+
+
+@contextlib.contextmanager
+def watched(callback: Any) -> Iterator[None]:
+    """Within it every Trainer has this callback, before its own."""
+    from transformers import trainer
+
+    trainer.DEFAULT_CALLBACKS.append(callback)
+    try:
+        yield
+    finally:
+        trainer.DEFAULT_CALLBACKS.remove(callback)
+
+
+def measure(case: Case, folder: Path, backend: Any) -> dict[str, Any]:
+    """A real step of a case's recipe on this backend."""
+    import importlib
+
+    from accelerate.state import AcceleratorState, GradientState
+
+    from azrecipe.recipe.load import load
+
+    recipe = load(folder / f"{case.name}.yaml")
+    stage = importlib.import_module(f"azrecipe.stages.{recipe.stage}")
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    seen = probe()
+    with watched(seen), contextlib.suppress(Measured):
+        stage.run(recipe, folder / "runs", backend)
+    gc.collect()
+    return dict(seen.found)
+
+
+def main(folder: Path, seed: int) -> None:
+    """Measure each case of this process' backend."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    from azrecipe.launch.worker import _quiet
+    from azrecipe.parts import backend as backends
+
+    backend = backends.set_up()
+    _quiet()
+    import torch
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    found = {}
+    only = os.environ.get("ONLY", "").split(",")
+    import time
+    import traceback
+
+    for case in draw(seed):
+        if case.kind == backend.kind and (only == [""] or case.name in only):
+            started = time.monotonic()
+            try:
+                found[case.name] = measure(case, folder, backend)
+            except Exception as error:
+                if backend.main:
+                    traceback.print_exc()
+                found[case.name] = {"error": str(error)}
+            found[case.name]["seconds"] = round(time.monotonic() - started, 2)
+            if backend.main:
+                print(case.name, found[case.name], flush=True)
+                (folder / f"measured-{backend.kind}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
