@@ -77,10 +77,10 @@ class Head:
         """In a tile, of x [tokens, width] and weight [vocabulary, width]."""
         return rows(self.kind, x.shape[0], weight.shape[0], weight.shape[1])
 
-    def times(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-        """What a matrix product into `out` [m, n] takes: none is made here, as the real ones work on types that a CPU's do not."""
+    def times(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, some: int) -> None:
+        """What a product into `out` [m, n] takes, with tiles of `some` rows: none is made, as the real ones work on types that a CPU's do not."""
         m, n = out.shape
-        self.tracker.note(2.0 * m * n * a.shape[1], float(sum(t.numel() * t.element_size() for t in (a, b, out))))
+        self.tracker.did(2 * m * n * a.shape[1], (a, b, out), some)
 
 
 class _Liger(torch.autograd.Function):
@@ -95,11 +95,11 @@ class _Liger(torch.autograd.Function):
         part = low[0][:some]
         with head.tracker.tile(some / x.shape[0]):
             logits = part.new_empty(some, weight.shape[0])
-            head.times(part, low[1], logits)
-            head.times(logits, low[1].t(), gx[:some])
+            head.times(part, low[1], logits, some)
+            head.times(logits, low[1].t(), gx[:some], some)
         if gw is not None:
             with head.tracker.work(some / x.shape[0]):
-                head.times(logits.t(), part.t(), gw)
+                head.times(logits.t(), part.t(), gw, some)
         ctx.save_for_backward(gx, None if gw is None else gw.to(weight.dtype))
         return x.new_zeros((), dtype=torch.float32)
 
@@ -127,7 +127,8 @@ class _Torch(torch.autograd.Function):
         if not ctx.saved_tensors:
             made, ctx.made = ctx.made, None
             return *(None if gradient is None else gradient.mul_(grads[0]) for gradient in made), None
-        return *_torch_tiles(ctx.head, *ctx.saved_tensors, ctx.needs_input_grad[:2]), None
+        x, weight = ctx.saved_tensors
+        return *_torch_tiles(ctx.head, x, weight, ctx.needs_input_grad[:2]), None
 
 
 def _torch_tiles(
@@ -141,10 +142,13 @@ def _torch_tiles(
     gw = torch.zeros_like(weight) if wanted[1] else None
     scratch = torch.empty_like(weight, dtype=torch.float32) if wanted[1] and accurate else gw
     used = weight.float() if accurate else weight
-    _masks = x.new_empty((1, x.shape[0]), dtype=torch.float32), x.new_empty((2, x.shape[0]), dtype=torch.long)  # weights and targets of rows
+    _masks = (
+        x.new_empty((1, x.shape[0]), dtype=torch.float32),
+        x.new_empty((2, x.shape[0]), dtype=torch.long),
+    )  # weights and targets of rows
     with head.tracker.tile(some / x.shape[0]):
         part = x[:some].float() if low and (accurate or wanted[1]) else x[:some]
-        head.times(part, used, logits)
+        head.times(part, used, logits, some)
         for _ in ("less the largest", "exponents", "over their sum"):
             logits.mul_(1)
         down = logits.to(x.dtype) if low and not accurate and any(wanted) else logits
@@ -152,10 +156,10 @@ def _torch_tiles(
             own = used.new_empty((some, weight.shape[1]))
             own.mul(1)
             del own
-            head.times(down, used.t(), gx[:some])
+            head.times(down, used.t(), gx[:some], some)
     if scratch is not None:
         with head.tracker.work(some / x.shape[0]):
-            head.times(down.t(), part.t(), scratch)
+            head.times(down.t(), part.t(), scratch, some)
             if accurate:
                 scratch.add_(1)
     return None if gx is None else gx.to(x.dtype), gw
@@ -182,9 +186,7 @@ class _TRL(torch.autograd.Function):
         return None if gx is None else gx.to(x.dtype), None if gw is None else gw.to(weight.dtype), None
 
 
-def _trl_tiles(
-    head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype], gx: torch.Tensor | None, gw: torch.Tensor | None
-) -> None:
+def _trl_tiles(head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype], gx: torch.Tensor | None, gw: torch.Tensor | None) -> None:
     """The loop over the tiles, each of TRL_COLUMNS columns; on a CPU with what PyTorch's operators make beside one, for want of a kernel."""
     x, weight, dtype = given
     some, columns = head.rows(x, weight), min(TRL_COLUMNS, weight.shape[0])
@@ -196,8 +198,10 @@ def _trl_tiles(
         its = weight[:columns].to(dtype)
         with head.tracker.tile(some / x.shape[0] * columns / weight.shape[0]):
             logits = buffer[:, :columns]
-            head.times(part, its, logits)
-            if not head.cuda:  # _forward_tile and _backward_tile: float32 tensors and a bool one, the size of a tile, that are there at once
+            head.times(part, its, logits, some)
+            if (
+                not head.cuda
+            ):  # _forward_tile and _backward_tile: float32 tensors and a bool one, the size of a tile, that are there at once
                 copies = 13 if gx is None and gw is None else 29
                 torch.empty((some, columns * copies), dtype=torch.uint8)
             logits.mul_(1)
@@ -206,12 +210,12 @@ def _trl_tiles(
                 if not wide:
                     _copies = logits.float(), its.float()
                     del _copies
-                head.times(logits, its.t(), gx[:some])
+                head.times(logits, its.t(), gx[:some], some)
         if gw is not None:
             with head.tracker.work(some / x.shape[0] * columns / weight.shape[0]):
                 if not wide:
                     _copies = logits.float(), part.float()
-                head.times(logits.t(), part.t(), gw[:columns])
+                head.times(logits.t(), part.t(), gw[:columns], some)
 
 
 def _low(tensor: torch.Tensor) -> torch.Tensor:
