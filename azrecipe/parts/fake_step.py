@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -332,11 +334,12 @@ def _mesh(shards: int) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    import logging
-
+    """Without what libraries tell each other of their futures."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.disable(before)

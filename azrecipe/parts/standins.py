@@ -238,6 +238,7 @@ def _loss(head: Head, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.
 
 def fuse_head(model: PreTrainedModel, head: Head) -> None:
     """Let a model's forward, given labels, return a loss alone, made by a stand-in."""
+    head.tracker.more_tiles = head.kind == "trl"
 
     def forward(self: Any, labels: Any = None, **inputs: Any) -> Any:
         inputs.pop("num_items_in_batch", None)

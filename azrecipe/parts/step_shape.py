@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from azrecipe.recipe.types import Lora
 
-FORMAT = 1  # of what is kept on disk under a key
+SOURCES = ("fake_step", "tracker", "standins", "step_cost", "tiles", "phases", "lora")  # the modules that an answer comes from
 
 
 @dataclass(frozen=True)
@@ -68,5 +70,12 @@ class Asked:
     def key(self, length: int) -> str:
         """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""
         libraries = [version(name) for name in ("torch", "transformers", "peft", "accelerate")]
-        text = json.dumps([FORMAT, asdict(self), length, libraries], sort_keys=True)
+        text = json.dumps([_own(), asdict(self), length, libraries], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@cache
+def _own() -> str:
+    """A hash of the modules that an answer comes from: another one is asked for again."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()

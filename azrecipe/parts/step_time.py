@@ -59,13 +59,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer's step. links: what the links would take by themselves, inside a machine and between machines."""
+    """Seconds of an optimizer's step; what the links would take by themselves, inside a machine and between machines; and without EFA."""
 
     total: Span
     compute: Span
     inside: float
     between: Span
     rests_on: str
+    without_efa: float | None = None
 
     @property
     def bound(self) -> str:
@@ -92,7 +93,10 @@ def step_time(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: 
         max(compute.middle, slowest[1]),
         max(compute.high, slowest[2]) + min(compute.middle, slowest[1]) * (cluster.world > 1),
     )
-    return StepTime(total, compute, inside, between, rests_on)
+    network, slow = cluster.machine.network, None
+    if cluster.nodes > 1 and network is not None and network.efa_interfaces:
+        slow = max(total.middle, between.middle * _rates()["efa"]["middle"] / float(_calibration()["without_efa"]))
+    return StepTime(total, compute, inside, between, rests_on, slow)
 
 
 def volumes(cost: Cost, asked: Asked, accumulation: int) -> tuple[float, float]:

@@ -65,6 +65,7 @@ class Tracker(TorchDispatchMode):
         self.place: tuple[str, int] = ("start", 0)
         self.phase = "activations"  # the kind of what an operator makes, where nothing else is known
         self.scale = 1.0  # of FLOPs and bytes moved, where a part of a loop stands for all of it
+        self.more_tiles = False  # whether a larger batch has more tiles, and not larger ones
         self.logits: tuple[int, ...] = ()  # last dimensions that say: these are logits
         self.base = dict.fromkeys((*KINDS, TILE), 0)
         self.each = dict.fromkeys((*KINDS, TILE), 0.0)
@@ -104,7 +105,7 @@ class Tracker(TorchDispatchMode):
 
     def _pair(self, amount: int) -> tuple[float, float]:
         """An amount of work, base and each; in a tile it stands for all tokens, and so is in proportion to the batch."""
-        if self.batch and (amount % self.batch == 0 or self.phase == TILE):
+        if self.batch and (amount % self.batch == 0 or self.phase == TILE or (self.scale != 1 and self.more_tiles)):
             return 0.0, amount * self.scale / self.batch
         return amount * self.scale, 0.0
 
@@ -146,6 +147,8 @@ class Tracker(TorchDispatchMode):
         """A product that is none here, of a tile of `some` rows that stands for all: what has those rows is in proportion to the batch."""
         sizes = [(tensor.numel() * tensor.element_size() * self.scale, some in tensor.shape) for tensor in tensors]
         rows, rest = (sum(size for size, of_rows in sizes if of_rows is wanted) for wanted in (True, False))
+        if self.more_tiles:
+            rows, rest = rows + rest, 0.0
         flops_ = flops * self.scale
         self.note(*((0.0, flops_ / self.batch), (rest, rows / self.batch)) if self.batch else ((flops_, 0.0), (rows + rest, 0.0)))
 

@@ -35,6 +35,11 @@ def show(answer: Mapping[str, Any]) -> None:
     _levers(answer, out)
     if answer["hours"]:
         _price(answer, out)
+    slow = sum(loop["hours_without_efa"] or 0.0 for loop in answer["loops"])
+    if slow:
+        out.print(
+            f"with EFA not in use, as it seems to have been in the published training on two p4d.24xlarge: {slow:.1f} hours. Check it first"
+        )
     for note in answer["notes"]:
         out.print(f"note: {note}")
     for rests_on in dict.fromkeys(loop["rests_on"] for loop in answer["loops"]):
@@ -76,8 +81,8 @@ def _levers(answer: Mapping[str, Any], out: Console) -> None:
     changes = answer["levers"]["changes"]
     if not changes:
         return
-    table = Table(title=f"What one change does to {answer['levers']['of']}, best first", title_justify="left")
-    for name in ("change", "peak at this batch", "", "largest batch", "tokens/s at its best batch", "", "how"):
+    table = Table(title=f"What one change does to {answer['levers']['of']}, each at its best batch, best first", title_justify="left")
+    for name in ("change", "peak at this batch", "", "largest batch", "tokens/s at best batch", "", "how"):
         table.add_column(name, justify="left" if name in ("change", "how") else "right")
     for line in changes:
         rate = line["tokens_per_second"]
