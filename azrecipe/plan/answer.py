@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
     said = [_lever(change, cost, base, best) for change, cost in zip(changes, known[len(found) :], strict=True)]
     if changes and best.batch and best.batch != found[main].batch:
         said.append(_batch(found[main], known[main], where, (base, best)))
-    notes = dict.fromkeys([*shape.notes, *(note for amount in long for note in amount.notes)])
+    notes = dict.fromkeys([*shape.notes, *(note for amount in long for note in amount.notes), *_limits(recipe, where)])
     return {
         "recipe": str(recipe.path),
         "stage": recipe.stage,
@@ -49,6 +49,21 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
         "levers": {"of": found[main].name, "changes": sorted(said, key=_order)},
         "notes": list(notes),
     }
+
+
+def _limits(recipe: Recipe, where: Where) -> Iterator[str]:
+    """What of this recipe and launch the answer leaves out, or has not been verified."""
+    config = recipe.config
+    if config.training.torch_compile:
+        yield "torch_compile is not reckoned: compiled steps hold and take less"
+    if config.training.trainer_arguments:
+        yield f"training.trainer_arguments are not looked at: {', '.join(config.training.trainer_arguments)}"
+    if where.context > 1:
+        yield "sequences split over processes are reckoned as shorter ones, without the ring's buffers: not verified"
+    if where.kind.startswith("zero"):
+        yield "DeepSpeed is reckoned, not run: not verified"
+    if getattr(config, "method", "") == "dpo":
+        yield "of the reference its weights are reckoned, and not its forward pass: about a quarter more time"
 
 
 def _longest(found: Sequence[Loop], long: Sequence[Amount]) -> int:
