@@ -24,13 +24,14 @@ Event = tuple[Place, tuple[int, ...], int, float, float]  # place, bytes by kind
 class Recorded:
     """One step: its events, and what does not depend on them.
 
-    layers: those that it was run with. of_layer: bytes at rest that a further layer adds, by kind. trained: trainable bytes of it, and of all.
+    earlier: of a batch before it, where batches accumulate. layers: those that it was run with. of_layer: bytes at rest that a further layer adds, by kind. trained: trainable bytes of it, and of all.
     """
 
     batch: int
     length: int
     layers: int
     events: list[Event]
+    earlier: list[Event]
     of_layer: Mapping[str, int]
     grows: float  # what trains in the whole model / in these layers
     tokens_wide: tuple[str, int, int]  # the head: its kind, vocabulary, width
@@ -166,11 +167,9 @@ def _whole(step: Recorded, layers: int) -> tuple[list[list[float]], list[float]]
     if extra == 0:
         return [list(event[1]) for event in step.events], [event[2] for event in step.events]
     rest = [float(step.of_layer.get(kind, 0)) for kind in KINDS]
-    by_place: dict[Place, list[Event]] = {}
-    for event in step.events:
-        by_place.setdefault(event[0], []).append(event)
-    kept = _difference(by_place[("forward", 2)][-1], by_place[("forward", 1)][-1])
-    after = _gradients(by_place, kept)
+    if step.earlier:
+        rest = [r + g for r, g in zip(rest, _of_layer(step.earlier)[1], strict=True)]
+    kept, after = _of_layer(step.events)
     held: list[list[float]] = []
     tiles: list[float] = []
     last = step.layers - 1
@@ -193,12 +192,14 @@ def _difference(one: Event, other: Event) -> list[float]:
     return [float(a - b) for a, b in zip(one[1], other[1], strict=True)]
 
 
-def _gradients(by_place: Mapping[Place, list[Event]], kept: list[float]) -> list[float]:
-    """What a layer has left behind after its backward pass, beyond what it had at rest."""
-    if ("backward", 1) not in by_place or ("backward", 2) not in by_place:
-        return [0.0] * len(kept)
-    moved = _difference(by_place[("backward", 1)][-1], by_place[("backward", 2)][-1])
-    return [k + m for k, m in zip(kept, moved, strict=True)]
+def _of_layer(events: Sequence[Event]) -> tuple[list[float], list[float]]:
+    """What a layer in the middle keeps for its backward pass, and what it has left behind after it, beyond what it had before."""
+    last = {event[0]: event for event in events}
+    kept = _difference(last[("forward", 2)], last[("forward", 1)])
+    if ("backward", 1) not in last or ("backward", 2) not in last:
+        return kept, [0.0] * len(kept)
+    moved = _difference(last[("backward", 1)], last[("backward", 2)])
+    return kept, [k + m for k, m in zip(kept, moved, strict=True)]
 
 
 def _work(first: Recorded, second: Recorded, layers: int) -> tuple[Work, ...]:
