@@ -123,7 +123,7 @@ def run(asked: Asked, shape: Shape, few: int, trained: int) -> Recorded:
         of_layer = _step(model, optimizer, (asked, shape), tracker)
     output = base.get_output_embeddings().weight
     wide = (_head(asked), int(output.shape[0]), int(output.shape[1]))
-    return Recorded(shape.batch, shape.length, few, tracker.events, of_layer, grows, wide)
+    return Recorded(shape.batch, shape.length, few, tracker.events, tracker.earlier, of_layer, grows, wide)
 
 
 def _head(asked: Asked) -> str:
@@ -232,7 +232,7 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape
     with tracker.watching():
         for micro in range(2 if asked.accumulates else 1):
             last = micro == (1 if asked.accumulates else 0)
-            tracker.events.clear()  # a step that accumulates is seen in its last part, which holds what the others left
+            tracker.earlier, tracker.events = tracker.events, []  # seen is the last batch of a step, which holds what the others left
             with contextlib.nullcontext() if last or not asked.fsdp else _unsynchronised(model):
                 tracker.phase, tracker.place = "activations", ("start", 0)
                 loss = model(**inputs)["loss"] if asked.head == "logits" else model(**inputs).loss

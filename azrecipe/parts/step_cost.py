@@ -36,13 +36,14 @@ class Event:
 class Recorded:
     """One step of `batch` sequences: its events, and what does not depend on them.
 
-    layers: those that it was run with. of_layer: bytes at rest that a further layer adds, by kind. trained: trainable bytes of it, and of all.
+    earlier: of a batch before it, where batches accumulate. layers: those that it was run with. of_layer: bytes at rest that a further layer adds, by kind. trained: trainable bytes of it, and of all.
     """
 
     batch: int
     length: int
     layers: int
     events: list[Event]
+    earlier: list[Event]
     of_layer: Mapping[str, int]
     grows: float  # what trains in the whole model / in these layers
     tokens_wide: tuple[str, int, int]  # the head: its kind, vocabulary, width
@@ -177,11 +178,9 @@ def _whole(step: Recorded, layers: int) -> list[tuple[Held, Held]]:
     if extra == 0:
         return [(list(map(float, event.base)), list(event.each)) for event in step.events]
     rest: list[Held] = [[float(step.of_layer.get(kind, 0)) for kind in KINDS], [0.0] * len(KINDS)]
-    by_place: dict[Place, list[Event]] = {}
-    for event in step.events:
-        by_place.setdefault(event.place, []).append(event)
-    kept = _difference(by_place[("forward", 2)][-1], by_place[("forward", 1)][-1])
-    after = _gradients(by_place, kept)
+    if step.earlier:
+        rest = _sum(rest, _of_layer(step.earlier)[1])
+    kept, after = _of_layer(step.events)
     found, last = [], step.layers - 1
     for event in step.events:
         where, number = event.place
@@ -208,11 +207,13 @@ def _difference(one: Event, other: Event) -> list[Held]:
     return [[float(a - b) for a, b in zip(x, y, strict=True)] for x, y in ((one.base, other.base), (one.each, other.each))]
 
 
-def _gradients(by_place: Mapping[Place, list[Event]], kept: list[Held]) -> list[Held]:
-    """What a layer has left behind after its backward pass, beyond what it had at rest."""
-    if ("backward", 1) not in by_place or ("backward", 2) not in by_place:
-        return [[0.0] * len(KINDS)] * 2
-    return _sum(kept, _difference(by_place[("backward", 1)][-1], by_place[("backward", 2)][-1]))
+def _of_layer(events: Sequence[Event]) -> tuple[list[Held], list[Held]]:
+    """What a layer in the middle keeps for its backward pass, and what it has left behind after it, beyond what it had before."""
+    last = {event.place: event for event in events}
+    kept = _difference(last[("forward", 2)], last[("forward", 1)])
+    if ("backward", 1) not in last or ("backward", 2) not in last:
+        return kept, [[0.0] * len(KINDS)] * 2
+    return kept, _sum(kept, _difference(last[("backward", 1)], last[("backward", 2)]))
 
 
 def _work(step: Recorded, layers: int) -> tuple[Work, ...]:

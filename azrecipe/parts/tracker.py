@@ -71,6 +71,7 @@ class Tracker(TorchDispatchMode):
         self.each = dict.fromkeys((*KINDS, TILE), 0.0)
         self.live: dict[int, list[Any]] = {}  # id of a storage → (base, each) bytes, kind, weak reference
         self.events: list[Event] = []
+        self.earlier: list[Event] = []  # of a batch before, for the caller to keep
 
     def label(self, kind: str, tensors: Iterable[Any]) -> None:
         """Count these tensors as a kind from now on."""

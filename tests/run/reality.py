@@ -54,7 +54,7 @@ def _hand(dealer: random.Random, kind: str, number: int) -> list[Case]:
         "fused": [None, "torch"],
         "accumulation": [1, 1, 2],
         "max_grad_norm": [1.0, 0.0],
-        "optim": ["adamw_torch_fused", "adamw_torch", "adafactor"],
+        "optim": ["adamw_torch_fused", "adamw_torch", "adafactor" if kind == "single" else "adamw_torch"],  # which takes no sharded tensors
         "targets": ["all-linear", ["q_proj", "v_proj"]],
     }
     dealt = {}
@@ -67,6 +67,7 @@ def _hand(dealer: random.Random, kind: str, number: int) -> list[Case]:
 
 def _case(kind: str, number: int, drawn: dict[str, Any]) -> Case:
     tuned = drawn["trains"] in ("lora", "tuning")
+    drawn["length"] += 64 * tuned  # a conversation begins with a system prompt
     if tuned or drawn["trains"] == "new_tokens" or drawn["model_type"] == "gemma":
         drawn["fused"] = None if tuned else drawn["fused"]
     name = f"{kind}-{number:02d}"
@@ -132,10 +133,11 @@ def fill(folder: Path, cases: list[Case]) -> None:
     write(folder / "short.jsonl", jsonl(*({"text": f"{TALES[n % 4]} {n}"} for n in range(400))))
     write(folder / "long.jsonl", jsonl(*({"text": f"{n} " + "".join(TALES) * 30} for n in range(8))))
     write(folder / "held.jsonl", jsonl({"text": TALES[1]}))
-    talk = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": TALES[1] * 12}]} for n in range(60)]
+    talk = [
+        {"messages": [{"role": "user", "content": f"{n:04d}?"}, {"role": "assistant", "content": TALES[1] + TALES[3]}]} for n in range(500)
+    ]
     short = [
-        {"messages": [{"role": "user", "content": f"{n}? {n}"}, {"role": "assistant", "content": TALES[1][: 20 + n % 9]}]}
-        for n in range(500)
+        {"messages": [{"role": "user", "content": f"{n:04d}?"}, {"role": "assistant", "content": TALES[1][:20]}]} for n in range(500)
     ]
     write(folder / "questions.jsonl", jsonl(*talk))
     write(folder / "short_questions.jsonl", jsonl(*short))
@@ -167,13 +169,25 @@ def probe() -> Any:
 
     from azrecipe.parts.tracker import MORE_FLOPS
 
+    def loss(x: Any, weight: Any, *more: Any, out_shape: Any = None, **__: Any) -> int:
+        """Of torch's chunked loss, which the counter cannot look into: logits, and the gradients that are wanted in the same pass."""
+        return int(2 * x[0] * x[1] * weight[0] * (1 + sum(more[-3:-1] if len(more) > 9 else ())))
+
+    import torch.nn.modules.linear_cross_entropy  # it makes the operators
+
+    chunked = torch.ops.torch_nn._linear_cross_entropy_batch_chunked, torch.ops.torch_nn._linear_cross_entropy_batch_chunked_no_reduction
+    known = {**MORE_FLOPS, **dict.fromkeys(chunked, loss)}
+
+    # Checkpointing keeps the state of the CPU's generator for each layer, in the host's memory wherever the model is
+    state_bytes = torch.get_rng_state().nbytes
+
     class Probe(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.found: dict[str, Any] = {}
             self.shapes: list[list[int]] = []
 
         def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
-            pass
+            model.register_forward_pre_hook(lambda _, __, given: self.shapes.append(list(given["input_ids"].shape)), with_kwargs=True)
 
         def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             gc.collect()
@@ -182,18 +196,35 @@ def probe() -> Any:
                 self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 self.profile.__enter__()
             if state.global_step == 2:
-                self.counter = FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
+                self.counter = FlopCounterMode(display=False, custom_mapping=known)
                 self.counter.__enter__()
 
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             if state.global_step == 2:
                 self.profile.__exit__(None, None, None)
-                events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+                events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]" and abs(e.nbytes()) != state_bytes]
                 now = peak = 0
                 for event in sorted(events, key=lambda e: e.start_ns()):
                     now += event.nbytes()
                     peak = max(peak, now)
-                self.found = {"peak": self.held + peak, "held": self.held, "left": now}
+                if os.environ.get("DEBUG"):
+                    evs = self.profile.profiler.kineto_results.events()
+                    t = now = 0
+                    top = 0
+                    for e in sorted(events, key=lambda e: e.start_ns()):
+                        now += e.nbytes()
+                        if now > top:
+                            top, t = now, e.start_ns()
+                    around = [e for e in evs if e.name() != "[memory]" and e.start_ns() <= t <= e.end_ns()]
+                    print("PEAK", [(e.name(), e.shapes()) for e in sorted(around, key=lambda e: e.start_ns())])
+                    live = {}
+                    for e in sorted(events, key=lambda e: e.start_ns()):
+                        if e.start_ns() > t:
+                            break
+                        k = abs(e.nbytes())
+                        live[k] = live.get(k, 0) + (1 if e.nbytes() > 0 else -1)
+                    print("LIVE", sorted(((k * n, k, n) for k, n in live.items() if n), reverse=True)[:25])
+                self.found = {"shape": self.shapes[-1], "peak": self.held + peak, "held": self.held, "left": now}
                 del self.profile
             if state.global_step == 3:
                 self.counter.__exit__(None, None, None)
