@@ -218,9 +218,12 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape
     }.items():  # fmt: skip
         tracker.label(kind, tensors)
     del state
+    copies = 2 if asked.reference else 1
+    if asked.reference:
+        tracker.base["weights"] += _bytes(model)
     layer = decoder_layers(model)[-1]
     states = [value for p in layer.parameters() for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor)]
-    of_layer = {"weights": _bytes(layer), "optimizer": sum(_local(value) for value in states)}
+    of_layer = {"weights": copies * _bytes(layer), "optimizer": sum(_local(value) for value in states)}
 
     def note_gradient(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:

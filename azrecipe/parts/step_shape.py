@@ -30,7 +30,7 @@ class Asked:
 
     config: transformers' own, with model_type and the vocab_size trained with. trainable: groups and patterns, without an adapter.
     kernels: Liger's that are in use. head: how the loss is computed: logits (all of them), liger, torch or trl (a tile at a time).
-    masked: packed documents are kept apart by a mask [length, length]. shards: processes that the model is split over (1: whole).
+    reference: a second copy of the weights is held, to compare with. masked: packed documents are kept apart by a mask [length, length]. shards: processes that the model is split over (1: whole).
     """
 
     config: Mapping[str, Any]
@@ -39,6 +39,7 @@ class Asked:
     new_rows: int = 0
     lora: Lora | None = None
     quantized: bool = False
+    reference: bool = False
     attn_implementation: str = "sdpa"
     masked: bool = False
     kernels: tuple[str, ...] = ()

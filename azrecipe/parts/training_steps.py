@@ -69,7 +69,12 @@ def loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True
         ]
     adapted = config.adapter != "none"
     asked = replace(
-        asked, head="trl", lora=config.lora if adapted else None, quantized=config.adapter == "qlora", **_optimizer(config.training)
+        asked,
+        head="trl",
+        lora=config.lora if adapted else None,
+        quantized=config.adapter == "qlora",
+        reference=config.method == "dpo" and not adapted,
+        **_optimizer(config.training),
     )
     pairs = 2 if config.method == "dpo" else 1
     return [Loop(config.method, asked, length, split.per_device * pairs, split.accumulation, training.global_batch_size, pairs)]
