@@ -132,10 +132,11 @@ def fill(folder: Path, cases: list[Case]) -> None:
     write(folder / "short.jsonl", jsonl(*({"text": f"{TALES[n % 4]} {n}"} for n in range(400))))
     write(folder / "long.jsonl", jsonl(*({"text": f"{n} " + "".join(TALES) * 30} for n in range(8))))
     write(folder / "held.jsonl", jsonl({"text": TALES[1]}))
-    talk = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": TALES[1] * 12}]} for n in range(60)]
+    talk = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": TALES[1] * 12}]} for n in range(60)
+    ]
     short = [
-        {"messages": [{"role": "user", "content": f"{n}? {n}"}, {"role": "assistant", "content": TALES[1][: 20 + n % 9]}]}
-        for n in range(500)
+        {"messages": [{"role": "user", "content": f"{n}? {n}"}, {"role": "assistant", "content": TALES[1][: 20 + n % 9]}]} for n in range(500)
     ]
     write(folder / "questions.jsonl", jsonl(*talk))
     write(folder / "short_questions.jsonl", jsonl(*short))
