@@ -34,7 +34,7 @@ from azrecipe.recipe.types import Lora
 FILE = "plan.json"
 SWITCH = "AZRECIPE_FORESEE"  # 0: never; 1: on a CPU too
 LIMIT = "AZRECIPE_FORESEE_SECONDS"
-SECONDS = 20.0  # that the others wait at most; a second time it is known at once
+SECONDS = 30.0  # that the others wait at most; it takes a few where there are cores, and none a second time
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 GIB = 2**30
@@ -105,7 +105,7 @@ def foretell(recipe: Recipe, model: ModelShape, backend: Backend, here: Here | N
 
     Raises NotForeseen, CommandError.
     """
-    loops = training_steps.loops(recipe, model, backend, cuda=here is not None)
+    loops = _loops(recipe, model, backend, here is not None)
     costs = apart([(loop.asked, loop.length) for loop in loops])
     machine = here.machine if here else None
     found = [_loop(loop, cost, backend, here) for loop, cost in zip(loops, costs, strict=True)]
@@ -122,6 +122,14 @@ def foretell(recipe: Recipe, model: ModelShape, backend: Backend, here: Here | N
         "versions": {name: version(name) for name in PACKAGES},
         "loops": found,
     }
+
+
+def _loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True) -> list[Loop]:
+    """The loops as the launcher wants them: it may have said that parameters stay whole between forward and backward."""
+    found = training_steps.loops(recipe, model, backend, cuda)
+    if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false":
+        return found
+    return [replace(loop, asked=replace(loop.asked, reshard_after_forward=False)) for loop in found]
 
 
 def _loop(loop: Loop, cost: Cost, backend: Backend, here: Here | None) -> dict[str, Any]:
@@ -156,12 +164,10 @@ def change(recipe: Recipe, model: ModelShape, on: tuple[Backend, Here], nth: int
     """The smallest change with which a loop surely fits, as it is said on the command line: fewer sequences at once, which changes
     nothing else; else Liger's kernels, activation checkpointing, both, shards. None where none does."""
     backend, here = on
-    loop = training_steps.loops(recipe, model, backend)[nth]
+    loop = _loops(recipe, model, backend)[nth]
     if batch := _batch(loop, cost, backend, here):
         return f"--set training.per_device_train_batch_size={batch}"
-    others = [
-        (how, changed, there, training_steps.loops(changed, model, there)[nth]) for how, changed, there in _changes(recipe, model, backend)
-    ]
+    others = [(how, changed, there, _loops(changed, model, there)[nth]) for how, changed, there in _changes(recipe, model, backend)]
     try:
         costs = apart([(other.asked, other.length) for *_, other in others])
     except NotForeseen:
