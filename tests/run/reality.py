@@ -136,9 +136,7 @@ def fill(folder: Path, cases: list[Case]) -> None:
     talk = [
         {"messages": [{"role": "user", "content": f"{n:04d}?"}, {"role": "assistant", "content": TALES[1] + TALES[3]}]} for n in range(500)
     ]
-    short = [
-        {"messages": [{"role": "user", "content": f"{n:04d}?"}, {"role": "assistant", "content": TALES[1][:20]}]} for n in range(500)
-    ]
+    short = [{"messages": [{"role": "user", "content": f"{n:04d}?"}, {"role": "assistant", "content": TALES[1][:20]}]} for n in range(500)]
     write(folder / "questions.jsonl", jsonl(*talk))
     write(folder / "short_questions.jsonl", jsonl(*short))
     tokenizer = train_llama3([tale * 20 for tale in TALES], TOKENS)
@@ -202,7 +200,9 @@ def probe() -> Any:
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
             if state.global_step == 2:
                 self.profile.__exit__(None, None, None)
-                events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]" and abs(e.nbytes()) != state_bytes]
+                events = [
+                    e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]" and abs(e.nbytes()) != state_bytes
+                ]
                 now = peak = 0
                 for event in sorted(events, key=lambda e: e.start_ns()):
                     now += event.nbytes()
