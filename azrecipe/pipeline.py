@@ -131,8 +131,11 @@ def plan(arguments: argparse.Namespace) -> int:
         return planning.learn(arguments.calibrate)
     if arguments.recipe is None:
         raise CommandError("which recipe? azrecipe plan RECIPE --hardware NAME")
-    recipe, steps = open_recipe(resources.find(arguments.recipe), parse_overrides(arguments.set), arguments.step, arguments.cell)
-    return planning.run(arguments, recipe, [step.recipe for step in steps], _launch(arguments.accelerate_config))
+    path, overrides = resources.find(arguments.recipe), parse_overrides(arguments.set)
+    recipe, steps = open_recipe(path, overrides, arguments.step, arguments.cell)
+    chosen = [step.recipe for step in steps] if recipe.stage == "pipeline" else [recipe]
+    beside = [step.recipe for step in load_pipeline(path, overrides)[1]] if arguments.step else chosen
+    return planning.run(arguments, chosen, beside, _launch(arguments.accelerate_config))
 
 
 def _launch(name: str | None) -> Where | None:

@@ -25,13 +25,14 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
     if not where.reshard:
         found = [replace(loop, asked=replace(loop.asked, reshard_after_forward=False)) for loop in found]
     long = amounts(recipe, around.runs_dir, found)
-    main = _longest(found, long)
+    known = estimates.costs([(loop.asked, loop.length) for loop in found])
+    answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, known, long, strict=True)]
+    main = _looked_at(answers)
     changes = levers(recipe.config, found[main], where) if look_at_levers else []
-    known = estimates.costs([(loop.asked, loop.length) for loop in (*found, *(change.loop for change in changes))])
+    changed = estimates.costs([(change.loop.asked, change.loop.length) for change in changes])
     best = _best(found[main], known[main], where)
-    answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, known[: len(found)], long, strict=True)]
     base = answers[main]
-    said = [_lever(change, cost, base, best) for change, cost in zip(changes, known[len(found) :], strict=True)]
+    said = [_lever(change, cost, base, best) for change, cost in zip(changes, changed, strict=True)]
     if changes and best.batch and best.batch != found[main].batch:
         said.append(_batch(found[main], known[main], where, (base, best)))
     notes = dict.fromkeys([*shape.notes, *(note for amount in long for note in amount.notes), *_limits(recipe, where)])
@@ -66,9 +67,15 @@ def _limits(recipe: Recipe, where: Where) -> Iterator[str]:
         yield "of the reference its weights are reckoned, and not its forward pass: about a quarter more time"
 
 
-def _longest(found: Sequence[Loop], long: Sequence[Amount]) -> int:
-    """The loop that most of the time is spent in, as far as known: the one with the most tokens, at last the last."""
-    return max(range(len(found)), key=lambda i: (long[i].tokens or 0, i))
+def _looked_at(answers: Sequence[dict[str, Any]]) -> int:
+    """The loop whose changes are of most use: of those that fit at no batch the largest, else the one with the most tokens, as far as known."""
+
+    def use(nth: int) -> tuple[bool, int, int]:
+        loop = answers[nth]
+        nowhere = loop["largest_batch"]["surely"] == 0
+        return nowhere, loop["memory"]["peak"] if nowhere else loop["tokens"] or 0, nth
+
+    return max(range(len(answers)), key=use)
 
 
 def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any]:

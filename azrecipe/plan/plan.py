@@ -20,40 +20,50 @@ from azrecipe.recipe.load import Recipe
 TRAINING = ("pretrain", "sft")
 
 
-def run(arguments: Namespace, recipe: Recipe, steps: Sequence[Recipe], launch: Where | None) -> int:
-    """Print the answer for a recipe, or for each of a pipeline's `steps` that trains. `launch`: what an accelerate config asks for."""
-    chosen = [one for one in (steps or [recipe]) if one.stage in TRAINING]
+def run(arguments: Namespace, recipes: Sequence[Recipe], beside: Sequence[Recipe], launch: Where | None) -> int:
+    """Print the answer for each recipe that trains. `beside`: those of the same pipeline; `launch`: what an accelerate config asks for."""
+    chosen = [one for one in recipes if one.stage in TRAINING]
     if not chosen:
         raise CommandError(
-            f"{recipe.path}: a {recipe.stage} recipe; what can be planned is pretrain and sft recipes, and pipelines with some"
+            f"{recipes[0].path}: a {recipes[0].stage} recipe; what can be planned is pretrain and sft recipes, and pipelines with some"
         )
     names = arguments.compare.split(",") if arguments.compare else [arguments.hardware]
     if names == [None]:
         raise CommandError(
             "which machine? --hardware p5.48xlarge, or cards: --hardware 'h100-80g x8'; several: --compare p4d.24xlarge,p5.48xlarge"
         )
-    around = Around(arguments.runs_dir, {one.name: one for one in steps}, arguments.config_json, arguments.vocab_size)
+
+    def around(recipe: Recipe) -> Around:
+        own = {one.name: one for one in beside if one.cell in (None, recipe.cell)}
+        return Around(arguments.runs_dir, own, arguments.config_json, arguments.vocab_size)
+
     places = [where(_machine(name.strip(), arguments), arguments.nodes, launch) for name in names]
     look = not (arguments.compare or arguments.largest_batch or arguments.no_levers) and len(chosen) == 1
-    answers = [[answer.of_recipe(one, around, place, look) for place in places] for one in chosen]
+    answers = [[answer.of_recipe(one, around(one), place, look) for place in places] for one in chosen]
+    _print(arguments, answers)
+    if len(answers) > 1 and not (arguments.json or arguments.compare or arguments.largest_batch):
+        show.whole([each[0] for each in answers])
+        print(f"What single changes would do: --step {chosen[-1].path.name}")
+    for one, each in zip(chosen, answers, strict=True):
+        if not look and any(_fits_nowhere(each, nth) and not _batches(each, nth) for nth in range(len(each[0]["loops"]))):
+            each[0] = answer.of_recipe(one, around(one), places[0], True)  # which change would help is wanted now
+    _nowhere(answers)
+    return 0
+
+
+def _print(arguments: Namespace, answers: Sequence[Sequence[dict[str, Any]]]) -> None:
     if arguments.json:
         flat = [found for each in answers for found in each]
         print(json.dumps(flat if len(flat) > 1 else flat[0], indent=2))
-    elif arguments.largest_batch:
-        for each in answers:
+        return
+    for each in answers:
+        if arguments.largest_batch:
             for found in each:
                 show.largest(found)
-    elif arguments.compare:
-        for each in answers:
+        elif arguments.compare:
             show.compare(each)
-    else:
-        for each in answers:
+        else:
             show.show(each[0])
-        if len(answers) > 1:
-            show.whole([each[0] for each in answers])
-            print(f"What single changes would do: --step {chosen[-1].path.name}")
-    _nowhere(answers)
-    return 0
 
 
 def learn(path: Path) -> int:
@@ -69,28 +79,32 @@ def _machine(name: str, arguments: Namespace) -> Machine:
     return machine
 
 
+def _fits_nowhere(each: Sequence[dict[str, Any]], nth: int) -> bool:
+    """Whether a loop fits on none of the machines as it stands."""
+    return all(found["loops"][nth]["verdict"] == "does not fit" for found in each)
+
+
+def _batches(each: Sequence[dict[str, Any]], nth: int) -> int:
+    """The largest batch with which a loop surely fits on one of the machines; 0: with none."""
+    return max(int(found["loops"][nth]["largest_batch"]["surely"]) for found in each)
+
+
 def _nowhere(answers: Sequence[Sequence[dict[str, Any]]]) -> None:
     """Raise CannotRun for a loop that fits on none of the machines as it stands, with the smallest change that would fit, if there is one."""
     said = []
     for each in answers:
         for nth, loop in enumerate(each[0]["loops"]):
-            if any(found["loops"][nth]["verdict"] != "does not fit" for found in each):
+            if not _fits_nowhere(each, nth):
                 continue
-            best = max(found["loops"][nth]["largest_batch"]["surely"] for found in each)
-            if best:
-                said.append(
-                    f"{each[0]['recipe']}: {loop['name']} does not fit: --set training.per_device_train_batch_size={best} does, and accumulates"
-                )
+            name = f"{each[0]['recipe']}: {loop['name']}"
+            if best := _batches(each, nth):
+                said.append(f"{name} does not fit: --set training.per_device_train_batch_size={best} does, and accumulates")
                 continue
-            fitting = [line for found in each for line in found["levers"]["changes"] if line["largest_batch"]["surely"] >= 1]
+            fitting = [line for line in each[0]["levers"]["changes"] if line["largest_batch"]["surely"] >= 1]
             if fitting:
                 change = min(fitting, key=lambda line: abs(line["difference"]))
-                said.append(
-                    f"{each[0]['recipe']}: {loop['name']} does not fit at any batch as it stands; with {change['change']} it does: {change['how']}"
-                )
+                said.append(f"{name} does not fit at any batch as it stands; with {change['change']} it does: {change['how']}")
             else:
-                said.append(
-                    f"{each[0]['recipe']}: {loop['name']} fits at no batch, and no single change makes it: more cards (--nodes), or larger ones"
-                )
+                said.append(f"{name} fits at no batch, and no single change makes it: more cards (--nodes), larger ones, or an adapter")
     if said:
         raise CannotRun("\n".join(said))
