@@ -126,6 +126,7 @@ class _Torch(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         if not ctx.saved_tensors:
             made, ctx.made = ctx.made, None
+            _zeros = [torch.zeros_like(gradient) for gradient in made if gradient is not None]  # autograd's, as they are outputs
             return *(None if gradient is None else gradient.mul_(grads[0]) for gradient in made), None
         return *_torch_tiles(ctx.head, *ctx.saved_tensors, ctx.needs_input_grad[:2]), None
 

@@ -196,9 +196,9 @@ def _of_layer(events: Sequence[Event]) -> tuple[list[float], list[float]]:
     """What a layer in the middle keeps for its backward pass, and what it has left behind after it, beyond what it had before."""
     last = {event[0]: event for event in events}
     kept = _difference(last[("forward", 2)], last[("forward", 1)])
-    if ("backward", 1) not in last or ("backward", 2) not in last:
+    if ("backward", 2) not in last or ("backward", 3) not in last:
         return kept, [0.0] * len(kept)
-    moved = _difference(last[("backward", 1)], last[("backward", 2)])
+    moved = _difference(last[("backward", 2)], last[("backward", 3)])  # behind the second FSDP gathers no third one any more
     return kept, [k + m for k, m in zip(kept, moved, strict=True)]
 
 
