@@ -208,7 +208,7 @@ def _work(first: Recorded, second: Recorded, layers: int) -> tuple[Work, ...]:
     counted: dict[tuple[bool, tuple[float, ...]], float] = {}
     for one, other in zip(first.events, second.events, strict=True):
         where, number = one[0]
-        times = 1.0 + (extra if where in ("forward", "backward") and number == 1 else 0)
+        times = 1.0 + (extra if (where, number) in (("forward", 1), ("backward", 2)) else 0)
         grow = first.grows if where == "step" and extra else 1.0
         lines: list[float] = []
         for before, now in ((one[3], other[3]), (one[4], other[4])):

@@ -88,6 +88,11 @@ class Tracker(TorchDispatchMode):
             known[:2] = size, kind or known[1]
             self.by_kind[known[1]] += size
 
+    def size(self, tensors: Iterable[Any]) -> int:
+        """Bytes that tensors hold, each storage once."""
+        storages = [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in tensors]
+        return sum({id(storage): self._rounded(storage.nbytes()) for storage in storages}.values())
+
     def _rounded(self, size: int) -> int:
         return -(-size // self.block) * self.block
 
