@@ -229,7 +229,10 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape
     with tracker.watching():
         for micro in range(2 if asked.accumulates else 1):
             last = micro == (1 if asked.accumulates else 0)
-            tracker.earlier, tracker.events = tracker.events, []  # a step that accumulates is seen in its last batch, which holds what the others left
+            tracker.earlier, tracker.events = (
+                tracker.events,
+                [],
+            )  # a step that accumulates is seen in its last batch, which holds what the others left
             with contextlib.nullcontext() if last or not asked.fsdp else _unsynchronised(model):
                 tracker.phase, tracker.place = "activations", ("start", 0)
                 loss = model(**inputs)["loss"] if asked.head == "logits" else model(**inputs).loss

@@ -142,7 +142,10 @@ def _torch_tiles(
     gw = torch.zeros_like(weight) if wanted[1] else None
     scratch = torch.empty_like(weight, dtype=torch.float32) if wanted[1] and accurate else gw
     used = weight.float() if accurate else weight
-    _masks = x.new_empty((1, x.shape[0]), dtype=torch.float32), x.new_empty((2, x.shape[0]), dtype=torch.long)  # weights and targets of rows
+    _masks = (
+        x.new_empty((1, x.shape[0]), dtype=torch.float32),
+        x.new_empty((2, x.shape[0]), dtype=torch.long),
+    )  # weights and targets of rows
     with head.tracker.tile(some / x.shape[0]):
         part = x[:some].float() if low and (accurate or wanted[1]) else x[:some]
         head.times(part, used, logits)
@@ -183,9 +186,7 @@ class _TRL(torch.autograd.Function):
         return None if gx is None else gx.to(x.dtype), None if gw is None else gw.to(weight.dtype), None
 
 
-def _trl_tiles(
-    head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype], gx: torch.Tensor | None, gw: torch.Tensor | None
-) -> None:
+def _trl_tiles(head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype], gx: torch.Tensor | None, gw: torch.Tensor | None) -> None:
     """The loop over the tiles, each of TRL_COLUMNS columns; on a CPU with what PyTorch's operators make beside one, for want of a kernel."""
     x, weight, dtype = given
     some, columns = head.rows(x, weight), min(TRL_COLUMNS, weight.shape[0])
@@ -198,7 +199,9 @@ def _trl_tiles(
         with head.tracker.tile(some / x.shape[0] * columns / weight.shape[0]):
             logits = buffer[:, :columns]
             head.times(part, its, logits)
-            if not head.cuda:  # _forward_tile and _backward_tile: float32 tensors and a bool one, the size of a tile, that are there at once
+            if (
+                not head.cuda
+            ):  # _forward_tile and _backward_tile: float32 tensors and a bool one, the size of a tile, that are there at once
                 copies = 13 if gx is None and gw is None else 29
                 torch.empty((some, columns * copies), dtype=torch.uint8)
             logits.mul_(1)

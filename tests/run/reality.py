@@ -140,9 +140,7 @@ def fill(folder: Path, cases: list[Case]) -> None:
     talk = [
         {"messages": [{"role": "user", "content": f"{n:04d}?"}, {"role": "assistant", "content": TALES[1] + TALES[3]}]} for n in range(500)
     ]
-    short = [
-        {"messages": [{"role": "user", "content": f"{n:04d}?"}, {"role": "assistant", "content": TALES[1][:20]}]} for n in range(500)
-    ]
+    short = [{"messages": [{"role": "user", "content": f"{n:04d}?"}, {"role": "assistant", "content": TALES[1][:20]}]} for n in range(500)]
     write(folder / "questions.jsonl", jsonl(*talk))
     write(folder / "short_questions.jsonl", jsonl(*short))
     tokenizer = train_llama3([tale * 20 for tale in TALES], TOKENS)
@@ -169,7 +167,9 @@ def held() -> int:
     import torch
 
     storages = [
-        each.untyped_storage() for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu"
+        each.untyped_storage()
+        for each in gc.get_objects()
+        if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu"
     ]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
