@@ -1,10 +1,11 @@
-"""The benchmark that is for a GPU runs here at toy size, so that it works on the day there is one."""
+"""The benchmark that is for a GPU runs here at toy size, so that it works on the day there is one; the published table is reproduced."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +25,27 @@ def test_the_gpu_s_benchmark_prints_its_table_at_toy_size() -> None:
     rows = re.findall(r"^\| (ddp|fsdp) \| no \| ≥ (\d+) \| [\d.]+ \| ([\d,]+) \| ([\d,]+) \((\d+)\) \|$", done.stdout, re.MULTILINE)
     assert [(kind, largest) for kind, largest, *_ in rows] == [("ddp", "2"), ("fsdp", "2")]
     assert all(int(rate.replace(",", "")) > 0 for _, _, *rates, _ in rows for rate in rates)
+
+
+def test_the_published_table_is_reproduced(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "plan_published.py"
+    settings = environment(XDG_CACHE_HOME=str(tmp_path))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=settings, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in done.stdout.splitlines() if line.startswith("| ")]
+    rows = {row[0]: row[1:] for row in cells}
+    for name in ("FSDP", "FSDP + Liger"):
+        peak = next(row for row in cells if row[0] == name and "%" in row[4])
+        assert abs(float(peak[4].removesuffix(" %"))) <= 8
+    for name in ("whole", "on each of 8"):
+        assert abs(float(rows[name][2].removesuffix(" %"))) <= 2
+    times = [row for row in cells if row[0].startswith(("p5,", "2 × p4d,"))]
+    assert len(times) == 4
+    assert all(abs(float(row[3].removesuffix(" %"))) <= 20 for row in times)
+    batches = {row[0]: row for row in cells if len(row) == 5 and "–" in row[1] and row[0] != "case"}
+    surely = {name: [int(batches[name][i].split()[0]) for i in (1, 3)] for name in ("FSDP", "FSDP + Liger")}
+    assert [n - n % 2 for n in surely["FSDP"]] == [4, 10]  # the published ones are even
+    assert surely["FSDP + Liger"][0] == 14
+    calibrated = [row for row in cells if row[0] in ("h100-80g", "a100-80g", "a100-40g")]
+    assert len(calibrated) == 5
+    assert all(float(there) == pytest.approx(float(now), abs=0.002) for *_, there, now in calibrated)

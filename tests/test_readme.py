@@ -10,11 +10,15 @@ import pytest
 
 from azrecipe import cli
 from azrecipe.launch.command import config_file
+from azrecipe.parts.hardware import find
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import open_recipe
 from tests.conftest import ROOT
 
-TEXT = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/design.md", "docs/recipes.md", "docs/report.md"))
+TEXT = "".join(
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/design.md", "docs/recipes.md", "docs/report.md", "docs/plan.md")
+)
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = [line.split("  #")[0].strip() for line in BLOCKS.splitlines() if "azrecipe" in line and not line.startswith("python -m")]
 FROM_RECIPES = re.findall(
@@ -44,6 +48,10 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
             assert config_file(arguments.accelerate_config).is_file()
         recipe, steps = open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
         assert steps or recipe.stage != "pipeline"
+    elif arguments.verb == "plan" and arguments.recipe != "RUN":
+        open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
+        for name in arguments.compare.split(",") if arguments.compare else [arguments.hardware]:
+            find(name)
     elif arguments.verb == "validate":
         assert all(path.exists() for path in arguments.paths)
 

@@ -141,6 +141,12 @@ def _zero_stage(environment: Mapping[str, str]) -> int:
     return int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 
+def nodes(environment: Mapping[str, str]) -> int:
+    """How many machines the launcher started processes on."""
+    world = int(environment.get("WORLD_SIZE", "1"))
+    return max(world // int(environment.get("LOCAL_WORLD_SIZE", world)), 1)
+
+
 def has_accelerator() -> bool:
     """Whether torch sees a GPU or its like, and the user has not turned it off."""
     import torch

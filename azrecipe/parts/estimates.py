@@ -29,7 +29,7 @@ def costs(steps: Sequence[tuple[Asked, int]]) -> list[Cost]:
 
     Raises CommandError for a model that cannot be built or patterns that match nothing in it.
     """
-    wanted = [(asked.with_shards(SHARDS) if asked.shards > 1 else asked, length) for asked, length in steps]
+    wanted = _wanted(steps)
     keys = [asked.key(length) for asked, length in wanted]
     found = {key: cost for key in dict.fromkeys(keys) if (cost := _known(key)) is not None}
     lacking = {key: step for key, step in zip(keys, wanted, strict=True) if key not in found}
@@ -40,6 +40,16 @@ def costs(steps: Sequence[tuple[Asked, int]]) -> list[Cost]:
                 folder().mkdir(parents=True, exist_ok=True)
                 write_json(folder() / f"{key}.json", cost.plain())
     return [found[key] for key in keys]
+
+
+def known(steps: Sequence[tuple[Asked, int]]) -> list[Cost] | None:
+    """The same from disk alone; None where a step is not known yet."""
+    found = [_known(asked.key(length)) for asked, length in _wanted(steps)]
+    return None if any(cost is None for cost in found) else [cost for cost in found if cost is not None]
+
+
+def _wanted(steps: Sequence[tuple[Asked, int]]) -> list[tuple[Asked, int]]:
+    return [(asked.with_shards(SHARDS) if asked.shards > 1 else asked, length) for asked, length in steps]
 
 
 def _known(key: str) -> Cost | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 UNMASKED = "azrecipe_unmasked"
 FEW = 4  # decoder layers: a first, a last, and two in between to see what one more adds
-BATCHES = (2, 4)
+BATCH = (
+    1_000_003  # a prime that no size of a model has in it: a size that it divides is a multiple of the batch; fake tensors cost no memory
+)
 
 
 def skeleton(asked: Asked) -> Any:
@@ -59,7 +63,7 @@ def prepare() -> None:
 
 
 def measure(asked: Asked, length: int) -> Cost:
-    """What the step takes at any batch, by running it at two; where all decoder layers are alike, with four of them.
+    """What the step takes at any batch, by running it at one that can be told from every other size; where all layers are alike, with four.
 
     Raises CommandError for what the model has not (patterns that match nothing, a configuration that cannot be built).
     """
@@ -67,8 +71,7 @@ def measure(asked: Asked, length: int) -> Cost:
     layers = decoder_layers(model)
     few = FEW if len(layers) > FEW and _alike(layers, asked) else len(layers)
     trained = _bytes(model, trained=True)
-    recorded = [run(asked, Shape(batch, length), few, trained) for batch in BATCHES]
-    return cost(recorded, len(layers), _parameters(model), asked.shards)
+    return cost(run(asked, Shape(BATCH, length), few, trained), len(layers), _parameters(model), asked.shards)
 
 
 def _parameters(model: Any) -> Parameters:
@@ -100,7 +103,7 @@ def run(asked: Asked, shape: Shape, few: int, trained: int) -> Recorded:
     asked = asked.with_config(config)
     gc.collect()  # an earlier step's cycles must not end inside this one
     mesh = _mesh(asked.shards)
-    tracker = Tracker(512 if asked.cuda else 1)
+    tracker = Tracker(512 if asked.cuda else 1, BATCH if shape.batch == BATCH else 0)
     tracker.logits = (int(config["vocab_size"]),)
     model = skeleton(asked)
     grows = trained / max(_bytes(model, trained=True), 1)
@@ -215,9 +218,12 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape
     }.items():  # fmt: skip
         tracker.label(kind, tensors)
     del state
+    copies = 2 if asked.reference else 1
+    if asked.reference:
+        tracker.base["weights"] += _bytes(model)
     layer = decoder_layers(model)[-1]
     states = [value for p in layer.parameters() for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor)]
-    of_layer = {"weights": tracker.size(layer.parameters()), "optimizer": tracker.size(states)}
+    of_layer = {"weights": copies * tracker.size(layer.parameters()), "optimizer": tracker.size(states)}
 
     def note_gradient(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
@@ -229,10 +235,7 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape
     with tracker.watching():
         for micro in range(2 if asked.accumulates else 1):
             last = micro == (1 if asked.accumulates else 0)
-            tracker.earlier, tracker.events = (
-                tracker.events,
-                [],
-            )  # a step that accumulates is seen in its last batch, which holds what the others left
+            tracker.earlier, tracker.events = tracker.events, []  # seen is the last batch of a step, which holds what the others left
             with contextlib.nullcontext() if last or not asked.fsdp else _unsynchronised(model):
                 tracker.phase, tracker.place = "activations", ("start", 0)
                 loss = model(**inputs)["loss"] if asked.head == "logits" else model(**inputs).loss
@@ -334,11 +337,12 @@ def _mesh(shards: int) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    import logging
-
+    """Without what libraries tell each other of their futures."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.disable(before)

@@ -18,6 +18,8 @@ from azrecipe.recipe.load import Recipe, is_local_model, load
 from azrecipe.recipe.types import ModelSource, Pretrain, PretrainTokenizer, Sft, Tokenizer
 from azrecipe.recipe.yaml_tree import parse
 
+NO_SHAPE = ("architectures", "transformers_version", "torch_dtype", "dtype", "quantization_config", "_name_or_path")  # of a configuration
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -64,13 +66,18 @@ def _base(recipe: Recipe, model: Any, around: Around) -> ModelShape:
     if model.output_of is not None:
         run = run_of(recipe, around.runs_dir, Path(model.output_of).stem)
         if run.complete and (run.final / "config.json").is_file():
-            return ModelShape(_read(run.final / "config.json"), _new_tokens(run.final), ())
+            return of_folder(run.final)
         before = around.recipe(recipe, model.output_of)
         if not isinstance(before.config, Pretrain | Sft):
             raise recipe.problem(f"{model.output_of} is a {before.stage} recipe and makes no model", "model", "output_of")
         return shape_of(before, around)
     config, note = configuration(model, around.config_json)
     return ModelShape(config, 0, (note,) if note else ())
+
+
+def of_folder(folder: Path) -> ModelShape:
+    """The model that a run saved in a folder."""
+    return ModelShape(_read(folder / "config.json"), _new_tokens(folder), ())
 
 
 def configuration(model: ModelSource, given: Path | None = None) -> tuple[dict[str, Any], str]:
@@ -137,13 +144,12 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
     missing = [key for key, other in needed.items() if key not in text and other not in text]
     if missing:
         raise CommandError(f"{name}: no configuration of a language model: it lacks {', '.join(missing)}")
-    left_out = ("architectures", "transformers_version", "torch_dtype", "dtype", "quantization_config", "_name_or_path")
-    return {key: value for key, value in text.items() if key not in left_out}
+    return {key: value for key, value in text.items() if key not in NO_SHAPE}
 
 
 def _new_tokens(folder: Path) -> int:
     file = folder / "new_tokens.json"
-    return len(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else 0
+    return int(json.loads(file.read_text(encoding="utf-8"))["count"]) if file.is_file() else 0
 
 
 def _vocabulary(recipe: Recipe, asked: PretrainTokenizer, base: ModelShape, around: Around) -> tuple[int, int, list[str]]:

@@ -20,7 +20,8 @@ from typing import IO, Any
 import azrecipe
 from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted, hint
 from azrecipe.parts import history
-from azrecipe.parts.backend import share
+from azrecipe.parts.backend import asked as launched
+from azrecipe.parts.backend import nodes, share
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json, write_text
 from azrecipe.parts.history import now
@@ -295,7 +296,8 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     import torch
 
-    gpus: list[str] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    backend = launched(os.environ)
     return {
         "azrecipe": azrecipe.__version__,
         "commit": _commit(),
@@ -304,8 +306,11 @@ def environment() -> dict[str, Any]:
         "processor": platform.machine(),
         "cpus": cores(),
         "torch_threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "gpus": [gpu.name for gpu in gpus],
+        "gpu_memory_bytes": [gpu.total_memory for gpu in gpus],
+        "world_size": backend.world,
+        "nodes": nodes(os.environ),
+        "backend": {"kind": backend.kind, "replicate": backend.replicate, "context": backend.context},
         "versions": versions,
     }
 

@@ -77,10 +77,10 @@ class Head:
         """In a tile, of x [tokens, width] and weight [vocabulary, width]."""
         return rows(self.kind, x.shape[0], weight.shape[0], weight.shape[1])
 
-    def times(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-        """What a matrix product into `out` [m, n] takes: none is made here, as the real ones work on types that a CPU's do not."""
+    def times(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, some: int) -> None:
+        """What a product into `out` [m, n] takes, with tiles of `some` rows: none is made, as the real ones work on types that a CPU's do not."""
         m, n = out.shape
-        self.tracker.note(2.0 * m * n * a.shape[1], float(sum(t.numel() * t.element_size() for t in (a, b, out))))
+        self.tracker.did(2 * m * n * a.shape[1], (a, b, out), some)
 
 
 class _Liger(torch.autograd.Function):
@@ -95,11 +95,11 @@ class _Liger(torch.autograd.Function):
         part = low[0][:some]
         with head.tracker.tile(some / x.shape[0]):
             logits = part.new_empty(some, weight.shape[0])
-            head.times(part, low[1], logits)
-            head.times(logits, low[1].t(), gx[:some])
+            head.times(part, low[1], logits, some)
+            head.times(logits, low[1].t(), gx[:some], some)
         if gw is not None:
             with head.tracker.work(some / x.shape[0]):
-                head.times(logits.t(), part.t(), gw)
+                head.times(logits.t(), part.t(), gw, some)
         ctx.save_for_backward(gx, None if gw is None else gw.to(weight.dtype))
         return x.new_zeros((), dtype=torch.float32)
 
@@ -128,7 +128,8 @@ class _Torch(torch.autograd.Function):
             made, ctx.made = ctx.made, None
             _zeros = [torch.zeros_like(gradient) for gradient in made if gradient is not None]  # autograd's, as they are outputs
             return *(None if gradient is None else gradient.mul_(grads[0]) for gradient in made), None
-        return *_torch_tiles(ctx.head, *ctx.saved_tensors, ctx.needs_input_grad[:2]), None
+        x, weight = ctx.saved_tensors
+        return *_torch_tiles(ctx.head, x, weight, ctx.needs_input_grad[:2]), None
 
 
 def _torch_tiles(
@@ -142,13 +143,11 @@ def _torch_tiles(
     gw = torch.zeros_like(weight) if wanted[1] else None
     scratch = torch.empty_like(weight, dtype=torch.float32) if wanted[1] and accurate else gw
     used = weight.float() if accurate else weight
-    _masks = (
-        x.new_empty((1, x.shape[0]), dtype=torch.float32),
-        x.new_empty((2, x.shape[0]), dtype=torch.long),
-    )  # weights and targets of rows
+    # The rows' weights and targets
+    _masks = x.new_empty((1, x.shape[0]), dtype=torch.float32), x.new_empty((2, x.shape[0]), dtype=torch.long)
     with head.tracker.tile(some / x.shape[0]):
         part = x[:some].float() if low and (accurate or wanted[1]) else x[:some]
-        head.times(part, used, logits)
+        head.times(part, used, logits, some)
         for _ in ("less the largest", "exponents", "over their sum"):
             logits.mul_(1)
         down = logits.to(x.dtype) if low and not accurate and any(wanted) else logits
@@ -156,10 +155,10 @@ def _torch_tiles(
             own = used.new_empty((some, weight.shape[1]))
             own.mul(1)
             del own
-            head.times(down, used.t(), gx[:some])
+            head.times(down, used.t(), gx[:some], some)
     if scratch is not None:
         with head.tracker.work(some / x.shape[0]):
-            head.times(down.t(), part.t(), scratch)
+            head.times(down.t(), part.t(), scratch, some)
         if accurate:  # taken from a bfloat16 gradient, for which a CPU makes float32 copies
             scratch.new_empty((2, *scratch.shape))
     return None if gx is None else gx.to(x.dtype), gw
@@ -198,10 +197,8 @@ def _trl_tiles(head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype]
         its = weight[:columns].to(dtype)
         with head.tracker.tile(some / x.shape[0] * columns / weight.shape[0]):
             logits = buffer[:, :columns]
-            head.times(part, its, logits)
-            if (
-                not head.cuda
-            ):  # _forward_tile and _backward_tile: float32 tensors and a bool one, the size of a tile, that are there at once
+            head.times(part, its, logits, some)
+            if not head.cuda:  # float32 tensors and a bool one, the size of a tile, that are there at once (_forward_tile, _backward_tile)
                 copies = 13 if gx is None and gw is None else 29
                 torch.empty((some, columns * copies), dtype=torch.uint8)
             logits.mul_(1)
@@ -210,12 +207,12 @@ def _trl_tiles(head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype]
                 if not wide:
                     _copies = logits.float(), its.float()
                     del _copies
-                head.times(logits, its.t(), gx[:some])
+                head.times(logits, its.t(), gx[:some], some)
         if gw is not None:
             with head.tracker.work(some / x.shape[0] * columns / weight.shape[0]):
                 if not wide:
                     _copies = logits.float(), part.float()
-                head.times(logits.t(), part.t(), gw[:columns])
+                head.times(logits.t(), part.t(), gw[:columns], some)
 
 
 def _low(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,6 +235,7 @@ def _loss(head: Head, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.
 
 def fuse_head(model: PreTrainedModel, head: Head) -> None:
     """Let a model's forward, given labels, return a loss alone, made by a stand-in."""
+    head.tracker.more_tiles = head.kind == "trl"
 
     def forward(self: Any, labels: Any = None, **inputs: Any) -> Any:
         inputs.pop("num_items_in_batch", None)

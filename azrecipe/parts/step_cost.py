@@ -1,4 +1,4 @@
-"""Knows what a training step takes at any batch: bytes by kind, operations, bytes moved; made of two recorded steps. No torch.
+"""Knows what a training step takes at any batch: bytes by kind, operations, bytes moved; made of a recorded step. No torch.
 
 Live bytes after an operator are linear in the batch, and in the number of equal decoder layers; which operator has the most is not.
 So every operator's line is kept that is the highest for some batch, and the peak is the highest of the lines.
@@ -17,12 +17,24 @@ SHARDED = ("weights", "gradients", "optimizer")  # what a process has a part of,
 LARGEST = 4096  # sequences on a device that are looked at
 
 Place = tuple[str, int]  # start, forward i, head, backward i, step
-Event = tuple[Place, tuple[int, ...], int, float, float]  # place, bytes by kind, bytes of tiles, FLOPs, bytes moved
+Pair = tuple[float, float]  # base and each: base + each * batch
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """After an operator: where the step is, bytes by kind, base and each, bytes of tiles, and the operator's FLOPs and bytes moved."""
+
+    place: Place
+    base: tuple[int, ...]
+    each: tuple[float, ...]
+    tile: float
+    flops: Pair = (0.0, 0.0)
+    moved: Pair = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One step: its events, and what does not depend on them.
+    """One step of `batch` sequences: its events, and what does not depend on them.
 
     earlier: of a batch before it, where batches accumulate. layers: those that it was run with. of_layer: bytes at rest that a further layer adds, by kind. trained: trainable bytes of it, and of all.
     """
@@ -35,6 +47,12 @@ class Recorded:
     of_layer: Mapping[str, int]
     grows: float  # what trains in the whole model / in these layers
     tokens_wide: tuple[str, int, int]  # the head: its kind, vocabulary, width
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile in this step."""
+        kind, vocabulary, width = self.tokens_wide
+        return rows(kind, self.batch * self.length, vocabulary, width) if kind != "logits" else 1
 
 
 @dataclass(frozen=True)
@@ -129,92 +147,90 @@ def from_plain(data: Mapping[str, Any]) -> Cost:
     )
 
 
-def cost(recorded: Sequence[Recorded], layers: int, parameters: Parameters, shards: int) -> Cost:
-    """From two steps that differ in their batch alone. `layers`: the model's own number of decoder layers.
-
-    Raises ValueError where the two are not the same operators.
-    """
+def cost(step: Recorded, layers: int, parameters: Parameters, shards: int) -> Cost:
+    """From a recorded step. `layers`: the model's own number of decoder layers."""
     import numpy as np
 
-    first, second = recorded
-    if [event[0] for event in first.events] != [event[0] for event in second.events]:
-        raise ValueError("the operators of a step depend on its batch")
-    at = [_whole(step, layers) for step in (first, second)]
-    span = second.batch - first.batch
-    held = [np.array(found[0], dtype=np.float64) for found in at]
-    each = (held[1] - held[0]) / span
-    base = held[0] - each * first.batch
-    kind, vocabulary, width = first.tokens_wide
-    made = [rows(kind, step.batch * step.length, vocabulary, width) if kind != "logits" else 1 for step in (first, second)]
-    tiles = np.array(at[0][1], dtype=np.float64) / made[0]
+    found = _whole(step, layers)
+    base, each = (np.array([event[nth] for event in found], dtype=np.float64) for nth in (0, 1))
+    tiles = np.array([event.tile for event in step.events], dtype=np.float64) / step.rows
+    kind, vocabulary, width = step.tokens_wide
     grid = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
-    held_rows = np.array([rows(kind, int(b) * first.length, vocabulary, width) if kind != "logits" else 0 for b in grid])
+    held_rows = np.array([rows(kind, int(b) * step.length, vocabulary, width) if kind != "logits" else 0 for b in grid])
     total = base.sum(1)[:, None] + each.sum(1)[:, None] * grid + tiles[:, None] * held_rows
-    # Over fewer processes what is at rest weighs more, which can move the peak: the highest for twice and for an eighth count too
+    # Over fewer processes what is at rest weighs more, which can move the peak: the highest for an eighth and eight times as many count too
     still = base[:, : len(SHARDED)].sum(1)[:, None]
     best = {int(i) for share in (1.0, 8.0, 0.125) for i in (total + (share - 1) * still * (shards > 1)).argmax(0)}
     lines = tuple(Line(tuple(base[i].tolist()), tuple(each[i].tolist()), float(tiles[i])) for i in sorted(best))
-    return Cost(first.length, shards, parameters, first.tokens_wide, lines, _work(first, second, layers))
+    return Cost(step.length, shards, parameters, step.tokens_wide, lines, _work(step, layers))
 
 
-def _whole(step: Recorded, layers: int) -> tuple[list[list[float]], list[float]]:
-    """Bytes by kind and of tiles after each operator, as they would be with all layers.
+Held = list[float]
+
+
+def _whole(step: Recorded, layers: int) -> list[tuple[Held, Held]]:
+    """Bytes by kind after each operator, base and each, as they would be with all layers.
 
     The layers that were left out stand before the last two: what they add at rest is everywhere, what they keep for the backward pass from
     the last two on until their own backward, and their gradients from there on.
     """
     extra = layers - step.layers
     if extra == 0:
-        return [list(event[1]) for event in step.events], [event[2] for event in step.events]
-    rest = [float(step.of_layer.get(kind, 0)) for kind in KINDS]
+        return [(list(map(float, event.base)), list(event.each)) for event in step.events]
+    rest: list[Held] = [[float(step.of_layer.get(kind, 0)) for kind in KINDS], [0.0] * len(KINDS)]
     if step.earlier:
-        rest = [r + g for r, g in zip(rest, _of_layer(step.earlier)[1], strict=True)]
+        rest = _sum(rest, _of_layer(step.earlier)[1])
     kept, after = _of_layer(step.events)
-    held: list[list[float]] = []
-    tiles: list[float] = []
-    last = step.layers - 1
-    for (where, number), bytes_, tile, *_ in step.events:
-        if where in ("start",) or (where == "forward" and number < last - 1):
+    found, last = [], step.layers - 1
+    for event in step.events:
+        where, number = event.place
+        if where == "start" or (where == "forward" and number < last - 1):
             more = rest
         elif where in ("forward", "head") or (where == "backward" and number >= last - 1):
-            more = [r + k for r, k in zip(rest, kept, strict=True)]
+            more = _sum(rest, kept)
         else:
-            more = [r + a for r, a in zip(rest, after, strict=True)]
-        whole: list[float] = [b + extra * m for b, m in zip(bytes_, more, strict=True)]
+            more = _sum(rest, after)
+        base, each = (
+            [b + extra * m for b, m in zip(held, added, strict=True)] for held, added in zip((event.base, event.each), more, strict=True)
+        )
         if where == "step":
-            whole[-1] = bytes_[-1] * step.grows  # what an optimizer makes of all tensors at once
-        held.append(whole)
-        tiles.append(float(tile))
-    return held, tiles
+            base[-1] = event.base[-1] * step.grows  # what an optimizer makes of all tensors at once
+        found.append((base, each))
+    return found
 
 
-def _difference(one: Event, other: Event) -> list[float]:
-    return [float(a - b) for a, b in zip(one[1], other[1], strict=True)]
+def _sum(one: Sequence[Held], other: Sequence[Held]) -> list[Held]:
+    return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(one, other, strict=True)]
 
 
-def _of_layer(events: Sequence[Event]) -> tuple[list[float], list[float]]:
+def _difference(one: Event, other: Event) -> list[Held]:
+    return [[float(a - b) for a, b in zip(x, y, strict=True)] for x, y in ((one.base, other.base), (one.each, other.each))]
+
+
+def _of_layer(events: Sequence[Event]) -> tuple[list[Held], list[Held]]:
     """What a layer in the middle keeps for its backward pass, and what it has left behind after it, beyond what it had before."""
-    last = {event[0]: event for event in events}
+    last = {event.place: event for event in events}
     kept = _difference(last[("forward", 2)], last[("forward", 1)])
     if ("backward", 2) not in last or ("backward", 3) not in last:
-        return kept, [0.0] * len(kept)
-    moved = _difference(last[("backward", 2)], last[("backward", 3)])  # behind the second FSDP gathers no third one any more
-    return kept, [k + m for k, m in zip(kept, moved, strict=True)]
+        return kept, [[0.0] * len(KINDS)] * 2
+    # The layer behind the second: at the end of the first FSDP gathers no further one
+    return kept, _sum(kept, _difference(last[("backward", 2)], last[("backward", 3)]))
 
 
-def _work(first: Recorded, second: Recorded, layers: int) -> tuple[Work, ...]:
+def _work(step: Recorded, layers: int) -> tuple[Work, ...]:
     """Operators of a size, and how many of them there are: a middle layer's stand for those of the layers left out."""
-    extra, span = layers - first.layers, second.batch - first.batch
-    counted: dict[tuple[bool, tuple[float, ...]], float] = {}
-    for one, other in zip(first.events, second.events, strict=True):
-        where, number = one[0]
+    extra = layers - step.layers
+    counted: dict[tuple[bool, Pair, Pair], float] = {}
+    for event in step.events:
+        where, number = event.place
+        if not any((*event.flops, *event.moved)):
+            continue
         times = 1.0 + (extra if (where, number) in (("forward", 1), ("backward", 2)) else 0)
-        grow = first.grows if where == "step" and extra else 1.0
-        lines: list[float] = []
-        for before, now in ((one[3], other[3]), (one[4], other[4])):
-            slope = (now - before) / span
-            lines += [grow * (before - slope * first.batch), grow * slope]
-        if any(lines):
-            key = (where == "step", tuple(lines))
-            counted[key] = counted.get(key, 0.0) + times
-    return tuple(Work(once, count, (at[0], at[1]), (at[2], at[3])) for (once, at), count in counted.items())
+        grow = step.grows if where == "step" and extra else 1.0
+        key = (where == "step", _grown(event.flops, grow), _grown(event.moved, grow))
+        counted[key] = counted.get(key, 0.0) + times
+    return tuple(Work(once, count, flops, moved) for (once, flops, moved), count in counted.items())
+
+
+def _grown(pair: Pair, by: float) -> Pair:
+    return pair[0] * by, pair[1] * by

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from azrecipe.recipe.types import Lora
 
-FORMAT = 1  # of what is kept on disk under a key
+SOURCES = ("fake_step", "tracker", "standins", "step_cost", "tiles", "phases", "lora")  # the modules that an answer comes from
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Asked:
 
     config: transformers' own, with model_type and the vocab_size trained with. trainable: groups and patterns, without an adapter.
     kernels: Liger's that are in use. head: how the loss is computed: logits (all of them), liger, torch or trl (a tile at a time).
-    masked: packed documents are kept apart by a mask [length, length]. shards: processes that the model is split over (1: whole).
+    reference: a second copy of the weights is held, to compare with. masked: packed documents are kept apart by a mask [length, length]. shards: processes that the model is split over (1: whole).
     """
 
     config: Mapping[str, Any]
@@ -37,6 +39,7 @@ class Asked:
     new_rows: int = 0
     lora: Lora | None = None
     quantized: bool = False
+    reference: bool = False
     attn_implementation: str = "sdpa"
     masked: bool = False
     kernels: tuple[str, ...] = ()
@@ -68,5 +71,12 @@ class Asked:
     def key(self, length: int) -> str:
         """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""
         libraries = [version(name) for name in ("torch", "transformers", "peft", "accelerate")]
-        text = json.dumps([FORMAT, asdict(self), length, libraries], sort_keys=True)
+        text = json.dumps([_own(), asdict(self), length, libraries], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@cache
+def _own() -> str:
+    """A hash of the modules that an answer comes from: another one is asked for again."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()

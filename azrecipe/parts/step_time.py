@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from azrecipe.parts import calibration
 from azrecipe.parts.hardware import Machine, load
 from azrecipe.parts.model_shape import known_shapes
 from azrecipe.parts.step_cost import Cost
@@ -59,13 +60,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer's step. links: what the links would take by themselves, inside a machine and between machines."""
+    """Seconds of an optimizer's step; what the links would take by themselves, inside a machine and between machines; and without EFA."""
 
     total: Span
     compute: Span
     inside: float
     between: Span
     rests_on: str
+    without_efa: float | None = None
 
     @property
     def bound(self) -> str:
@@ -78,12 +80,8 @@ class StepTime:
 
 def step_time(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: Cluster) -> StepTime:
     """An optimizer's step of `accumulation` batches on each card. Links work beside the card: the longer one counts, and both at worst."""
-    card = cluster.machine.card
-    peak = card.fp32_tflops if asked.precision == "float32" else card.bf16_tflops
-    batches, optimizer = cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9)
-    optimizer *= cost.shards / cluster.shards if cost.shards > 1 else 1.0
-    found, rests_on = efficiency(card.name)
-    roof = batches * accumulation + optimizer
+    found, rests_on = efficiency(cluster.machine.card.name, calibration.efficiencies())
+    roof = roofline(cost, asked, batch, accumulation, cluster)
     compute = Span(roof / found.high, roof / found.middle, roof / found.low)
     inside, between = _links(cost, asked, accumulation, cluster)
     slowest = [max(inside, rate) for rate in (between.low, between.middle, between.high)]
@@ -92,7 +90,19 @@ def step_time(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: 
         max(compute.middle, slowest[1]),
         max(compute.high, slowest[2]) + min(compute.middle, slowest[1]) * (cluster.world > 1),
     )
-    return StepTime(total, compute, inside, between, rests_on)
+    network, slow = cluster.machine.network, None
+    if cluster.nodes > 1 and network is not None and network.efa_interfaces:
+        slow = max(total.middle, between.middle * _rates()["efa"]["middle"] / float(_calibration()["without_efa"]))
+    return StepTime(total, compute, inside, between, rests_on, slow)
+
+
+def roofline(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: Cluster) -> float:
+    """Seconds of an optimizer's step at the card's peaks, links left out."""
+    card = cluster.machine.card
+    peak = card.fp32_tflops if asked.precision == "float32" else card.bf16_tflops
+    batches, optimizer = cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9)
+    optimizer *= cost.shards / cluster.shards if cost.shards > 1 else 1.0
+    return batches * accumulation + optimizer
 
 
 def volumes(cost: Cost, asked: Asked, accumulation: int) -> tuple[float, float]:
@@ -131,7 +141,7 @@ def _links(cost: Cost, asked: Asked, accumulation: int, cluster: Cluster) -> tup
 
 
 def efficiency(card: str, more: Sequence[Mapping[str, Any]] = ()) -> tuple[Span, str]:
-    """The share of the roofline that training on a card has reached, and what that rests on. `more`: a user's own runs, which count alone."""
+    """The share of the roofline that training on a card has reached, and what that rests on. `more`: loops of a user's own runs, which count alone."""
     known, cards = _calibration()["runs"], load().cards
     own = [run for run in more if run["card"] == card]
     peak = cards[card].bf16_tflops if card in cards else None  # cards of one peak are one chip, with more or less memory
@@ -141,7 +151,7 @@ def efficiency(card: str, more: Sequence[Mapping[str, Any]] = ()) -> tuple[Span,
     spread = ALONE if same else ELSEWHERE
     low, high = min(*shares, middle * (1 - spread)), min(max(*shares, middle * (1 + spread)), 1.0)
     if own:
-        said = f"{len(own)} of your own runs on {card}"
+        said = f"{len(own)} training loop{'s' if len(own) > 1 else ''} of your own on {card}"
     elif same:
         said = f"{len(same)} published run{'s' if len(same) > 1 else ''} on {card}"
     else:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from azrecipe.parts.step_cost import KINDS, Event
+from azrecipe.parts.step_cost import KINDS, Event, Pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,18 +55,21 @@ MORE_FLOPS: dict[Any, Any] = {
 class Tracker(TorchDispatchMode):
     """Records a step. `block`: bytes that a size is rounded up to (512: the GPU allocator's; 1: none).
 
-    `events`: after each operator (place, bytes by kind, bytes of tiles, FLOPs, bytes moved). `place` is the caller's, set as the step goes on.
+    `batch`: the step's sequences, a prime that divides no size of the model's: what it divides is in proportion to the batch. 0: nothing is.
+    `events` are step_cost's; `place` is the caller's, set as the step goes on.
     """
 
-    def __init__(self, block: int = 512) -> None:
+    def __init__(self, block: int = 512, batch: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.block = block
+        self.block, self.batch = block, batch
         self.place: tuple[str, int] = ("start", 0)
         self.phase = "activations"  # the kind of what an operator makes, where nothing else is known
         self.scale = 1.0  # of FLOPs and bytes moved, where a part of a loop stands for all of it
+        self.more_tiles = False  # whether a larger batch has more tiles, and not larger ones
         self.logits: tuple[int, ...] = ()  # last dimensions that say: these are logits
-        self.by_kind = dict.fromkeys((*KINDS, TILE), 0)
-        self.live: dict[int, list[Any]] = {}  # id of a storage → bytes, kind, weak reference
+        self.base = dict.fromkeys((*KINDS, TILE), 0)
+        self.each = dict.fromkeys((*KINDS, TILE), 0.0)
+        self.live: dict[int, list[Any]] = {}  # id of a storage → (base, each) bytes, kind, weak reference
         self.events: list[Event] = []
         self.earlier: list[Event] = []  # of a batch before, for the caller to keep
 
@@ -78,23 +81,39 @@ class Tracker(TorchDispatchMode):
 
     def _see(self, tensor: Any, kind: str | None) -> None:
         storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a sharded one this process' part
-        size, known = self._rounded(storage.nbytes()), self.live.get(id(storage))
+        known = self.live.get(id(storage))
         if known is None:
             kind = kind or self._kind(tensor)
+            size = self._size(storage.nbytes(), kind)
             self.live[id(storage)] = [size, kind, weakref.ref(storage, partial(self._drop, id(storage)))]
-            self.by_kind[kind] += size
-        elif size != known[0] or (kind is not None and kind != known[1]):
-            self.by_kind[known[1]] -= known[0]
+            self._add(kind, size, 1)
+            return
+        size = self._size(storage.nbytes(), kind or known[1])
+        if size != known[0] or (kind is not None and kind != known[1]):
+            self._add(known[1], known[0], -1)
             known[:2] = size, kind or known[1]
-            self.by_kind[known[1]] += size
+            self._add(known[1], size, 1)
 
     def size(self, tensors: Iterable[Any]) -> int:
         """Bytes that tensors hold, each storage once."""
         storages = [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in tensors]
-        return sum({id(storage): self._rounded(storage.nbytes()) for storage in storages}.values())
+        return sum({id(storage): -(-storage.nbytes() // self.block) * self.block for storage in storages}.values())
 
-    def _rounded(self, size: int) -> int:
-        return -(-size // self.block) * self.block
+    def _size(self, size: int, kind: str) -> tuple[int, float]:
+        """Bytes: those that are there whatever the batch, and those for each sequence of it."""
+        if self.batch and size and size % self.batch == 0 and kind != TILE:
+            return 0, size / self.batch
+        return -(-size // self.block) * self.block, 0.0
+
+    def _add(self, kind: str, size: tuple[int, float], sign: int) -> None:
+        self.base[kind] += sign * size[0]
+        self.each[kind] += sign * size[1]
+
+    def _pair(self, amount: int) -> tuple[float, float]:
+        """An amount of work, base and each; in a tile it stands for all tokens, and so is in proportion to the batch."""
+        if self.batch and (amount % self.batch == 0 or self.phase == TILE or (self.scale != 1 and self.more_tiles)):
+            return 0.0, amount * self.scale / self.batch
+        return amount * self.scale, 0.0
 
     def _kind(self, tensor: Any) -> str:
         if self.phase == TILE:
@@ -103,8 +122,8 @@ class Tracker(TorchDispatchMode):
         return "logits" if wide else self.phase
 
     def _drop(self, key: int, _: Any) -> None:
-        size, kind, _ = self.live.pop(key)
-        self.by_kind[kind] -= size
+        size, kind, _reference = self.live.pop(key)
+        self._add(kind, size, -1)
 
     @contextmanager
     def tile(self, part: float) -> Iterator[None]:
@@ -125,10 +144,19 @@ class Tracker(TorchDispatchMode):
         finally:
             self.scale = before
 
-    def note(self, flops: float = 0.0, moved: float = 0.0) -> None:
+    def note(self, flops: Pair = (0.0, 0.0), moved: Pair = (0.0, 0.0)) -> None:
         """An event: what is held now, and what was done for it."""
-        held = tuple(self.by_kind[kind] for kind in KINDS)
-        self.events.append((self.place, held, self.by_kind[TILE], flops * self.scale, moved * self.scale))
+        base, each = tuple(map(self.base.__getitem__, KINDS)), tuple(map(self.each.__getitem__, KINDS))
+        self.events.append(Event(self.place, base, each, self.base[TILE], flops, moved))
+
+    def did(self, flops: int, tensors: Iterable[Any], some: int) -> None:
+        """A product that is none here, of a tile of `some` rows that stands for all: what has those rows is in proportion to the batch."""
+        sizes = [(tensor.numel() * tensor.element_size() * self.scale, some in tensor.shape) for tensor in tensors]
+        rows, rest = (sum(size for size, of_rows in sizes if of_rows is wanted) for wanted in (True, False))
+        if self.more_tiles:
+            rows, rest = rows + rest, 0.0
+        flops_ = flops * self.scale
+        self.note(*((0.0, flops_ / self.batch), (rest, rows / self.batch)) if self.batch else ((flops_, 0.0), (rows + rest, 0.0)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -145,17 +173,28 @@ class Tracker(TorchDispatchMode):
             self._see(args[0], "communication")
         elif name.startswith("_reduce_scatter_base_"):
             self._see(args[1], "communication")
-        self.note(self._flops(func, args, kwargs, out), 0.0 if _is_free(func, made) else _moved(func, made, args))
+        self.note(self._flops(func, args, kwargs, out), (0.0, 0.0) if _is_free(func, made) else self._moved(func, made, args))
         return out
 
-    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> Pair:
         packet = func._overloadpacket
         count = MORE_FLOPS.get(packet)
         if count is not None:
             shapes = [getattr(argument, "shape", argument) for argument in args]
-            return float(count(*shapes))
+            return self._pair(int(count(*shapes)))
         known: Any = flop_registry.get(packet)
-        return float(known(*args, **kwargs, out_val=out)) if known is not None else 0.0
+        return self._pair(int(known(*args, **kwargs, out_val=out))) if known is not None else (0.0, 0.0)
+
+    def _moved(self, func: Any, made: list[Any], args: Any) -> Pair:
+        """Bytes that an operator reads and writes at least, each tensor once."""
+        sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        if func._overloadpacket in _CHOOSE and sizes:
+            sizes.remove(max(sizes))
+        base = each = 0.0
+        for size in (*sizes, *(tensor.numel() * tensor.element_size() for tensor in made)):
+            more = self._pair(size)
+            base, each = base + more[0], each + more[1]
+        return base, each
 
     @contextmanager
     def watching(self) -> Iterator[Tracker]:
@@ -166,9 +205,10 @@ class Tracker(TorchDispatchMode):
             resize(storage, size)
             known = self.live.get(id(storage))
             if known is not None:
-                self.by_kind[known[1]] -= known[0]
-                known[:2] = self._rounded(size), "unsharded" if size else known[1]
-                self.by_kind[known[1]] += known[0]
+                self._add(known[1], known[0], -1)
+                known[1] = "unsharded" if size else known[1]
+                known[0] = self._size(size, known[1])
+                self._add(known[1], known[0], 1)
                 self.note()
             return storage
 
@@ -186,11 +226,3 @@ def _is_free(func: Any, made: list[Any]) -> bool:
     if func in _FREE or func.is_view:
         return True
     return func is _aten.detach.default or not made
-
-
-def _moved(func: Any, made: list[Any], args: Any) -> float:
-    """Bytes that an operator reads and writes at least, each tensor once."""
-    sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-    if func._overloadpacket in _CHOOSE and sizes:
-        sizes.remove(max(sizes))
-    return float(sum(sizes) + sum(tensor.numel() * tensor.element_size() for tensor in made))

@@ -32,7 +32,11 @@ class Loop:
 
 def loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True) -> list[Loop]:
     """The loops of a pretrain or sft recipe. Raises CommandError where the global batch does not divide over the processes."""
-    config: Pretrain | Sft = recipe.config
+    return loops_of(recipe.config, model, backend, cuda)
+
+
+def loops_of(config: Pretrain | Sft, model: ModelShape, backend: Backend, cuda: bool = True) -> list[Loop]:
+    """The same, of what a recipe says."""
     training = config.training
     split = batches.split(training.global_batch_size, training.per_device_train_batch_size, backend.readers)
     shards = 1 if backend.kind in ("single", "ddp", "zero1", "zero2") else backend.world // backend.replicate
@@ -69,7 +73,12 @@ def loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True
         ]
     adapted = config.adapter != "none"
     asked = replace(
-        asked, head="trl", lora=config.lora if adapted else None, quantized=config.adapter == "qlora", **_optimizer(config.training)
+        asked,
+        head="trl",
+        lora=config.lora if adapted else None,
+        quantized=config.adapter == "qlora",
+        reference=config.method == "dpo" and not adapted,
+        **_optimizer(config.training),
     )
     pairs = 2 if config.method == "dpo" else 1
     return [Loop(config.method, asked, length, split.per_device * pairs, split.accumulation, training.global_batch_size, pairs)]

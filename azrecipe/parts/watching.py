@@ -87,6 +87,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         line = verify(self.backend, self.trainer)
         self.started = self.since = time.monotonic()
         self.first_step = self.last_step = state.global_step
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()  # what an earlier loop or a measurement held is not this loop's
         resumed = f", from step {state.global_step}" if state.global_step else ""
         say(f"{self.meter.name}: {state.max_steps} steps{resumed} ({line})", self.backend.main)
         if (peak := chips_peak()) is not None:
@@ -193,7 +195,7 @@ def finite(value: Any) -> float | None:
 
 
 def peak_memory() -> int:
-    """Most bytes in use so far: on a GPU what PyTorch allocated there, on CPU the process' resident size."""
+    """Most bytes in use so far: on a GPU what PyTorch allocated there since the loop began, on CPU the process' resident size."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from azrecipe.parts import batches, estimates, room, step_time
@@ -28,10 +28,13 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
     main = _longest(found, long)
     changes = levers(recipe.config, found[main], where) if look_at_levers else []
     known = estimates.costs([(loop.asked, loop.length) for loop in (*found, *(change.loop for change in changes))])
+    best = _best(found[main], known[main], where)
     answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, known[: len(found)], long, strict=True)]
     base = answers[main]
-    said = [_lever(change, cost, base) for change, cost in zip(changes, known[len(found) :], strict=True)]
-    notes = dict.fromkeys([*shape.notes, *(note for amount in long for note in amount.notes)])
+    said = [_lever(change, cost, base, best) for change, cost in zip(changes, known[len(found) :], strict=True)]
+    if changes and best.batch and best.batch != found[main].batch:
+        said.append(_batch(found[main], known[main], where, (base, best)))
+    notes = dict.fromkeys([*shape.notes, *(note for amount in long for note in amount.notes), *_limits(recipe, where)])
     return {
         "recipe": str(recipe.path),
         "stage": recipe.stage,
@@ -46,6 +49,21 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
         "levers": {"of": found[main].name, "changes": sorted(said, key=_order)},
         "notes": list(notes),
     }
+
+
+def _limits(recipe: Recipe, where: Where) -> Iterator[str]:
+    """What of this recipe and launch the answer leaves out, or has not been verified."""
+    config = recipe.config
+    if config.training.torch_compile:
+        yield "torch_compile is not reckoned: compiled steps hold and take less"
+    if config.training.trainer_arguments:
+        yield f"training.trainer_arguments are not looked at: {', '.join(config.training.trainer_arguments)}"
+    if where.context > 1:
+        yield "sequences split over processes are reckoned as shorter ones, without the ring's buffers: not verified"
+    if where.kind.startswith("zero"):
+        yield "DeepSpeed is reckoned, not run: not verified"
+    if getattr(config, "method", "") == "dpo":
+        yield "of the reference its weights are reckoned, and not its forward pass: about a quarter more time"
 
 
 def _longest(found: Sequence[Loop], long: Sequence[Amount]) -> int:
@@ -75,6 +93,7 @@ def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any
         "bound": time.bound,
         "tokens_per_second": rate,
         "tokens_per_second_per_card": {key: value / where.world for key, value in rate.items()},
+        "hours_without_efa": time.without_efa * amount.steps / HOUR if time.without_efa and amount.steps else None,
         "rests_on": time.rests_on,
         "steps": amount.steps,
         "tokens": amount.tokens,
@@ -84,18 +103,29 @@ def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any
     }  # fmt: skip
 
 
-def _lever(change: Lever, cost: Cost, base: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Best:
+    """The largest batch on a device that surely fits and divides, and the rate with it; batch 0: none does."""
+
+    batch: int
+    rate: dict[str, float] | None
+
+
+def _best(loop: Loop, cost: Cost, where: Where) -> Best:
+    surely, _ = room.largest_batch(cost, loop.asked, where.card_bytes, where.world, where.replicate)
+    if surely < loop.pairs:
+        return Best(0, None)
+    split = batches.split(loop.global_batch_size, surely // loop.pairs, where.backend.readers)
+    time = step_time.step_time(cost, loop.asked, split.per_device * loop.pairs, split.accumulation, where.cluster)
+    return Best(split.per_device, _reversed(time.total, loop.global_batch_size * loop.pairs * loop.length * where.context))
+
+
+def _lever(change: Lever, cost: Cost, base: dict[str, Any], before: Best) -> dict[str, Any]:
     """What a change does: to memory at the batch as it is, to the largest batch, and to the rate at the batch that then is best."""
     loop, where = change.loop, change.where
     needs = room.room(cost, loop.asked, loop.batch, where.world, where.replicate)
     surely, perhaps = room.largest_batch(cost, loop.asked, where.card_bytes, where.world, where.replicate)
-    rate = None
-    batch = 0
-    if surely >= loop.pairs:
-        split = batches.split(loop.global_batch_size, surely // loop.pairs, where.backend.readers)
-        batch = split.per_device
-        time = step_time.step_time(cost, loop.asked, batch * loop.pairs, split.accumulation, where.cluster)
-        rate = _reversed(time.total, loop.global_batch_size * loop.pairs * loop.length)
+    best = _best(loop, cost, where)
     return {
         "change": change.what,
         "how": change.how,
@@ -103,10 +133,20 @@ def _lever(change: Lever, cost: Cost, base: dict[str, Any]) -> dict[str, Any]:
         "difference": round(needs.peak - base["memory"]["peak"]),
         "verdict": needs.verdict(where.card_bytes),
         "largest_batch": {"surely": surely // loop.pairs, "perhaps": perhaps // loop.pairs},
-        "best_batch": batch,
-        "tokens_per_second": rate,
-        "faster": rate["middle"] / base["tokens_per_second"]["middle"] - 1 if rate else None,
+        "best_batch": best.batch,
+        "tokens_per_second": best.rate,
+        "faster": best.rate["middle"] / before.rate["middle"] - 1 if best.rate and before.rate else None,
     }
+
+
+def _batch(loop: Loop, cost: Cost, where: Where, known: tuple[dict[str, Any], Best]) -> dict[str, Any]:
+    """What the best batch does, against the one that the recipe has."""
+    base, best = known
+    split = replace(loop, batch=best.batch * loop.pairs)
+    line = _lever(
+        Lever(f"{best.batch} sequences at once", f"--set training.per_device_train_batch_size={best.batch}", split, where), cost, base, best
+    )
+    return {**line, "faster": best.rate["middle"] / base["tokens_per_second"]["middle"] - 1 if best.rate else None}
 
 
 def _order(line: dict[str, Any]) -> tuple[bool, float]:

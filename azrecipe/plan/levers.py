@@ -78,7 +78,7 @@ def _adapters(config: Pretrain | Sft, loop: Loop, where: Where) -> Iterator[Chan
     if loop.asked.lora is None:
         yield "LoRA instead of all weights", "--set adapter=lora", _with(loop, lora=LORA)
         return
-    yield "all weights instead of an adapter", "--set adapter=none", _with(loop, lora=None, quantized=False)
+    yield "all weights instead of an adapter", "--set adapter=none --set lora=null", _with(loop, lora=None, quantized=False)
     if not loop.asked.quantized and where.world == 1:
         yield "the base in 4 bits", "--set adapter=qlora", _with(loop, quantized=True)
 

@@ -34,7 +34,7 @@ def run(arguments: Namespace, recipe: Recipe, steps: Sequence[Recipe], launch: W
         )
     around = Around(arguments.runs_dir, {one.name: one for one in steps}, arguments.config_json, arguments.vocab_size)
     places = [where(_machine(name.strip(), arguments), arguments.nodes, launch) for name in names]
-    look = not (arguments.compare or arguments.largest_batch or arguments.no_levers)
+    look = not (arguments.compare or arguments.largest_batch or arguments.no_levers) and len(chosen) == 1
     answers = [[answer.of_recipe(one, around, place, look) for place in places] for one in chosen]
     if arguments.json:
         flat = [found for each in answers for found in each]
@@ -51,6 +51,7 @@ def run(arguments: Namespace, recipe: Recipe, steps: Sequence[Recipe], launch: W
             show.show(each[0])
         if len(answers) > 1:
             show.whole([each[0] for each in answers])
+            print(f"What single changes would do: --step {chosen[-1].path.name}")
     _nowhere(answers)
     return 0
 

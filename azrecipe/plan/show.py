@@ -35,6 +35,12 @@ def show(answer: Mapping[str, Any]) -> None:
     _levers(answer, out)
     if answer["hours"]:
         _price(answer, out)
+    _network(answer, out)
+    slow = sum(loop["hours_without_efa"] or 0.0 for loop in answer["loops"])
+    if slow:
+        out.print(
+            f"with EFA not in use, as it seems to have been in the published training on two p4d.24xlarge: {slow:.1f} hours. Check it first"
+        )
     for note in answer["notes"]:
         out.print(f"note: {note}")
     for rests_on in dict.fromkeys(loop["rests_on"] for loop in answer["loops"]):
@@ -59,7 +65,7 @@ def _rows(loops: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
         ("tokens/s, all cards", [_span(loop["tokens_per_second"], "{:,.0f}") for loop in loops]),
         ("steps", [f"{loop['steps']:,}" if loop["steps"] else "–" for loop in loops]),
         ("tokens", [f"{loop['tokens']:,}" if loop["tokens"] else "–" for loop in loops]),
-        ("hours", [_span(loop["hours"], "{:.1f}") for loop in loops]),
+        ("hours", [_hours(loop["hours"]) for loop in loops]),
         ("USD on demand", [_span((loop["cost"] or {}).get("on_demand"), "{:,.0f}") for loop in loops]),
         ("USD spot", [_span((loop["cost"] or {}).get("spot"), "{:,.0f}") for loop in loops]),
     ]
@@ -76,8 +82,8 @@ def _levers(answer: Mapping[str, Any], out: Console) -> None:
     changes = answer["levers"]["changes"]
     if not changes:
         return
-    table = Table(title=f"What one change does to {answer['levers']['of']}, best first", title_justify="left")
-    for name in ("change", "peak at this batch", "", "largest batch", "tokens/s at its best batch", "", "how"):
+    table = Table(title=f"What one change does to {answer['levers']['of']}, each at its best batch, best first", title_justify="left")
+    for name in ("change", "peak at this batch", "", "largest batch", "tokens/s at best batch", "", "how"):
         table.add_column(name, justify="left" if name in ("change", "how") else "right")
     for line in changes:
         rate = line["tokens_per_second"]
@@ -93,9 +99,24 @@ def _levers(answer: Mapping[str, Any], out: Console) -> None:
     out.print(table)
 
 
+def _network(answer: Mapping[str, Any], out: Console) -> None:
+    """Where the network bounds a step: what helps."""
+    bound = [loop["name"] for loop in answer["loops"] if loop["bound"] == "network"]
+    if not bound:
+        return
+    hsdp = next((line for line in answer["levers"]["changes"] if line["how"] == "--accelerate-config hsdp"), None)
+    out.print(
+        f"the network bounds {', '.join(bound)}: {answer['backend']} sends the parameters across for every batch, so a larger batch on each card helps "
+        "and accumulating more does not; HSDP keeps them inside a machine"
+        + (f" ({hsdp['faster']:+.0%})" if hsdp and hsdp["faster"] is not None else "")
+        if answer["backend"] in ("fsdp2", "zero3")
+        else f"the network bounds {', '.join(bound)}: what crosses it is gradients, once a step, so accumulating more (a larger global batch) helps"
+    )
+
+
 def _price(answer: Mapping[str, Any], out: Console) -> None:
     hours = answer["hours"]
-    out.print(f"{_span(hours, '{:.1f}')} hours in all, without start, checkpoints and measuring")
+    out.print(f"{_hours(hours)} hours in all, without start, checkpoints and measuring")
     for name, price in answer["price"].items():
         if price:
             total = {key: value * price["usd_per_hour"] for key, value in hours.items()}
@@ -121,7 +142,7 @@ def compare(answers: Sequence[Mapping[str, Any]]) -> None:
                 str(loop["largest_batch"]["surely"]),
                 _span(loop["tokens_per_second"], "{:,.0f}"),
                 loop["bound"],
-                _span(loop["hours"], "{:.1f}"),
+                _hours(loop["hours"]),
                 _span((loop["cost"] or {}).get("on_demand"), "{:,.0f}"),
             )
     out.print(table)
@@ -147,6 +168,10 @@ def largest(answer: Mapping[str, Any]) -> None:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
+
+
+def _hours(span: Mapping[str, float] | None) -> str:
+    return _span(span, "{:.1f}" if span and span["low"] >= 1 else "{:.2f}")
 
 
 def _span(span: Mapping[str, float] | None, form: str) -> str:

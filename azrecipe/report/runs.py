@@ -63,6 +63,11 @@ class Run:
         return read_json(self.path / "environment.json") or {}
 
     @cached_property
+    def foreseen(self) -> Mapping[str, Any]:
+        """plan.json: what its training was to need; empty for a run that none was foreseen of."""
+        return read_json(self.path / "plan.json") or {}
+
+    @cached_property
     def parent(self) -> Mapping[str, Any]:
         """How the recipe differs from its parent; empty for a run from before that was kept."""
         return read_json(self.path / "parent.json") or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from azrecipe.report import asked, evaluation, happened, pretraining, tokenizers, tuning
+from azrecipe.report import asked, evaluation, foretold, happened, pretraining, tokenizers, tuning
 from azrecipe.report.markup import Html, Part, definitions, facts, folded, joined
 from azrecipe.report.runs import Run
 
@@ -37,4 +37,4 @@ def of_run(run: Run) -> list[Part]:
     """All that a page tells of one run, but the machine."""
     found = STAGES[run.stage][2](run) if run.stage in STAGES else ()
     terms = folded("What the measures mean", definitions(run.result.get("definitions", {})))
-    return [asked.part(run), *found, happened.starts(run), Part("Definitions", terms)]
+    return [asked.part(run), *found, foretold.part(run), happened.starts(run), Part("Definitions", terms)]

@@ -12,16 +12,19 @@ from rich.table import Table
 
 from azrecipe.parts.run_dir import locate
 from azrecipe.recipe.load import Recipe
-from azrecipe.report import figures
+from azrecipe.report import figures, foretold
+from azrecipe.report.runs import Run
 
 SAMPLE = 110  # characters of a generation that a table shows
 
 
 def show_run(recipe: Recipe, runs_dir: Path) -> None:
     """The headline of one finished run, on stdout."""
-    result = _result(locate(recipe, runs_dir).path)
+    place = locate(recipe, runs_dir).path
+    result = _result(place)
     if result:
         {"tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "evaluate": _evaluate}[recipe.stage](result)
+        _foreseen(Run(place, recipe.name))
 
 
 def show_pipeline(pipeline: Recipe, recipes: Sequence[Recipe], runs_dir: Path) -> None:
@@ -150,6 +153,18 @@ def _sft(result: Mapping[str, Any]) -> None:
     table.add_row(f"{data['train']:,}", f"{data['held_out']:,}", f"{data['dropped']:,}", f"{data['trained_tokens']:,}",
                   *("" if value is None else f"{value:.3f}" for value in values))  # fmt: skip
     _console().print(table)
+
+
+def _foreseen(run: Run) -> None:
+    """What training was to need and what it took, where that was foreseen."""
+    table = Table(title="Foreseen and measured", caption="\n".join(foretold.notes(run)) or None)
+    for nth, head in enumerate(foretold.HEADS):
+        table.add_column(head, justify="right" if nth else "left")
+    rows = foretold.rows(run)
+    for row in rows:
+        table.add_row(*row)
+    if rows:
+        _console().print(table)
 
 
 def _evaluate(result: Mapping[str, Any], title: str = "Evaluation") -> None:

@@ -18,6 +18,7 @@ from azrecipe.parts import (
     auxiliary,
     checkpoint,
     corpus,
+    foreseen,
     liger,
     losses,
     model,
@@ -34,6 +35,7 @@ from azrecipe.parts.backend import Backend, check_context
 from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
 from azrecipe.parts.files import locked, read_json, whole_folder
 from azrecipe.parts.mixing import Mix, temperature_weights
+from azrecipe.parts.model_shape import ModelShape
 from azrecipe.parts.packing import borders, layout, packing
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.schedule import Position, Schedule, TextEnds, plan
@@ -69,15 +71,16 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     held_out = inputs.validation(config.data.validation)
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
-    own, new, _ = _check_model(recipe, model_path, tokenizer, backend.context)
+    own, new, _, shape = _check_model(recipe, model_path, tokenizer, backend.context)
     mix = _mix(config, prepared.Text(sources, held_out, frozenset(inputs.came)), tokenizer, place.cache)
     schedule = _schedule(recipe, mix, tokenizer, (before, place.cache))
     profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
-    with run_dir.opened(recipe, place, inputs.found):
+    with run_dir.opened(recipe, place, inputs.found), foreseen.explained(place):
         record = Record(place)  # read by every process before the process group exists, so that all agree
         job = Job(config, place, backend, tokenizer, held_out, schedule, record, new)
         _describe(job, sources)
+        foreseen.foresee(recipe, shape, place, backend)
         for phase in schedule.phases[:-1]:
             if backend.main and record.done(phase.name):  # a kill may have come between its end and this
                 shutil.rmtree(place.checkpoints / phase.name, ignore_errors=True)
@@ -108,7 +111,7 @@ def check(recipe: Recipe, runs_dir: Path) -> tuple[PreTrainedTokenizerBase, list
     sources = inputs.datasets(list(config.data.datasets))
     inputs.validation(config.data.validation)
     tokenizer = _tokenizer(config, inputs, sources, run_dir.locate(recipe, runs_dir).cache, model_path)
-    _, _, trained = _check_model(recipe, model_path, tokenizer, 1)
+    _, _, trained, _ = _check_model(recipe, model_path, tokenizer, 1)
     begins = [next(corpus.texts(source), None) for source in sources]
     for source, text in zip(sources, begins, strict=True):
         if text is None:
@@ -169,10 +172,10 @@ def _tokenizer(
 
 def _check_model(
     recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTokenizerBase, context: int
-) -> tuple[PreTrainedTokenizerBase, list[int], list[phases.Trained]]:
+) -> tuple[PreTrainedTokenizerBase, list[int], list[phases.Trained], ModelShape]:
     """Refuse a model that cannot be built, take this vocabulary or be split over `context` processes, and phases that would train what it has not.
 
-    Returns the model's own tokenizer, the ids of the tokens that are new to it, and what each phase trains.
+    Returns the model's own tokenizer, the ids of the tokens that are new to it, what each phase trains, and the model as it will be.
     """
     config: Pretrain = recipe.config
     asked = config.model
@@ -212,7 +215,15 @@ def _check_model(
             trained.append(phases.freeze(net, phase.trainable_parameters, new))
         except CommandError as error:
             raise recipe.problem(str(error), "phases", i, "trainable_parameters") from None
-    return own, new, trained
+    return own, new, trained, foreseen.shape(net.config, _rows(config, net, own, tokenizer), len(new))
+
+
+def _rows(config: Pretrain, net: PreTrainedModel, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The rows that the embeddings will have."""
+    kept = vocabulary.same_vocabulary(own, tokenizer)
+    rows = net.get_input_embeddings().weight.shape[0] if kept else vocabulary.rows_needed(tokenizer)
+    multiple = config.tokenizer.pad_to_multiple_of or 1
+    return -(-int(rows) // multiple) * multiple
 
 
 def _mix(config: Pretrain, text: prepared.Text, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:

@@ -13,11 +13,26 @@ import torch
 from accelerate import PartialState
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import checkpoint, examples, liger, lora, model, optimizers, profiling, run_dir, templates, training, tuning, vocabulary
+from azrecipe.parts import (
+    checkpoint,
+    examples,
+    foreseen,
+    liger,
+    lora,
+    model,
+    optimizers,
+    profiling,
+    run_dir,
+    templates,
+    training,
+    tuning,
+    vocabulary,
+)
 from azrecipe.parts.backend import Backend, check_context
 from azrecipe.parts.embeddings import add_rows
 from azrecipe.parts.examples import Examples, Plan
 from azrecipe.parts.files import read_json, whole_folder
+from azrecipe.parts.model_shape import ModelShape
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.sources import Inputs
 from azrecipe.parts.text_training import release
@@ -37,6 +52,7 @@ class Checked:
     examples: Examples
     plan: Plan
     new_tokens: list[int]
+    shape: ModelShape
 
 
 def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
@@ -55,8 +71,9 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     run_dir.check_same(recipe, place, inputs.found)
     profiling.check(recipe, {config.method: checked.plan.steps}, backend.main)
 
-    with run_dir.opened(recipe, place, inputs.found):
+    with run_dir.opened(recipe, place, inputs.found), foreseen.explained(place):
         _describe(config, checked, backend)
+        foreseen.foresee(recipe, checked.shape, place, backend)
         device = connect(place)
         base = checked.base
         net = base.load_quantized(config.training.precision) if config.adapter == "qlora" else base.load(config.training.precision)
@@ -100,9 +117,11 @@ def check(recipe: Recipe, inputs: Inputs) -> Checked:
     if limit is not None and config.data.max_length > limit:
         message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
         raise recipe.problem(message, "data", "max_length")
+    wide = max(int(net.get_input_embeddings().weight.shape[0]), vocabulary.rows_needed(tokenizer))
+    shape = foreseen.shape(net.config, wide, len(new))
     _check_parts(recipe, net, new if config.lora.train_new_tokens else [], tokenizer)
     made = examples.examples(config, tokenizer, rows)
-    return Checked(lora.Base(path, config.model, tokenizer), made, examples.plan(config, made.train), new)
+    return Checked(lora.Base(path, config.model, tokenizer), made, examples.plan(config, made.train), new, shape)
 
 
 def _check_parts(recipe: Recipe, net: PreTrainedModel, new: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,6 +6,7 @@ of PyTorch's allocator, operations by PyTorch's counter. What no CPU can show: L
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -84,8 +85,11 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> list[Compared]:
     try:
         fill(folder, draw(SEED))
         seen = measured(folder)
+        gc.collect()
+        gc.freeze()  # what is there now need not be looked through before each step
         found = [predicted(case, folder, seen[case.name]) for case in draw(SEED)]
     finally:
+        gc.unfreeze()
         os.chdir(before)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
