@@ -223,7 +223,7 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape
         tracker.base["weights"] += _bytes(model)
     layer = decoder_layers(model)[-1]
     states = [value for p in layer.parameters() for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor)]
-    of_layer = {"weights": copies * _bytes(layer), "optimizer": sum(_local(value) for value in states)}
+    of_layer = {"weights": copies * tracker.size(layer.parameters()), "optimizer": tracker.size(states)}
 
     def note_gradient(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:

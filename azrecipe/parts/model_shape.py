@@ -140,7 +140,8 @@ def _parsed(content: bytes, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise CommandError(f"{name}: not JSON: {error}") from None
     text = config.get("text_config", config) if isinstance(config, dict) else {}
-    missing = [key for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers") if key not in text]
+    needed = {"model_type": "", "vocab_size": "", "hidden_size": "n_embd", "num_hidden_layers": "n_layer"}  # and GPT-2's names
+    missing = [key for key, other in needed.items() if key not in text and other not in text]
     if missing:
         raise CommandError(f"{name}: no configuration of a language model: it lacks {', '.join(missing)}")
     return {key: value for key, value in text.items() if key not in NO_SHAPE}

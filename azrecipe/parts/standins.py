@@ -126,6 +126,7 @@ class _Torch(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         if not ctx.saved_tensors:
             made, ctx.made = ctx.made, None
+            _zeros = [torch.zeros_like(gradient) for gradient in made if gradient is not None]  # autograd's, as they are outputs
             return *(None if gradient is None else gradient.mul_(grads[0]) for gradient in made), None
         x, weight = ctx.saved_tensors
         return *_torch_tiles(ctx.head, x, weight, ctx.needs_input_grad[:2]), None
@@ -142,10 +143,8 @@ def _torch_tiles(
     gw = torch.zeros_like(weight) if wanted[1] else None
     scratch = torch.empty_like(weight, dtype=torch.float32) if wanted[1] and accurate else gw
     used = weight.float() if accurate else weight
-    _masks = (
-        x.new_empty((1, x.shape[0]), dtype=torch.float32),
-        x.new_empty((2, x.shape[0]), dtype=torch.long),
-    )  # weights and targets of rows
+    # The rows' weights and targets
+    _masks = x.new_empty((1, x.shape[0]), dtype=torch.float32), x.new_empty((2, x.shape[0]), dtype=torch.long)
     with head.tracker.tile(some / x.shape[0]):
         part = x[:some].float() if low and (accurate or wanted[1]) else x[:some]
         head.times(part, used, logits, some)
@@ -199,9 +198,7 @@ def _trl_tiles(head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype]
         with head.tracker.tile(some / x.shape[0] * columns / weight.shape[0]):
             logits = buffer[:, :columns]
             head.times(part, its, logits, some)
-            if (
-                not head.cuda
-            ):  # _forward_tile and _backward_tile: float32 tensors and a bool one, the size of a tile, that are there at once
+            if not head.cuda:  # float32 tensors and a bool one, the size of a tile, that are there at once (_forward_tile, _backward_tile)
                 copies = 13 if gx is None and gw is None else 29
                 torch.empty((some, columns * copies), dtype=torch.uint8)
             logits.mul_(1)

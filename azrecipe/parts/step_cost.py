@@ -211,9 +211,10 @@ def _of_layer(events: Sequence[Event]) -> tuple[list[Held], list[Held]]:
     """What a layer in the middle keeps for its backward pass, and what it has left behind after it, beyond what it had before."""
     last = {event.place: event for event in events}
     kept = _difference(last[("forward", 2)], last[("forward", 1)])
-    if ("backward", 1) not in last or ("backward", 2) not in last:
+    if ("backward", 2) not in last or ("backward", 3) not in last:
         return kept, [[0.0] * len(KINDS)] * 2
-    return kept, _sum(kept, _difference(last[("backward", 1)], last[("backward", 2)]))
+    # The layer behind the second: at the end of the first FSDP gathers no further one
+    return kept, _sum(kept, _difference(last[("backward", 2)], last[("backward", 3)]))
 
 
 def _work(step: Recorded, layers: int) -> tuple[Work, ...]:
@@ -224,7 +225,7 @@ def _work(step: Recorded, layers: int) -> tuple[Work, ...]:
         where, number = event.place
         if not any((*event.flops, *event.moved)):
             continue
-        times = 1.0 + (extra if where in ("forward", "backward") and number == 1 else 0)
+        times = 1.0 + (extra if (where, number) in (("forward", 1), ("backward", 2)) else 0)
         grow = step.grows if where == "step" and extra else 1.0
         key = (where == "step", _grown(event.flops, grow), _grown(event.moved, grow))
         counted[key] = counted.get(key, 0.0) + times

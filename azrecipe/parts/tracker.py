@@ -94,6 +94,11 @@ class Tracker(TorchDispatchMode):
             known[:2] = size, kind or known[1]
             self._add(known[1], size, 1)
 
+    def size(self, tensors: Iterable[Any]) -> int:
+        """Bytes that tensors hold, each storage once."""
+        storages = [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in tensors]
+        return sum({id(storage): -(-storage.nbytes() // self.block) * self.block for storage in storages}.values())
+
     def _size(self, size: int, kind: str) -> tuple[int, float]:
         """Bytes: those that are there whatever the batch, and those for each sequence of it."""
         if self.batch and size and size % self.batch == 0 and kind != TILE:

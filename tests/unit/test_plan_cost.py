@@ -1,0 +1,170 @@
+"""What the planner makes of few layers and of stand-ins: the same as with all layers, and as the libraries' own."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from azrecipe.parts import fake_step, standins, tiles
+from azrecipe.parts.step_cost import Cost
+from azrecipe.parts.step_shape import Asked
+from azrecipe.parts.tracker import Tracker
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": True,
+}  # fmt: skip
+PLAIN = Asked(config=LLAMA, precision="bf16_pure", cuda=True)
+LIGER = ("rms_norm", "swiglu")
+
+
+@pytest.fixture(autouse=True)
+def _no_group() -> Iterator[None]:
+    """No process group stays behind."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def whole(asked: Asked, length: int, monkeypatch: pytest.MonkeyPatch) -> Cost:
+    """With all layers run."""
+    with monkeypatch.context() as patched:
+        patched.setattr(fake_step, "FEW", 1000)
+        return fake_step.measure(asked, length)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        PLAIN,
+        replace(PLAIN, activation_checkpointing=True, kernels=LIGER, head="liger", optim="adamw_torch"),
+        replace(PLAIN, precision="bf16_mixed", shards=8, kind="fsdp2"),
+        replace(PLAIN, shards=8, kind="fsdp2", activation_checkpointing=True, accumulates=True),
+    ],
+    ids=["plain", "checkpointing and Liger", "FSDP mixed", "FSDP accumulating"],
+)
+def test_four_layers_tell_what_six_take(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, all_ = fake_step.measure(asked, 128), whole(asked, 128, monkeypatch)
+    for batch in (1, 3, 8):
+        assert sum(few.memory(batch).values()) == pytest.approx(sum(all_.memory(batch).values()), rel=1e-3)
+        assert few.flops(batch) == pytest.approx(all_.flops(batch), rel=1e-12)
+        moved = [sum(work.count * (work.moved[0] + work.moved[1] * batch) for work in cost.work) for cost in (few, all_)]
+        assert moved[0] == pytest.approx(moved[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        replace(PLAIN, trainable=("layers[2:]",)),
+        replace(PLAIN, config={**LLAMA, "model_type": "qwen3", "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 3}),
+    ],
+    ids=["some layers train", "layers of two kinds"],
+)
+def test_a_model_whose_layers_differ_is_run_with_all_of_them(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    real = fake_step.run
+
+    def run(asked: Asked, shape: Any, few: int, trained: int) -> Any:
+        ran.append(few)
+        return real(asked, shape, few, trained)
+
+    monkeypatch.setattr(fake_step, "run", run)
+    fake_step.measure(asked, 16)
+    assert ran == [6]
+
+
+SIZES = [(tokens, vocabulary, width) for tokens in (7, 4096, 20_480) for vocabulary, width in ((1000, 64), (128_256, 2048), (500, 768))]
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), SIZES)
+def test_tiles_have_the_rows_that_pytorch_chooses(tokens: int, vocabulary: int, width: int) -> None:
+    options = torch.nn.LinearCrossEntropyOptions()
+    for kind, dtype, device in (("torch", torch.float32, "cpu"), ("accurate", torch.bfloat16, "cpu")):
+        chosen = options._adjust(tokens, width, vocabulary, dtype, torch.device(device))
+        assert tiles.rows(kind, tokens, vocabulary, width) == chosen.batch_chunk_size
+    from torch.nn.modules.linear_cross_entropy_options import _AUTO_DEFAULTS
+
+    assert tuple(_AUTO_DEFAULTS["cuda", torch.bfloat16]) == ("compact", "aspect_ratio:2")  # float32's, which is looked at above
+
+
+def constants(module: str) -> dict[str, Any]:
+    """The plain constants of an installed module, which is not imported."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    assert spec is not None and spec.origin is not None
+    file = Path(spec.origin).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    return {
+        node.targets[0].id: node.value.value
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+    }
+
+
+def test_tiles_have_the_rows_and_columns_that_trl_chooses() -> None:
+    assert constants("trl.kernels.chunked_logprob")["TOKEN_CHUNK_SIZE"] == tiles.TRL_ROWS
+    assert constants("trl.trainer.utils")["_CHUNKED_LOGPROB_CHUNK_SIZE"] == tiles.TRL_COLUMNS
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), SIZES)
+def test_tiles_have_the_rows_that_liger_chooses(tokens: int, vocabulary: int, width: int) -> None:
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.ops import fused_linear_cross_entropy as liger
+
+    source = inspect.getsource(liger.fused_linear_cross_entropy_forward)
+    lines = [line.partition("#")[0].strip() for line in source.splitlines()]
+    names = {"triton": triton, "BT": tokens, "V": vocabulary, "H": width, "chunk_mem_const": liger._CHUNK_MEM_CONST}
+    for line in [line for line in lines if line.startswith(("inc_factor =", "chunk_size ="))]:
+        exec(line, {}, names)  # Liger's own lines
+    assert tiles.rows("liger", tokens, vocabulary, width) == names["chunk_size"]
+
+
+def kept(function: Any, *given: torch.Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes of what a stand-in keeps for its backward pass."""
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        function.apply(*given)
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in saved]
+
+
+def saves(module: str, function: str) -> set[str]:
+    """Names of what one of Liger's autograd functions hands to save_for_backward."""
+    pytest.importorskip("liger_kernel")
+    import importlib
+
+    tree = ast.parse(inspect.getsource(getattr(importlib.import_module(f"liger_kernel.ops.{module}"), function)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "save_for_backward"]
+    return {argument.id for call in calls for argument in call.args if isinstance(argument, ast.Name)}
+
+
+def test_stand_ins_keep_what_ligers_kernels_keep() -> None:
+    x, weight = torch.zeros(2, 5, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    row, floats = (2, 5), torch.float32
+    assert kept(standins._RMSNorm, x, weight) == [((*row, 8), floats), ((8,), floats), (row, floats)]
+    assert {"X", "W", "RSTD"} <= saves("rms_norm", "LigerRMSNormFunction")
+    assert kept(standins._GatedProduct, x, x) == [((*row, 8), floats)] * 2
+    assert saves("swiglu", "LigerSiLUMulFunction") == {"a", "b", "a_local", "b_local"}  # the last two beside a DTensor
+    assert saves("geglu", "LigerGELUMulFunction") == {"a", "b"}
+    assert kept(standins._LayerNorm, x, weight) == [((*row, 8), floats), ((8,), floats), ((2, *row), floats)]
+    assert {"X", "W", "Mean", "RSTD"} <= saves("layer_norm", "LigerLayerNormFunction")
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("liger", 300), ("torch", 300), ("trl", 9000)])
+def test_a_loss_by_tiles_does_the_whole_of_its_products(kind: str, tokens: int) -> None:
+    """Logits and both gradients; logits twice where the backward pass makes them again."""
+    x = torch.zeros(tokens, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(40_000 if kind == "trl" else 900, 16, dtype=torch.bfloat16, requires_grad=True)
+    function = {"liger": standins._Liger, "torch": standins._Torch, "trl": standins._TRL}[kind]
+    tracker = Tracker()
+    with fake_step.FakeTensorMode(allow_non_fake_inputs=True), tracker.watching():
+        function.apply(x, weight, standins.Head(kind, tracker, cuda=True)).sum().backward()
+    one = 2 * tokens * 16 * weight.shape[0]
+    assert sum(sum(event.flops) for event in tracker.events) == pytest.approx(one * (3 if kind == "liger" else 4))
