@@ -49,7 +49,7 @@ def known(steps: Sequence[tuple[Asked, int]]) -> list[Cost] | None:
 
 
 def _wanted(steps: Sequence[tuple[Asked, int]]) -> list[tuple[Asked, int]]:
-    return [(asked.with_shards(SHARDS) if asked.shards > 1 else asked, length) for asked, length in steps]
+    return [(asked.run_as(SHARDS), length) for asked, length in steps]
 
 
 def _known(key: str) -> Cost | None:

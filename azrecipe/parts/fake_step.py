@@ -67,7 +67,8 @@ def measure(asked: Asked, length: int) -> Cost:
 
     Raises CommandError for what the model has not (patterns that match nothing, a configuration that cannot be built).
     """
-    model = skeleton(asked)
+    with _quiet():
+        model = skeleton(asked)
     layers = decoder_layers(model)
     few = FEW if len(layers) > FEW and _alike(layers, asked) else len(layers)
     trained = _bytes(model, trained=True)
@@ -105,7 +106,8 @@ def run(asked: Asked, shape: Shape, few: int, trained: int) -> Recorded:
     mesh = _mesh(asked.shards)
     tracker = Tracker(512 if asked.cuda else 1, BATCH if shape.batch == BATCH else 0)
     tracker.logits = (int(config["vocab_size"]),)
-    model = skeleton(asked)
+    with _quiet():
+        model = skeleton(asked)
     grows = trained / max(_bytes(model, trained=True), 1)
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         _materialise(model)
@@ -185,8 +187,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _autocast(model: Any, asked: Asked) -> None:
-    """bf16_mixed as Accelerate does it (accelerator.py, prepare_model): autocast, and what comes out in float32."""
-    if asked.precision != "bf16_mixed" or asked.zero:
+    """bf16_mixed as Accelerate does it (accelerator.py, prepare_model): autocast, and what comes out in float32; DeepSpeed's autocast alike."""
+    if asked.precision != "bf16_mixed":
         return
     from accelerate.utils import convert_outputs_to_fp32
 

@@ -65,8 +65,9 @@ class Asked:
     def with_config(self, config: Mapping[str, Any]) -> Asked:
         return replace(self, config=dict(config))
 
-    def with_shards(self, shards: int) -> Asked:
-        return replace(self, shards=shards)
+    def run_as(self, shards: int) -> Asked:
+        """The step that stands for this one: every backend that splits the model is run as FSDP 2 over `shards`, every other as one process."""
+        return replace(self, kind="fsdp2", shards=shards) if self.fsdp else replace(self, kind="single")
 
     def key(self, length: int) -> str:
         """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""
