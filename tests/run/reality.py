@@ -20,7 +20,7 @@ from typing import Any
 
 SINGLE, SHARDED = 14, 10
 TOKENS = 340
-STEPS = 3
+STEPS = 6
 LITTLE = 256  # bytes: numbers that outlive a step, as a loss to be logged
 
 
@@ -214,7 +214,7 @@ def formulas() -> dict[Any, Any]:
 def probe() -> Any:
     """A callback that measures the bytes of the second step and the operations of the last one, and then ends the run.
 
-    The profiler sees one thread. Where gloo's let go of a tensor last, it seems to stay: such a step is measured again.
+    The profiler sees one thread. Where gloo's let go of a tensor last, it seems to stay (`left`): such a step is measured again.
     """
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
