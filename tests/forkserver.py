@@ -8,6 +8,8 @@ steps, the launcher, the launcher's workers) are forks of it likewise. Tests of 
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import json
 import logging
 import os
@@ -27,17 +29,22 @@ import numpy as np
 
 def preload() -> None:
     """Import what a run imports, and start no thread: forks of a process with threads can hang."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # as parts.cpu sets it; DeepSpeed looks when it is imported
     import torch
 
     torch.set_num_threads(1)
-    import accelerate.commands.launch  # noqa: F401
-    import matplotlib.backends.backend_svg  # noqa: F401
+    import accelerate.commands.launch
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure
     import torch.distributed.checkpoint
     import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler
     import torch.distributed.fsdp
     import torch.distributed.run
-    import transformers  # noqa: F401
-    import trl  # noqa: F401
+    import torch.profiler._cupti_monitor
+    import torch.utils.serialization.config
+    import transformers.models.llama.modeling_llama
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from trl import DPOTrainer, SFTTrainer  # noqa: F401
 
     import azrecipe.launch.launcher
     import azrecipe.launch.worker
@@ -45,7 +52,17 @@ def preload() -> None:
     import azrecipe.stages.evaluate
     import azrecipe.stages.pretrain
     import azrecipe.stages.sft
-    import azrecipe.stages.tokenizer  # noqa: F401
+    import azrecipe.stages.tokenizer
+    from azrecipe.recipe import resources
+    from azrecipe.recipe.steps import open_recipe
+
+    if importlib.util.find_spec("deepspeed"):
+        import deepspeed  # noqa: F401  (Accelerate does, wherever it is installed)
+    get_checkpoint_conversion_mapping("llama")  # it makes the table of all models at the first question
+    for recipe in ("pipeline", "evaluate"):  # the schemas are read
+        open_recipe(resources.find(f"recipes/quickstart/{recipe}.yaml"), [])
+    gc.collect()
+    gc.freeze()  # a run collects several times, and would walk and copy all of this each time
 
 
 def _serve() -> None:

@@ -42,9 +42,12 @@ def test_a_signal_saves_and_the_rerun_ends_in_the_same_weights(small: Project, f
 def test_kill_9_at_random_moments_never_changes_the_result(small: Project, finished: Project) -> None:
     """Any moment: while starting, training, writing a checkpoint, measuring, or saving the model of a phase."""
     choose = random.Random(20)
+    begun = time.monotonic()
+    shutil.copytree(small.folder / "runs", small.folder / "whole")
+    small.run("cpt", runs="whole")
+    seconds = time.monotonic() - begun
     for _ in range(6):
-        seconds = choose.uniform(4.0, 9.0)
-        until = time.monotonic() + seconds
+        until = time.monotonic() + choose.uniform(0.1, 1.0) * seconds
         small.interrupt("cpt", lambda _run, until=until: time.monotonic() > until, signal.SIGKILL)
         for checkpoint in (small.path("cpt") / "checkpoints").glob("*/checkpoint-*"):
             marked = (checkpoint / MARKER).exists()
