@@ -94,11 +94,18 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     return call
 
 
-def run_command(
-    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, launcher: tuple[str, ...] = (), timeout: int = 300
-) -> Done:
-    """azrecipe's command line in a process of its own; `launcher` goes between python and azrecipe."""
-    command = [sys.executable, *launcher, "-m", "azrecipe", *map(str, arguments)]
+def run_command(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None, timeout: int = 300) -> Done:
+    """azrecipe's command line in a process of its own: a fork, or an interpreter of its own for an `env` that is read by imports."""
+    from tests import small
+
+    command = [sys.executable, "-m", "azrecipe", *map(str, arguments)]
+    if env is None and small.PREFORKED:
+        files = {"out": cwd / ".out", "err": cwd / ".err"}
+        code = small.Started(command, cwd, **files).wait(timeout)
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files.values()]
+        for file in files.values():
+            file.unlink()
+        return Done(code, *texts)
     whole = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     done = subprocess.run(command, cwd=cwd, env=whole, capture_output=True, text=True, timeout=timeout, check=False)
     return Done(done.returncode, done.stdout, done.stderr)

@@ -138,11 +138,11 @@ def server() -> Server:
     return Server(environment())
 
 
-def called(command: Sequence[str], folder: Path, timeout: float = 300) -> tuple[int, str]:
-    """The exit code and the output of a command; `python -m azrecipe` is a fork where that can be."""
-    if PREFORKED and list(command[:3]) == [sys.executable, "-m", "azrecipe"]:
+def called(command: Sequence[str], folder: Path, timeout: float = 300, fresh: bool = False) -> tuple[int, str]:
+    """The exit code and the output of a command; `python …` is a fork where that can be, or with `fresh` an interpreter of its own."""
+    if PREFORKED and not fresh and command[0] == sys.executable:
         out = folder / f".printed-{time.monotonic_ns()}"
-        pid = server().start(list(command[3:]), folder, environment(), out)
+        pid = server().start(command, folder, environment(), out=out, err=out)
         try:
             ended = server().wait(pid, timeout)
         except TimeoutError:
@@ -153,6 +153,34 @@ def called(command: Sequence[str], folder: Path, timeout: float = 300) -> tuple[
         return ended, printed
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
     return done.returncode, done.stdout + done.stderr
+
+
+class Started:
+    """A command that has begun and is not waited for: a fork where that can be, as `called` has it."""
+
+    def __init__(self, command: Sequence[str], folder: Path, **files: Path) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        if PREFORKED:
+            self.pid = server().start(command, folder, environment(), **files)
+            return
+        ends = {name: files.get(name, Path(os.devnull)).open(mode) for name, mode in (("in", "rb"), ("out", "ab"), ("err", "ab"))}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdin=ends["in"], stdout=ends["out"], stderr=ends["err"], start_new_session=True
+        )
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has ended."""
+        return self.process.poll() if self.process else server().poll(self.pid)
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit code. Raises TimeoutError or TimeoutExpired."""
+        return self.process.wait(timeout) if self.process else server().wait(self.pid, timeout)
+
+    def send(self, number: int) -> None:
+        """A signal to it; SIGKILL also to what it has started."""
+        if self.poll() is None:
+            (os.killpg if number == signal.SIGKILL else os.kill)(self.pid, number)
 
 
 @dataclass
@@ -185,35 +213,18 @@ class Project:
         assert ended == code, f"exit code {ended}\n{printed}"
         return printed
 
+    def started(self, recipe: str, *arguments: str, runs: str = "runs", printed: Path | None = None) -> Started:
+        """Begin to run a recipe."""
+        files = {} if printed is None else {"out": printed, "err": printed}
+        return Started(self.command(recipe, *arguments, runs=runs), self.folder, **files)
+
     def interrupt(self, recipe: str, when: Callable[[Path], bool], number: int, *arguments: str, runs: str = "runs") -> int:
         """Start a recipe, send a signal as soon as `when(run directory)` holds, and return the exit code."""
-        if PREFORKED:
-            pid = server().start(self.command(recipe, *arguments, runs=runs)[3:], self.folder, environment(), Path(os.devnull))
-            while server().poll(pid) is None and not when(self.path(recipe, runs)):
-                time.sleep(0.002)
-            if server().poll(pid) is None:
-                (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
-            return server().wait(pid, 120)
-        process = subprocess.Popen(
-            self.command(recipe, *arguments, runs=runs),
-            cwd=self.folder,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None and not when(self.path(recipe, runs)):
-                time.sleep(0.002)
-            if process.poll() is None:
-                if number == signal.SIGKILL:
-                    os.killpg(process.pid, number)
-                else:
-                    process.send_signal(number)
-            return process.wait(timeout=120)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        process = self.started(recipe, *arguments, runs=runs)
+        while process.poll() is None and not when(self.path(recipe, runs)):
+            time.sleep(0.002)
+        process.send(number)
+        return process.wait()
 
 
 def fill(folder: Path) -> Project:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -94,18 +93,7 @@ def test_sft_goes_on_exactly_dropout_included(small: Project, finished: Project)
 
 
 def test_a_killed_pipeline_goes_on_with_the_step_that_it_was_in(small: Project, finished: Project) -> None:
-    process = subprocess.Popen(
-        small.command("pipeline"),
-        cwd=small.folder,
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while process.poll() is None and step(small.path("cpt")) < 6:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert small.interrupt("pipeline", lambda _: step(small.path("cpt")) >= 6, signal.SIGKILL) == -signal.SIGKILL
     printed = small.run("pipeline")
     assert printed.count("already complete") == 2  # base and tokenizer
     assert_same_weights(small.path("sft") / "final", finished.path("sft") / "final")
@@ -189,9 +177,7 @@ def test_a_cache_that_was_being_built_is_built_again(small: Project, finished: P
 
 def test_two_processes_in_one_run_directory_the_second_is_refused(small: Project) -> None:
     long = ("--set", "phases[1].max_steps=2000")
-    first = subprocess.Popen(
-        small.command("cpt", *long), cwd=small.folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    first = small.started("cpt", *long)
     try:
         while first.poll() is None and step(small.path("cpt")) < 1:
             time.sleep(0.01)
@@ -199,5 +185,5 @@ def test_two_processes_in_one_run_directory_the_second_is_refused(small: Project
         assert first.poll() is None
         assert small.status("cpt")["state"] == "running"
     finally:
-        first.kill()
+        first.send(signal.SIGKILL)
         first.wait()
