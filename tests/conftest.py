@@ -96,17 +96,12 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 def run_command(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None, timeout: int = 300) -> Done:
     """azrecipe's command line in a process of its own: a fork, or an interpreter of its own for an `env` that is read by imports."""
-    from tests import small
+    from tests.small import called
 
     command = [sys.executable, "-m", "azrecipe", *map(str, arguments)]
-    if env is None and small.PREFORKED:
-        files = {"out": cwd / ".out", "err": cwd / ".err"}
-        code = small.Started(command, cwd, **files).wait(timeout)
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files.values()]
-        for file in files.values():
-            file.unlink()
-        return Done(code, *texts)
-    whole = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    if env is None:
+        return called(command, cwd, timeout)
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     done = subprocess.run(command, cwd=cwd, env=whole, capture_output=True, text=True, timeout=timeout, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
 

@@ -96,6 +96,7 @@ def _run(request: dict[str, Any]) -> NoReturn:
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         os.chdir(request["cwd"])
         given = os.open(request["in"], os.O_RDONLY)
         out, err = (os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("out", "err"))

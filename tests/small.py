@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import QUESTIONS, ROOT, TALES, jsonl, write
+from tests.conftest import QUESTIONS, ROOT, TALES, Done, jsonl, write
 from tests.forkserver import Server
 
 BASE = """
@@ -138,21 +139,20 @@ def server() -> Server:
     return Server(environment())
 
 
-def called(command: Sequence[str], folder: Path, timeout: float = 300, fresh: bool = False) -> tuple[int, str]:
-    """The exit code and the output of a command; `python …` is a fork where that can be, or with `fresh` an interpreter of its own."""
-    if PREFORKED and not fresh and command[0] == sys.executable:
-        out = folder / f".printed-{time.monotonic_ns()}"
-        pid = server().start(command, folder, environment(), out=out, err=out)
+def called(command: Sequence[str], folder: Path, timeout: float = 300, fresh: bool = False) -> Done:
+    """Run a command to its end; `python …` is a fork where that can be, or with `fresh` an interpreter of its own."""
+    if not PREFORKED or fresh or command[0] != sys.executable:
+        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryDirectory() as name:
+        files = {"out": Path(name, "out"), "err": Path(name, "err")}
+        process = Started(command, folder, **files)
         try:
-            ended = server().wait(pid, timeout)
+            ended = process.wait(timeout)
         except TimeoutError:
-            os.killpg(pid, signal.SIGTERM)
+            process.send(signal.SIGTERM)
             raise
-        printed = out.read_text(encoding="utf-8", errors="replace")
-        out.unlink()
-        return ended, printed
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
-    return done.returncode, done.stdout + done.stderr
+        return Done(ended, *(file.read_text(encoding="utf-8", errors="replace") for file in files.values()))
 
 
 class Started:
@@ -209,9 +209,9 @@ class Project:
 
     def run(self, recipe: str, *arguments: str, runs: str = "runs", launcher: Sequence[str] = (), code: int = 0) -> str:
         """Run a recipe in a process of its own and return what it printed."""
-        ended, printed = called(self.command(recipe, *arguments, runs=runs, launcher=launcher), self.folder)
-        assert ended == code, f"exit code {ended}\n{printed}"
-        return printed
+        done = called(self.command(recipe, *arguments, runs=runs, launcher=launcher), self.folder)
+        assert done.code == code, f"exit code {done.code}\n{done.text}"
+        return done.text
 
     def started(self, recipe: str, *arguments: str, runs: str = "runs", printed: Path | None = None) -> Started:
         """Begin to run a recipe."""

@@ -11,6 +11,6 @@ from tests.small import ROOT, called
 
 @pytest.mark.parametrize("launch", [(), ("--accelerate-config", "fsdp", "--num-processes", "2")], ids=["one process", "fsdp × 2"])
 def test_many_kills_change_nothing(launch: tuple[str, ...]) -> None:
-    code, printed = called([sys.executable, "-m", "tests.fault.kill_and_resume", "--kills", "4", *launch], ROOT, 900)
-    assert code == 0, printed
-    assert "4 kills" in printed.splitlines()[-1]
+    done = called([sys.executable, "-m", "tests.fault.kill_and_resume", "--kills", "4", *launch], ROOT, 900)
+    assert done.code == 0, done.text
+    assert "4 kills" in done.out.splitlines()[-1]

@@ -48,8 +48,8 @@ def test_the_whole_job_on_real_azerbaijani(llama3: Path, tmp_path: Path) -> None
     command = [sys.executable, "-m", "azrecipe", "run", str(ROOT / "recipes" / "own_text" / "pipeline.yaml")]
     for setting in settings:
         command += ["--set", setting]
-    code, printed = called(command, tmp_path, 580)
-    assert code == 0, printed
+    done = called(command, tmp_path, 580)
+    assert done.code == 0, done.text
     runs = tmp_path / "runs" / "own-text"
     candidates = {c["name"]: c for c in json.loads((runs / "tokenizer" / "result.json").read_text())["candidates"]}
     assert candidates["baseline"]["vocab_size"] == 128_256
