@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -140,3 +141,9 @@ def pytest_configure() -> None:
     if worker.isdigit() and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
+
+def pytest_collection_finish() -> None:
+    """What was imported to collect the tests stays: it need not be walked at each collection of garbage."""
+    gc.collect()
+    gc.freeze()
