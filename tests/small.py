@@ -139,9 +139,9 @@ def server() -> Server:
     return Server(environment())
 
 
-def called(command: Sequence[str], folder: Path, timeout: float = 300, fresh: bool = False) -> Done:
-    """Run a command to its end; `python …` is a fork where that can be, or with `fresh` an interpreter of its own."""
-    if not PREFORKED or fresh or command[0] != sys.executable:
+def called(command: Sequence[str], folder: Path, timeout: float = 300) -> Done:
+    """Run a command to its end; `python …` is a fork where that can be."""
+    if not PREFORKED or command[0] != sys.executable:
         done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
         return Done(done.returncode, done.stdout, done.stderr)
     with tempfile.TemporaryDirectory() as name:
@@ -181,6 +181,42 @@ class Started:
         """A signal to it; SIGKILL also to what it has started."""
         if self.poll() is None:
             (os.killpg if number == signal.SIGKILL else os.kill)(self.pid, number)
+
+
+SMALL_DISK = """
+import ctypes, os, shutil, subprocess, sys
+from pathlib import Path
+disk, size, beside, *words = sys.argv[1:]
+ids, libc = {"uid": os.getuid(), "gid": os.getgid()}, ctypes.CDLL(None)
+if libc.unshare(0x10000000 | 0x20000):  # CLONE_NEWUSER | CLONE_NEWNS
+    sys.exit(77)
+Path("/proc/self/setgroups").write_text("deny")
+for kind, number in ids.items():
+    Path(f"/proc/self/{kind}_map").write_text(f"0 {number} 1")
+os.makedirs(disk, exist_ok=True)
+if libc.mount(b"tmpfs", disk.encode(), b"tmpfs", 0, f"size={size}".encode()):
+    sys.exit(77)
+if Path("seed").exists():
+    shutil.copytree("seed", disk, dirs_exist_ok=True)
+other = subprocess.Popen(["sh", "-c", beside], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+code = subprocess.call([sys.executable, *words])
+other.kill()
+shutil.copytree(disk, "kept", ignore=shutil.ignore_patterns("filler"))
+sys.exit(code)
+"""
+
+
+def in_small_disk(command: Sequence[str], folder: Path, disk: str, size: int, beside: str = "") -> Done:
+    """Run `python …` with a file system of `size` bytes mounted on folder/disk, in a mount namespace of its own.
+
+    seed/, where it is there, is put on it first, and what is on it in the end is left in kept/; `beside` is a shell's line that runs meanwhile.
+    """
+    if not PREFORKED:
+        pytest.skip("mount namespaces are Linux's")
+    done = called([sys.executable, "-c", SMALL_DISK, disk, str(size), beside, *command[1:]], folder)
+    if done.code == 77:
+        pytest.skip("mounting a file system of its own is not permitted here")
+    return done
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from azrecipe.recipe import resources
-from tests.small import Project, called, pages, weights
+from tests.small import Project, pages, weights
 
 DDP = str(resources.root() / "accelerate_configs" / "ddp.yaml")
 
@@ -35,8 +35,7 @@ def test_two_processes_train_the_model_that_one_trains(small: Project, finished:
 )
 def test_every_launcher_gives_the_same_losses(small: Project, finished: Project, launcher: tuple[str, ...]) -> None:
     with pages():
-        done = called(small.command("phase1", launcher=launcher), small.folder, fresh="torch" in launcher[1])
-    assert done.code == 0, done.text
+        small.run("phase1", launcher=launcher)
     assert (small.path("phase1") / "report.html").exists()
     assert max(abs(a - b) for a, b in zip(small.losses("phase1"), finished.losses("cpt")[:8], strict=True)) < 2e-6
 
