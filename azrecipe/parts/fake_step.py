@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from azrecipe.parts import lora as adapters
 from azrecipe.parts import phases, standins
+from azrecipe.parts.optimizers import BITSANDBYTES
 from azrecipe.parts.precision import STORED
 from azrecipe.parts.step_cost import Cost, Parameters, Recorded, cost
 from azrecipe.parts.step_shape import Asked, Shape
@@ -44,7 +45,7 @@ def skeleton(asked: Asked) -> Any:
     config = AutoConfig.for_model(given.pop("model_type"), **given)
     attention = "eager" if asked.attn_implementation == "eager" else "sdpa"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=STORED[asked.precision], attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=_stored(asked), attn_implementation=attention)
     model.config.use_cache = False
     if asked.lora is None:
         phases.freeze(model, list(asked.trainable), range(asked.new_rows))
@@ -52,8 +53,15 @@ def skeleton(asked: Asked) -> Any:
     from peft import get_peft_model
 
     config = adapters.lora_config(asked.lora, model, range(asked.new_rows) if asked.lora.train_new_tokens else ())
+    if asked.quantized:
+        standins.quantize(model)
     with torch.device("meta"):
         return get_peft_model(model, config)
+
+
+def _stored(asked: Asked) -> torch.dtype:
+    """What weights are in; beside those in 4 bits the others are in what is computed in (lora.Base.load_quantized)."""
+    return torch.bfloat16 if asked.quantized and asked.precision != "float32" else STORED[asked.precision]
 
 
 def prepare() -> None:
@@ -77,9 +85,12 @@ def measure(asked: Asked, length: int) -> Cost:
 
 def _parameters(model: Any) -> Parameters:
     every = list(model.parameters())
+    numbers = {id(p): p.numel() for p in every} | {
+        id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear)
+    }
     tables = {id(p): p.numel() for module in (model.get_input_embeddings(), model.get_output_embeddings()) for p in module.parameters()}
     return Parameters(
-        sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad), sum(tables.values()),
+        sum(numbers.values()), sum(p.numel() for p in every if p.requires_grad), sum(tables.values()),
         _bytes(model), _bytes(model, trained=True),
     )  # fmt: skip
 
@@ -205,7 +216,9 @@ def _optimizer(model: nn.Module, asked: Asked) -> torch.optim.Optimizer:
         return adafactor
     if asked.optim == "adamw_torch":  # on a GPU it works on all tensors at once, on a CPU on one after the other
         return torch.optim.AdamW(parameters, lr=1e-4, foreach=asked.cuda, fused=False)
-    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # those that need another package: `measured` puts their states right
+    if asked.optim in BITSANDBYTES:
+        return standins.Bitsandbytes(model, 1 if asked.optim.startswith("lion") else 2, 8 if asked.optim.endswith("8bit") else 32)
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape], tracker: Tracker) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 Each keeps for the backward pass what the real one keeps, and overwrites what the real one overwrites (Liger 0.8, liger_kernel/ops;
 PyTorch 2.13, torch/nn/modules/linear_cross_entropy.py; TRL 1.16, trl/kernels/chunked_logprob.py). Liger's rotary embedding has none:
-it works in place, and what stays is what stays without it.
+it works in place, and what stays is what stays without it. bitsandbytes' formats are from its documentation: it is not installed here.
 """
 
 from __future__ import annotations
@@ -202,16 +202,15 @@ def _trl_tiles(head: Head, given: tuple[torch.Tensor, torch.Tensor, torch.dtype]
                 copies = 13 if gx is None and gw is None else 29
                 torch.empty((some, columns * copies), dtype=torch.uint8)
             logits.mul_(1)
-            wide = head.cuda or dtype == torch.float32
-            if gx is not None:
-                if not wide:
-                    _copies = logits.float(), its.float()
-                    del _copies
+        low = not head.cuda and dtype != torch.float32 and not (gx is None and gw is None)
+        with head.tracker.tile(some / x.shape[0] * columns / weight.shape[0]):
+            _copy = logits.float() if low else None
+        _its = its.float() if low else None
+        if gx is not None:
+            with head.tracker.tile(some / x.shape[0] * columns / weight.shape[0]):
                 head.times(logits, its.t(), gx[:some], some)
         if gw is not None:
             with head.tracker.work(some / x.shape[0] * columns / weight.shape[0]):
-                if not wide:
-                    _copies = logits.float(), part.float()
                 head.times(logits.t(), part.t(), gw[:columns], some)
 
 
@@ -272,3 +271,68 @@ def _normed(function: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
 
 def _gated(self: Any, x: torch.Tensor) -> Any:
     return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-untyped-call]
+
+
+class Bitsandbytes(torch.optim.Optimizer):
+    """Keeps what bitsandbytes' optimizers keep: moments in a byte a number with a float32 for each 256, or in float32.
+
+    In float32 are those of parameters with fewer than 4,096 numbers and, as transformers wants it, of embeddings.
+    """
+
+    def __init__(self, model: torch.nn.Module, moments: int, bits: int) -> None:
+        super().__init__([p for p in model.parameters() if p.requires_grad], {})
+        embeddings = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
+        self.moments, self.wide = moments, embeddings if bits == 8 else {id(p) for p in model.parameters()}
+
+    def step(self, closure: Any = None) -> Any:
+        """Change each parameter in place, from its gradient and its moments."""
+        for parameter in self.param_groups[0]["params"]:
+            own = getattr(parameter, "_local_tensor", parameter).detach()
+            state = self.state[parameter]
+            if not state:
+                wide = id(parameter) in self.wide or own.numel() < 4096
+                for nth in range(self.moments):
+                    state[f"state{nth + 1}"] = torch.empty_like(own, dtype=torch.float32 if wide else torch.uint8)
+                    if not wide:
+                        state[f"absmax{nth + 1}"] = own.new_empty(-(-own.numel() // 256), dtype=torch.float32)
+            for held in (own, *state.values()):
+                held.mul_(1)
+
+
+class _Product4(torch.autograd.Function):
+    """x times a matrix of `shape` that is unpacked for each product and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        ctx.save_for_backward(packed)
+        ctx.shape = shape
+        return x @ _unpacked(packed, shape, x.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (packed,) = ctx.saved_tensors
+        return grads[0] @ _unpacked(packed, ctx.shape, grads[0].dtype), None, None
+
+
+def _unpacked(packed: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    return packed.new_zeros(shape, dtype=dtype)
+
+
+class _Linear4(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _Product4.apply(_low(x), self.weight, (self.out_features, self.in_features))  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias
+
+
+def quantize(model: PreTrainedModel) -> None:
+    """Let a model's linear layers, but for its head, lie in 4 bits (NF4, double quantisation), frozen.
+
+    Half a byte a number, a byte for each 64 of them, and a float32 for each 256 of those bytes.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module is not head:
+            blocks = -(-module.weight.numel() // 64)
+            size = -(-module.weight.numel() // 2) + blocks + 4 * -(-blocks // 256)
+            module.weight = torch.nn.Parameter(module.weight.new_empty((size, 1), dtype=torch.uint8), requires_grad=False)
+            module.__class__ = _Linear4

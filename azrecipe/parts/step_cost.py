@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from azrecipe.parts.tiles import rows
+from azrecipe.parts.tiles import rows, tokens
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "unsharded", "communication", "buffers", "temporary")
 SHARDED = ("weights", "gradients", "optimizer")  # what a process has a part of, where the model is split
@@ -52,7 +52,7 @@ class Recorded:
     def rows(self) -> int:
         """Rows of a tile in this step."""
         kind, vocabulary, width = self.tokens_wide
-        return rows(kind, self.batch * self.length, vocabulary, width) if kind != "logits" else 1
+        return rows(kind, tokens(kind, self.batch, self.length), vocabulary, width) if kind != "logits" else 1
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Cost:
 
     def _rows(self, batch: int) -> int:
         kind, vocabulary, width = self.head
-        return rows(kind, batch * self.length, vocabulary, width) if kind != "logits" else 0
+        return rows(kind, tokens(kind, batch, self.length), vocabulary, width) if kind != "logits" else 0
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
@@ -156,7 +156,7 @@ def cost(step: Recorded, layers: int, parameters: Parameters, shards: int) -> Co
     tiles = np.array([event.tile for event in step.events], dtype=np.float64) / step.rows
     kind, vocabulary, width = step.tokens_wide
     grid = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
-    held_rows = np.array([rows(kind, int(b) * step.length, vocabulary, width) if kind != "logits" else 0 for b in grid])
+    held_rows = np.array([rows(kind, tokens(kind, int(b), step.length), vocabulary, width) if kind != "logits" else 0 for b in grid])
     total = base.sum(1)[:, None] + each.sum(1)[:, None] * grid + tiles[:, None] * held_rows
     # Over fewer processes what is at rest weighs more, which can move the peak: the highest for an eighth and eight times as many count too
     still = base[:, : len(SHARDED)].sum(1)[:, None]

@@ -6,6 +6,11 @@ TRL_ROWS = 4096  # trl/kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE
 TRL_COLUMNS = 32_768  # trl/trainer/utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE
 
 
+def tokens(kind: str, batch: int, length: int) -> int:
+    """Of a batch, those that a loss is taken of: TRL leaves the last of a sequence out, and the others ignore what it predicts."""
+    return batch * (length - 1 if kind == "trl" else length)
+
+
 def rows(kind: str, tokens: int, vocabulary: int, width: int) -> int:
     """Rows in a tile. kind: liger, torch, accurate or trl.
 

@@ -20,7 +20,7 @@ from typing import Any
 
 SINGLE, SHARDED = 14, 10
 TOKENS = 340
-STEPS = 4
+STEPS = 3
 LITTLE = 256  # bytes: numbers that outlive a step, as a loss to be logged
 
 
@@ -233,7 +233,7 @@ def probe() -> Any:
             if state.global_step + 1 == STEPS:
                 self.counter = FlopCounterMode(display=False, custom_mapping=formulas())
                 self.counter.__enter__()
-            elif state.global_step and abs(self.found.get("left", LITTLE)) >= LITTLE:
+            if state.global_step and abs(self.found.get("left", LITTLE)) >= LITTLE:
                 gc.collect()
                 self.held = held()
                 self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)

@@ -168,3 +168,28 @@ def test_a_loss_by_tiles_does_the_whole_of_its_products(kind: str, tokens: int) 
         function.apply(x, weight, standins.Head(kind, tracker, cuda=True)).sum().backward()
     one = 2 * tokens * 16 * weight.shape[0]
     assert sum(sum(event.flops) for event in tracker.events) == pytest.approx(one * (3 if kind == "liger" else 4))
+
+
+@pytest.mark.parametrize(
+    ("optim", "moments", "each"), [("adamw_8bit", 2, 1 + 4 / 256), ("lion_8bit", 1, 1 + 4 / 256), ("lion_32bit", 1, 4)]
+)
+def test_the_state_of_bitsandbytes_optimizers_is_counted(optim: str, moments: int, each: float) -> None:
+    """Embeddings are not in 8 bits, nor are norms."""
+    cost = fake_step.measure(replace(PLAIN, config={**LLAMA, "num_key_value_heads": 4}, optim=optim, cuda=False), 16)
+    exact = cost.parameters.embeddings + 13 * 64
+    expected = moments * (4 * exact + each * (cost.parameters.total - exact))
+    assert cost.memory(1)["optimizer"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_base_in_four_bits_is_held_so_and_nothing_of_it_is_kept_unpacked() -> None:
+    from azrecipe.recipe.types import Lora
+
+    lora = Lora(8, 16, 0.0, "all-linear", use_rslora=False, use_dora=False, modules_to_save=[], train_new_tokens=False)
+    whole = replace(PLAIN, lora=lora, head="trl", config={**LLAMA, "vocab_size": 200}, cuda=False)
+    plain, packed = (fake_step.measure(replace(whole, quantized=quantized), 64) for quantized in (False, True))
+    assert packed.parameters.total == plain.parameters.total
+    linear = plain.parameters.total - plain.parameters.trainable - plain.parameters.embeddings - 13 * 64
+    saved = plain.memory(4)["weights"] - packed.memory(4)["weights"]
+    assert saved == pytest.approx(linear * (2 - 0.5 - (0.127 / 8)), rel=0.01)
+    assert packed.memory(4)["activations"] == pytest.approx(plain.memory(4)["activations"], rel=0.02)
+    assert packed.flops(4) == plain.flops(4)
