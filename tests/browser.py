@@ -36,8 +36,12 @@ const told = {
 };
 parent.postMessage(JSON.stringify(told), "*");
 </script>"""
-FRAME = """<!doctype html><body><iframe src="{}" style="width: {}px; height: 900px; border: 0"></iframe><pre id="probe"></pre>
-<script>onmessage = event => document.getElementById("probe").textContent = event.data</script></body>"""
+FRAME = '<iframe src="{}" style="width: {}px; height: 900px; border: 0"></iframe>'
+FRAMES = """<!doctype html><body>{}<pre id="probe"></pre><script>
+const frames = [...document.querySelectorAll("iframe")].map(frame => frame.contentWindow), told = frames.map(() => null);
+onmessage = event => { told[frames.indexOf(event.source)] = JSON.parse(event.data);
+  document.getElementById("probe").textContent = JSON.stringify(told); };
+</script></body>"""
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,18 @@ def see(page: Path, folder: Path, width: int = 1280) -> Seen:
     )
 
 
-def probe(page: Path, folder: Path, theme: str, width: int) -> dict[str, Any]:
-    """What a script finds in a copy of a page that lets it run, in one theme and in a frame so wide: no window is narrower than 500 pixels."""
-    text = page.read_text(encoding="utf-8").replace("color-scheme: light dark;", f"color-scheme: {theme};")
-    copy = folder / f"{theme}-{width}.html"
-    copy.write_text(text.replace('http-equiv="Content-Security-Policy"', "").replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    frame = folder / "frame.html"
-    frame.write_text(FRAME.format(copy.name, width), encoding="utf-8")
+def probe(page: Path, folder: Path, *looks: tuple[str, int]) -> list[dict[str, Any]]:
+    """What a script finds in copies of a page that let it run, each in a theme and in a frame so wide: no window is narrower than 500 pixels."""
+    text = page.read_text(encoding="utf-8").replace('http-equiv="Content-Security-Policy"', "").replace("</body>", PROBE + "</body>")
+    frames = ""
+    for theme, width in looks:
+        copy = folder / f"{theme}-{width}.html"
+        copy.write_text(text.replace("color-scheme: light dark;", f"color-scheme: {theme};"), encoding="utf-8")
+        frames += FRAME.format(copy.name, width)
+    frame = folder / "frames.html"
+    frame.write_text(FRAMES.replace("{}", frames), encoding="utf-8")
     document = see(frame, folder).document
-    told: dict[str, Any] = json.loads(html.unescape(document.split('<pre id="probe">')[1].split("</pre>")[0]))
+    told: list[dict[str, Any]] = json.loads(html.unescape(document.split('<pre id="probe">')[1].split("</pre>")[0]))
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -94,12 +95,14 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     return call
 
 
-def run_command(
-    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, launcher: tuple[str, ...] = (), timeout: int = 300
-) -> Done:
-    """azrecipe's command line in a process of its own; `launcher` goes between python and azrecipe."""
-    command = [sys.executable, *launcher, "-m", "azrecipe", *map(str, arguments)]
-    whole = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+def run_command(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None, timeout: int = 300) -> Done:
+    """azrecipe's command line in a process of its own: a fork, or an interpreter of its own for an `env` that is read by imports."""
+    from tests.small import called
+
+    command = [sys.executable, "-m", "azrecipe", *map(str, arguments)]
+    if env is None:
+        return called(command, cwd, timeout)
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     done = subprocess.run(command, cwd=cwd, env=whole, capture_output=True, text=True, timeout=timeout, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -138,3 +141,9 @@ def pytest_configure() -> None:
     if worker.isdigit() and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
+
+def pytest_collection_finish() -> None:
+    """What was imported to collect the tests stays: it need not be walked at each collection of garbage."""
+    gc.collect()
+    gc.freeze()

@@ -1,22 +1,26 @@
-"""Runs `azrecipe …` in forks of a process that has imported everything: real processes to kill, without seconds of imports for each.
+"""Runs `python …` in forks of a process that has imported everything: real processes to kill, without seconds of imports for each.
 
-The server (`python -m tests.forkserver`) reads a request a line (JSON: argv, cwd, env, out) from stdin and answers with lines of JSON:
-{"started": pid} at once, {"ended": pid, "code": exit code, negative for a signal} later. A fork leads a session of its own, as a command
-started with start_new_session=True does, and starts no thread before it is the command. The processes that it starts in turn (a pipeline's
-steps, the launcher, the launcher's workers) are forks of it likewise. Tests of the launchers themselves start what a user starts.
+The server (`python -m tests.forkserver`) reads a request a line (JSON: words, what follows `python` on the command line; cwd, env, and the
+files in, out, err) from stdin and answers with lines of JSON: {"started": pid} at once, {"ended": pid, "code": exit code, negative for a
+signal} later. A fork leads a session of its own, as a command started with start_new_session=True does, and starts no thread before it is
+the command. What it starts in turn as `python …` (a pipeline's steps, the launcher, the launcher's workers) are forks of it likewise. What
+a library reads of the environment when it is imported (HF_ENDPOINT, TRITON_INTERPRET, …) is the server's: tests of that start an interpreter.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib.util
+import inspect
 import json
 import logging
 import os
 import random
+import runpy
 import select
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,28 +28,38 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+ENDS = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")  # of a child's pipes, in subprocess' words
+THEIRS, OURS = ("p2cread", "c2pwrite", "errwrite"), ("p2cwrite", "c2pread", "errread")
+
+
+LOADED = (
+    "accelerate.commands.launch", "deepspeed", "matplotlib.backends.backend_svg", "matplotlib.figure", "torch.distributed.checkpoint",
+    "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler", "torch.distributed.fsdp", "torch.distributed.run",
+    "torch.profiler._cupti_monitor", "torch.utils.serialization.config", "transformers.models.llama.modeling_llama", "trl.trainer.dpo_trainer",
+    "trl.trainer.sft_trainer", "azrecipe.launch.launcher", "azrecipe.launch.worker", "azrecipe.pipeline", "azrecipe.stages.evaluate",
+    "azrecipe.stages.pretrain", "azrecipe.stages.sft", "azrecipe.stages.tokenizer",
+)  # fmt: skip
+
 
 def preload() -> None:
     """Import what a run imports, and start no thread: forks of a process with threads can hang."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # as parts.cpu sets it; DeepSpeed looks when it is imported, and Accelerate imports it
     import torch
 
     torch.set_num_threads(1)
-    import accelerate.commands.launch  # noqa: F401
-    import matplotlib.backends.backend_svg  # noqa: F401
-    import torch.distributed.checkpoint
-    import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler
-    import torch.distributed.fsdp
-    import torch.distributed.run
-    import transformers  # noqa: F401
-    import trl  # noqa: F401
+    for name in LOADED:
+        if name != "deepspeed" or importlib.util.find_spec(name):
+            importlib.import_module(name)
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import azrecipe.launch.launcher
-    import azrecipe.launch.worker
-    import azrecipe.pipeline
-    import azrecipe.stages.evaluate
-    import azrecipe.stages.pretrain
-    import azrecipe.stages.sft
-    import azrecipe.stages.tokenizer  # noqa: F401
+    from azrecipe.recipe import resources
+    from azrecipe.recipe.steps import open_recipe
+
+    get_checkpoint_conversion_mapping("llama")  # the first question makes the table of all models
+    for recipe in ("pipeline", "evaluate"):  # the schemas are read
+        open_recipe(resources.find(f"recipes/quickstart/{recipe}.yaml"), [])
+    gc.collect()
+    gc.freeze()  # a run collects several times, and would walk and copy all of this each time
 
 
 def _serve() -> None:
@@ -82,33 +96,49 @@ def _run(request: dict[str, Any]) -> NoReturn:
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         os.chdir(request["cwd"])
-        out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for here, there in ((nothing, 0), (out, 1), (out, 2)):
+        given = os.open(request["in"], os.O_RDONLY)
+        out, err = (os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("out", "err"))
+        for here, there in ((given, 0), (out, 1), (err, 2)):
             os.dup2(here, there)
         _start_by_forks()
-        code = _module("azrecipe", request["argv"], request["env"])
+        code = _python(request["words"], request["env"])
     finally:
         os._exit(code)
 
 
-def _module(name: str, argv: list[str], env: Mapping[str, str]) -> int:
-    """What `python -m name argv` does, in this process; returns its exit code."""
+def _python(words: Sequence[str], env: Mapping[str, str]) -> int:
+    """What `python words…` does, in this process; returns its exit code."""
     from azrecipe import cli
     from azrecipe.launch import command, launcher
 
     try:
         os.environ.clear()
         os.environ.update(env)
-        sys.argv = [name, *argv]
         logging.disable(logging.NOTSET)  # the launcher's own choice
         random.seed()  # a process of its own would not begin where the others do
         np.random.seed()
         command._stopped.clear()
-        return int(launcher.main() if name == "azrecipe.launch.launcher" else cli.main(argv))
+        while words[0] in ("-u", "-W"):
+            words = words[1 if words[0] == "-u" else 2 :]
+        sys.argv = [*words[1:]] if words[0] in ("-m", "-c") else [*words]
+        if words[:2] == ["-m", "azrecipe"]:
+            return int(cli.main([*words[2:]]))
+        if words[:2] == ["-m", "azrecipe.launch.launcher"]:
+            return int(launcher.main())
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))
+            runpy.run_path(words[0], run_name="__main__")
+        return 0
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         return 1
@@ -117,68 +147,42 @@ def _module(name: str, argv: list[str], env: Mapping[str, str]) -> int:
         sys.stderr.flush()
 
 
-class Fork:
-    """What this process starts as `python -m azrecipe…`, as a fork: as much of subprocess.Popen as is asked of it."""
-
-    def __init__(self, args: Sequence[str], env: Mapping[str, str] | None, start_new_session: bool) -> None:
-        self.args = args
-        self.returncode: int | None = None
-        at = list(args).index("-m")
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 70
-        try:
-            if start_new_session:
-                os.setsid()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            code = _module(args[at + 1], list(args[at + 2 :]), dict(os.environ if env is None else env))
-        finally:
-            os._exit(code)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            try:
-                done, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # a signal's handler has asked in the meantime
-                return self.returncode
-            if done:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        until = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if until is not None and time.monotonic() > until:
-                raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
-            time.sleep(0.005)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
 def _start_by_forks() -> None:
-    """From now on this process starts azrecipe's modules as forks, and everything else as ever."""
+    """From now on this process starts `python …` as forks, and everything else as ever."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     real = subprocess.Popen
+    names = list(inspect.signature(real._execute_child).parameters)[1:]  # type: ignore[attr-defined]
 
     class Popen(real):  # type: ignore[type-arg,misc]
-        def __new__(cls, args: Any, *_: Any, env: Any = None, start_new_session: bool = False, **more: Any) -> Any:
-            ours = isinstance(args, list | tuple) and args[0] == sys.executable and "-m" in args[1:3]
-            if ours and args[list(args).index("-m") + 1].startswith("azrecipe") and not any(more.values()):
-                return Fork(args, env, start_new_session)
-            return super().__new__(cls)
+        def _execute_child(self, *given: Any) -> None:
+            asked = dict(zip(names, given, strict=True))
+            args = asked["args"]
+            if asked["shell"] or isinstance(args, str | bytes) or args[0] != sys.executable or asked["pass_fds"]:
+                super()._execute_child(*given)
+                return
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self.pid = os.fork()
+            if self.pid:
+                self._child_created = True
+                self._close_pipe_fds(*(asked[name] for name in ENDS))
+                return
+            code = 70
+            try:
+                if asked["start_new_session"]:
+                    os.setsid()
+                for name in (name for name in OURS if asked[name] != -1):
+                    os.close(asked[name])
+                for there, name in enumerate(THEIRS):
+                    if asked[name] != -1:
+                        os.dup2(asked[name], there)
+                os.chdir(asked["cwd"] or ".")
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                code = _python(args[1:], dict(os.environ if asked["env"] is None else asked["env"]))
+            finally:
+                os._exit(code)
 
     subprocess.Popen = Popen  # type: ignore[misc]
     subprocess_handler.Popen = Popen
@@ -193,10 +197,12 @@ class Server:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=root)
         self.ended: dict[int, int] = {}
 
-    def start(self, argv: list[str], cwd: Path, env: dict[str, str], out: Path) -> int:
-        """Begin a command; returns its process id."""
+    def start(self, command: Sequence[str], cwd: Path, env: Mapping[str, str], **files: Path) -> int:
+        """Begin `python …`; returns its process id. `files`: its "in", "out" and "err", which stand at os.devnull else."""
+        assert list(command[:1]) == [sys.executable]
         assert self.process.stdin is not None
-        request = {"argv": argv, "cwd": str(cwd), "env": env, "out": str(out)}
+        request = {"words": [*command[1:]], "cwd": str(cwd), "env": dict(env)}
+        request |= {name: str(files.get(name, os.devnull)) for name in ("in", "out", "err")}
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
         while "started" not in (answer := self._read()):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import QUESTIONS, ROOT, TALES, jsonl, write
+from tests.conftest import QUESTIONS, ROOT, TALES, Done, jsonl, write
 from tests.forkserver import Server
 
 BASE = """
@@ -138,21 +139,84 @@ def server() -> Server:
     return Server(environment())
 
 
-def called(command: Sequence[str], folder: Path, timeout: float = 300) -> tuple[int, str]:
-    """The exit code and the output of a command; `python -m azrecipe` is a fork where that can be."""
-    if PREFORKED and list(command[:3]) == [sys.executable, "-m", "azrecipe"]:
-        out = folder / f".printed-{time.monotonic_ns()}"
-        pid = server().start(list(command[3:]), folder, environment(), out)
+def called(command: Sequence[str], folder: Path, timeout: float = 300) -> Done:
+    """Run a command to its end; `python …` is a fork where that can be."""
+    if not PREFORKED or command[0] != sys.executable:
+        done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryDirectory() as name:
+        files = {"out": Path(name, "out"), "err": Path(name, "err")}
+        process = Started(command, folder, **files)
         try:
-            ended = server().wait(pid, timeout)
+            ended = process.wait(timeout)
         except TimeoutError:
-            os.killpg(pid, signal.SIGTERM)
+            process.send(signal.SIGTERM)
             raise
-        printed = out.read_text(encoding="utf-8", errors="replace")
-        out.unlink()
-        return ended, printed
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
-    return done.returncode, done.stdout + done.stderr
+        return Done(ended, *(file.read_text(encoding="utf-8", errors="replace") for file in files.values()))
+
+
+class Started:
+    """A command that has begun and is not waited for: a fork where that can be, as `called` has it."""
+
+    def __init__(self, command: Sequence[str], folder: Path, **files: Path) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        if PREFORKED:
+            self.pid = server().start(command, folder, environment(), **files)
+            return
+        ends = {name: files.get(name, Path(os.devnull)).open(mode) for name, mode in (("in", "rb"), ("out", "ab"), ("err", "ab"))}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdin=ends["in"], stdout=ends["out"], stderr=ends["err"], start_new_session=True
+        )
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has ended."""
+        return self.process.poll() if self.process else server().poll(self.pid)
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit code. Raises TimeoutError or TimeoutExpired."""
+        return self.process.wait(timeout) if self.process else server().wait(self.pid, timeout)
+
+    def send(self, number: int) -> None:
+        """A signal to it; SIGKILL also to what it has started."""
+        if self.poll() is None:
+            (os.killpg if number == signal.SIGKILL else os.kill)(self.pid, number)
+
+
+SMALL_DISK = """
+import ctypes, os, shutil, subprocess, sys
+from pathlib import Path
+disk, size, beside, *words = sys.argv[1:]
+ids, libc = {"uid": os.getuid(), "gid": os.getgid()}, ctypes.CDLL(None)
+if libc.unshare(0x10000000 | 0x20000):  # CLONE_NEWUSER | CLONE_NEWNS
+    sys.exit(77)
+Path("/proc/self/setgroups").write_text("deny")
+for kind, number in ids.items():
+    Path(f"/proc/self/{kind}_map").write_text(f"0 {number} 1")
+os.makedirs(disk, exist_ok=True)
+if libc.mount(b"tmpfs", disk.encode(), b"tmpfs", 0, f"size={size}".encode()):
+    sys.exit(77)
+if Path("seed").exists():
+    shutil.copytree("seed", disk, dirs_exist_ok=True)
+other = subprocess.Popen(["sh", "-c", beside], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+code = subprocess.call([sys.executable, *words])
+other.kill()
+shutil.copytree(disk, "kept", ignore=shutil.ignore_patterns("filler"))
+sys.exit(code)
+"""
+
+
+def in_small_disk(command: Sequence[str], folder: Path, disk: str, size: int, beside: str = "") -> Done:
+    """Run `python …` with a file system of `size` bytes mounted on folder/disk, in a mount namespace of its own.
+
+    seed/, where it is there, is put on it first, and what is on it in the end is left in kept/; `beside` is a shell's line that runs meanwhile.
+    """
+    if not PREFORKED:
+        pytest.skip("mount namespaces are Linux's")
+    done = called([sys.executable, "-c", SMALL_DISK, disk, str(size), beside, *command[1:]], folder)
+    if done.code == 77:
+        pytest.skip("mounting a file system of its own is not permitted here")
+    return done
 
 
 @dataclass
@@ -181,39 +245,22 @@ class Project:
 
     def run(self, recipe: str, *arguments: str, runs: str = "runs", launcher: Sequence[str] = (), code: int = 0) -> str:
         """Run a recipe in a process of its own and return what it printed."""
-        ended, printed = called(self.command(recipe, *arguments, runs=runs, launcher=launcher), self.folder)
-        assert ended == code, f"exit code {ended}\n{printed}"
-        return printed
+        done = called(self.command(recipe, *arguments, runs=runs, launcher=launcher), self.folder)
+        assert done.code == code, f"exit code {done.code}\n{done.text}"
+        return done.text
+
+    def started(self, recipe: str, *arguments: str, runs: str = "runs", printed: Path | None = None) -> Started:
+        """Begin to run a recipe."""
+        files = {} if printed is None else {"out": printed, "err": printed}
+        return Started(self.command(recipe, *arguments, runs=runs), self.folder, **files)
 
     def interrupt(self, recipe: str, when: Callable[[Path], bool], number: int, *arguments: str, runs: str = "runs") -> int:
         """Start a recipe, send a signal as soon as `when(run directory)` holds, and return the exit code."""
-        if PREFORKED:
-            pid = server().start(self.command(recipe, *arguments, runs=runs)[3:], self.folder, environment(), Path(os.devnull))
-            while server().poll(pid) is None and not when(self.path(recipe, runs)):
-                time.sleep(0.002)
-            if server().poll(pid) is None:
-                (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
-            return server().wait(pid, 120)
-        process = subprocess.Popen(
-            self.command(recipe, *arguments, runs=runs),
-            cwd=self.folder,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None and not when(self.path(recipe, runs)):
-                time.sleep(0.002)
-            if process.poll() is None:
-                if number == signal.SIGKILL:
-                    os.killpg(process.pid, number)
-                else:
-                    process.send_signal(number)
-            return process.wait(timeout=120)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        process = self.started(recipe, *arguments, runs=runs)
+        while process.poll() is None and not when(self.path(recipe, runs)):
+            time.sleep(0.002)
+        process.send(number)
+        return process.wait()
 
 
 def fill(folder: Path) -> Project:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,28 +10,26 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.small import environment
+from tests.small import called
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: run it for real")
-def test_the_gpu_s_benchmark_prints_its_table_at_toy_size() -> None:
+def test_the_gpu_s_benchmark_prints_its_table_at_toy_size(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "gpu" / "liger_and_sharding.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--processes", "2", "--batches", "1", "2"], capture_output=True, text=True, env=environment(), check=False, timeout=280
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "no GPU: a toy model, whose figures mean nothing" in done.stdout
-    rows = re.findall(r"^\| (ddp|fsdp) \| no \| ≥ (\d+) \| [\d.]+ \| ([\d,]+) \| ([\d,]+) \((\d+)\) \|$", done.stdout, re.MULTILINE)
+    done = called([sys.executable, str(script), "--processes", "2", "--batches", "1", "2"], tmp_path)
+    assert done.code == 0, done.err
+    assert "no GPU: a toy model, whose figures mean nothing" in done.out
+    rows = re.findall(r"^\| (ddp|fsdp) \| no \| ≥ (\d+) \| [\d.]+ \| ([\d,]+) \| ([\d,]+) \((\d+)\) \|$", done.out, re.MULTILINE)
     assert [(kind, largest) for kind, largest, *_ in rows] == [("ddp", "2"), ("fsdp", "2")]
     assert all(int(rate.replace(",", "")) > 0 for _, _, *rates, _ in rows for rate in rates)
 
 
-def test_the_published_table_is_reproduced(tmp_path: Path) -> None:
+def test_the_published_table_is_reproduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = ROOT / "benchmarks" / "plan_published.py"
-    settings = environment(XDG_CACHE_HOME=str(tmp_path))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=settings, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr
-    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in done.stdout.splitlines() if line.startswith("| ")]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = called([sys.executable, str(script)], tmp_path)
+    assert done.code == 0, done.err
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in done.out.splitlines() if line.startswith("| ")]
     rows = {row[0]: row[1:] for row in cells}
     for name in ("FSDP", "FSDP + Liger"):
         peak = next(row for row in cells if row[0] == name and "%" in row[4])

@@ -25,7 +25,10 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
     if not where.reshard:
         found = [replace(loop, asked=replace(loop.asked, reshard_after_forward=False)) for loop in found]
     long = amounts(recipe, around.runs_dir, found)
-    known = estimates.costs([(loop.asked, loop.length) for loop in found])
+    likely = max(range(len(found)), key=lambda nth: (long[nth].tokens or 0, nth))
+    ahead = levers(recipe.config, found[likely], where) if look_at_levers else []
+    steps = [(loop.asked, loop.length) for loop in (*found, *(change.loop for change in ahead))]
+    known = estimates.costs(steps)[: len(found)]  # all at once, beside each other: what is wanted later is then known
     answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, known, long, strict=True)]
     main = _looked_at(answers)
     changes = levers(recipe.config, found[main], where) if look_at_levers else []

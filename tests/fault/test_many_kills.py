@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
-from tests.small import ROOT, environment
+from tests.small import ROOT, called
 
 
 @pytest.mark.parametrize("launch", [(), ("--accelerate-config", "fsdp", "--num-processes", "2")], ids=["one process", "fsdp × 2"])
 def test_many_kills_change_nothing(launch: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "tests.fault.kill_and_resume", "--kills", "4", *launch]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 kills" in done.stdout.splitlines()[-1]
+    done = called([sys.executable, "-m", "tests.fault.kill_and_resume", "--kills", "4", *launch], ROOT, 900)
+    assert done.code == 0, done.text
+    assert "4 kills" in done.out.splitlines()[-1]

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from azrecipe.parts import checkpoint
 from azrecipe.parts.backend import Backend, asked
 from azrecipe.parts.files import read_json, write_json
 from tests.conftest import write
-from tests.small import Project, copied, environment, weights
+from tests.small import Project, copied, weights
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
 # Accumulation, activation checkpointing and measurements between steps
@@ -85,35 +84,19 @@ def shards(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def rank(launcher: int, wanted: str) -> int | None:
-    """The id of one process of a launch."""
-    for child in psutil.Process(launcher).children(recursive=True):
-        try:
-            if child.environ().get("RANK") == wanted and "azrecipe" in child.cmdline():
-                return int(child.pid)
-        except psutil.Error:
-            continue
-    return None
-
-
 def terminate_one(project: Project, *arguments: str, steps: int) -> int:
     """Run cpt, send SIGTERM to its second process after so many logged steps, and return the exit code of azrecipe run."""
     log = project.path("cpt") / "metrics.jsonl"
-    with (project.folder / "printed.txt").open("w") as printed:
-        process = subprocess.Popen(
-            project.command("cpt", *arguments), cwd=project.folder, env=environment(), stdout=printed, stderr=printed
-        )
-        try:
-            while process.poll() is None and (not log.exists() or len(log.read_bytes().splitlines()) < steps):
-                time.sleep(0.005)
-            second = rank(process.pid, "1")
-            assert second is not None, (project.folder / "printed.txt").read_text()
-            os.kill(second, signal.SIGTERM)
-            return process.wait(timeout=120)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+    process = project.started("cpt", *arguments, printed=project.folder / "printed.txt")
+    try:
+        while process.poll() is None and (not log.exists() or len(log.read_bytes().splitlines()) < steps):
+            time.sleep(0.005)
+        (launcher,) = psutil.Process(process.pid).children()
+        _, second = sorted(launcher.children(), key=lambda child: child.pid)  # in the order of their ranks
+        os.kill(second.pid, signal.SIGTERM)
+        return process.wait()
+    finally:
+        process.send(signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")

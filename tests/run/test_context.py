@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import write
 from tests.run.test_backends import assert_same_training
-from tests.small import Project, copied
+from tests.small import Project, called, copied
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
 UNPACKED = ("--set", "data.packing=false")
@@ -70,10 +70,12 @@ def test_what_cannot_be_split_is_refused_before_anything_is_started(small: Proje
     assert not small.path("cpt").exists()
 
 
-def test_pytorch_still_splits_cuda_s_attention_only() -> None:
+def test_pytorch_still_splits_cuda_s_attention_only(tmp_path: Path) -> None:
     """parts/cpu.py adds the CPU's operators to this table; the day they are in it, that is not needed."""
     code = "from torch.distributed.tensor.experimental._context_parallel import _attention; print(*_attention.custom_ops)"
-    named = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    done = called([sys.executable, "-c", code], tmp_path)
+    named = done.out
+    assert done.code == 0, done.err
     assert "_scaled_dot_product_efficient_attention" in named
     assert "for_cpu" not in named
 

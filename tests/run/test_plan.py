@@ -55,9 +55,9 @@ def tiny(tmp_path: Path, cache: Path) -> Path:
 
 
 def plan(folder: Path, *arguments: str, code: int | None = 0) -> str:
-    ended, printed = called([sys.executable, "-m", "azrecipe", "plan", *arguments], folder)
-    assert ended == code or code is None, f"exit code {ended}\n{printed}"
-    return printed
+    done = called([sys.executable, "-m", "azrecipe", "plan", *arguments], folder)
+    assert done.code == code or code is None, f"exit code {done.code}\n{done.text}"
+    return done.text
 
 
 def asked(folder: Path, *arguments: str, code: int | None = 0) -> Any:

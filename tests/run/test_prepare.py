@@ -26,7 +26,7 @@ from azrecipe.parts.storing import Making, store
 from azrecipe.parts.vocabulary import load_tokenizer
 from azrecipe.recipe.types import Deduplication, TextSource
 from tests.conftest import TALES, Done, jsonl, write
-from tests.small import environment
+from tests.small import Started, in_small_disk
 
 DATA = """
 stage: pretrain
@@ -158,27 +158,27 @@ if __name__ == "__main__":
 def test_kill_9_while_text_is_tokenised_costs_no_work_and_changes_nothing(large: Path, llama: Path, tmp_path: Path) -> None:
     script = write(tmp_path / "make.py", SCRIPT)
     line = [sys.executable, str(script), str(large), str(llama), str(tmp_path / "cache"), "100000000"]
-    env = environment()
     partial = ".*.partial"
     for wanted in (1, 4):  # two kills, each after so many pieces
-        process = subprocess.Popen(line, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = Started(line, tmp_path)
         while process.poll() is None:
             states = list((tmp_path / "cache").glob(f"{partial}/state.json")) if (tmp_path / "cache").exists() else []
             if states and json.loads(states[0].read_text())["pieces"] >= wanted:
                 break
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+        process.send(signal.SIGKILL)
         process.wait()
         states = list((tmp_path / "cache").glob(f"{partial}/state.json"))
         assert states, "it had ended before it was killed"
         with (states[0].parent / "tokens.bin").open("ab") as torn:
             torn.write(b"torn")
-    two = [subprocess.Popen(line, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=200) for process in two]
-    assert [process.returncode for process in two] == [0, 0], said
-    assert sum("going on after" in err for _, err in said) == 1
-    key = said[0][0].strip()
-    assert key == said[1][0].strip()
+    two = [Started(line, tmp_path, out=tmp_path / f"out{n}", err=tmp_path / f"err{n}") for n in range(2)]
+    codes = [process.wait(200) for process in two]
+    errs, keys = ([(tmp_path / f"{kind}{n}").read_text() for n in range(2)] for kind in ("err", "out"))
+    assert codes == [0, 0], errs
+    assert sum("going on after" in err for err in errs) == 1
+    key = keys[0].strip()
+    assert key == keys[1].strip()
     whole = store(located(large), Making(load_tokenizer(str(llama)), frozenset()), tmp_path / "anew")
     assert whole.key == key
     for name in ("tokens.bin", "documents.bin"):
@@ -188,15 +188,9 @@ def test_kill_9_while_text_is_tokenised_costs_no_work_and_changes_nothing(large:
 
 def test_a_full_disk_is_told_without_a_word_of_checkpoints(large: Path, llama: Path, tmp_path: Path) -> None:
     script = write(tmp_path / "make.py", SCRIPT)
-    inner = f"mount -t tmpfs -o size=300k none disk && exec {sys.executable} {script} {large} {llama} disk/cache 100000000"
-    (tmp_path / "disk").mkdir()
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", inner], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert "CannotRun: the disk is full: no room in" in done.stderr
-    assert "checkpoint" not in done.stderr
+    done = in_small_disk([sys.executable, str(script), str(large), str(llama), "disk/cache", "100000000"], tmp_path, "disk", 300_000)
+    assert "CannotRun: the disk is full: no room in" in done.err
+    assert "checkpoint" not in done.err
 
 
 @pytest.fixture(scope="module")
@@ -258,12 +252,15 @@ def test_files_on_s3_are_read_as_local_ones(bucket: Any, tmp_path: Path, llama: 
     assert origin.startswith(f"s3://bucket/t/a.jsonl {len(parts[0])} ")
 
 
-def test_s3_that_cannot_be_reached_is_told_with_the_place(tmp_path: Path, run_cli: Callable[..., Done], llama: Path) -> None:
+def test_s3_that_cannot_be_reached_is_told_with_the_place(
+    tmp_path: Path, run_cli: Callable[..., Done], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "held.jsonl", jsonl({"text": words(1)}))
     write(tmp_path / "more.jsonl", jsonl({"text": words(2)}))
     write(tmp_path / "r.yaml", DATA.format(llama=llama).replace("text.jsonl", "s3://bucket/text.jsonl"))
-    env = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    done = run_cli("prepare", "r.yaml", env=env)
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    done = run_cli("prepare", "r.yaml")
     assert done.code == 3, done.text
     assert "r.yaml:8:21: S3 cannot be reached for s3://bucket/text.jsonl" in done.err
     assert "Traceback" not in done.text

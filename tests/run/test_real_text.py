@@ -40,16 +40,21 @@ def test_the_whole_job_on_real_azerbaijani(llama3: Path, tmp_path: Path) -> None
     settings += [f"{step}:phases[0].max_steps={n}" for step, n in steps.items()]
     settings += ["sft.yaml:training.max_steps=4", "tokenizer.yaml:candidates.custom_16k=null", "tokenizer.yaml:candidates.custom_4k=null"]
     settings += [
-        "pretrain.yaml:training.global_batch_size=2",
+        "evaluate.yaml:answers.max_conversations=4",
         "evaluate.yaml:prompts=[Azərbaycan]",
         "evaluate.yaml:generation.max_new_tokens=8",
     ]
-    settings += [f"{step}:data.validation.{name}.max_bytes=4000" for step in (*steps, "evaluate.yaml") for name in ("target", "english")]
+    settings += [
+        f"{step}:{key}"
+        for step in steps
+        for key in ("data.max_length=64", f"training.global_batch_size={2 if step == 'pretrain.yaml' else 4}")
+    ]
+    settings += [f"{step}:data.validation.{name}.max_bytes=2000" for step in (*steps, "evaluate.yaml") for name in ("target", "english")]
     command = [sys.executable, "-m", "azrecipe", "run", str(ROOT / "recipes" / "own_text" / "pipeline.yaml")]
     for setting in settings:
         command += ["--set", setting]
-    code, printed = called(command, tmp_path, 580)
-    assert code == 0, printed
+    done = called(command, tmp_path, 580)
+    assert done.code == 0, done.text
     runs = tmp_path / "runs" / "own-text"
     candidates = {c["name"]: c for c in json.loads((runs / "tokenizer" / "result.json").read_text())["candidates"]}
     assert candidates["baseline"]["vocab_size"] == 128_256

@@ -262,8 +262,8 @@ def test_a_page_opens_from_disk_in_both_themes_on_a_desk_and_on_a_phone(copy: Pr
     assert seen.console == []
     assert seen.asked == []
     backgrounds = []
-    for theme, width in (("light", 390), ("dark", 1280)):
-        found = browser.probe(file, tmp_path, theme, width)
+    looks = (("light", 390), ("dark", 1280))
+    for (_, width), found in zip(looks, browser.probe(file, tmp_path, *looks), strict=True):
         assert found["width"] == width
         assert found["page"] <= width, "the page itself never scrolls sideways"
         assert len(found["ids"]) == len(set(found["ids"]))

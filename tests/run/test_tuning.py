@@ -225,15 +225,16 @@ def test_the_adapter_is_merged_in_float32_and_rounded_once(tuned: Project) -> No
 def test_check_shows_an_example_with_what_the_loss_covers(tuned: Project) -> None:
     from tests.small import called
 
-    ended, printed = called([*tuned.command("sft")[:3], "check", "sft.yaml"], tuned.folder)
-    assert ended == 0, printed
+    done = called([*tuned.command("sft")[:3], "check", "sft.yaml"], tuned.folder)
+    assert done.code == 0, done.text
+    printed = done.out
     assert "33 rows to train on, 9 held out" in printed
     assert "a turn ends with <|eot_id|>, padding is <|finetune_right_pad_id|>" in printed
     assert printed.replace("·", "").split("⟦")[1].split("⟧")[0].endswith("edir.<|eot_id|>")
     write(tuned.folder / "questions.jsonl", jsonl({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}))
-    ended, printed = called([*tuned.command("sft")[:3], "check", "sft.yaml"], tuned.folder)
-    assert ended == 2
-    assert "questions.jsonl:1:1: message 2 (assistant) is empty" in printed
+    done = called([*tuned.command("sft")[:3], "check", "sft.yaml"], tuned.folder)
+    assert done.code == 2
+    assert "questions.jsonl:1:1: message 2 (assistant) is empty" in done.err
 
 
 def test_noise_on_the_embeddings_is_there_while_training_and_not_after(tuned: Project) -> None:

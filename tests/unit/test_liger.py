@@ -15,7 +15,7 @@ from azrecipe.errors import CannotRun, RecipeError
 from azrecipe.parts import liger
 from azrecipe.recipe.load import load
 from tests.conftest import ROOT, Done, write
-from tests.small import environment
+from tests.small import called, environment
 
 LIGER = """
 stage: pretrain
@@ -91,9 +91,13 @@ print(json.dumps(found))
 def python(script: str, **changes: str) -> Any:
     """The JSON that a script prints last, in a process of its own: Liger replaces functions of transformers for a whole process."""
     command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    if not changes:
+        done = called(command, ROOT)
+        assert done.code == 0, done.err
+        return json.loads(done.out.splitlines()[-1])
+    alone = subprocess.run(command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300, check=False)
+    assert alone.returncode == 0, alone.stderr
+    return json.loads(alone.stdout.splitlines()[-1])
 
 
 def test_an_architecture_or_a_kernel_that_liger_has_not_is_refused(project: Path) -> None:

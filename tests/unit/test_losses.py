@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from azrecipe.errors import CommandError
 from azrecipe.parts import losses, metrics
 from tests.conftest import ROOT, TALES
-from tests.small import Project, environment
+from tests.small import Project, called
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -194,12 +193,9 @@ def test_an_ordinary_model_is_not_refused() -> None:
 
 def test_under_ddp_and_fsdp_two_processes_give_the_plain_gradients() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    done = subprocess.run(
-        [*command, sys.executable, "-W", "ignore", "-c", SHARDED], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    done = called([*command, sys.executable, "-W", "ignore", "-c", SHARDED], ROOT)
+    assert done.code == 0, done.err
+    found = json.loads(done.out.splitlines()[-1])
     assert [name for name, _, _ in found.values()] == ["DistributedDataParallel", "FSDPLlamaForCausalLM"]
     for kind, (_, loss, gradient) in found.items():
         assert loss < 1e-6, kind

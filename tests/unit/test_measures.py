@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -39,6 +37,7 @@ from azrecipe.parts.vocabulary import (
 from azrecipe.recipe.types import TextSource
 from tests.conftest import TALES, jsonl, write
 from tests.small import environment
+from tests.unit.dying import dies
 
 TEXTS = [
     TALES[0] * 3,
@@ -141,11 +140,7 @@ def test_text_is_read_no_faster_than_it_is_worked_on() -> None:
 
 def test_a_process_that_is_killed_is_told_in_words() -> None:
     with Workers(2, alone=0) as workers, pytest.raises(CannotRun, match="most likely there was no memory left"):
-        list(workers.map(_die, (), chunked(["x"] * 9, 1)))
-
-
-def _die(_: list[str]) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+        list(workers.map(dies, (), chunked(["x"] * 9, 1)))
 
 
 def test_measures_are_quotients_of_sums_inside_their_intervals(base: Any) -> None:

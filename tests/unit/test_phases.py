@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from azrecipe.parts.row_mask import RowMask
 from azrecipe.recipe import groups
 from azrecipe.recipe.load import load
 from tests.conftest import ROOT, write
+from tests.small import called
 
 WORKER = Path(__file__).with_name("masked_worker.py")
 NEW = (5, 37, 38, 39)
@@ -184,10 +183,9 @@ def trained_by(model: Any, patterns: list[str], folder: Path, data: Any, **argum
 def test_processes_that_share_or_shard_a_matrix_change_the_same_rows_as_one() -> None:
     """DDP and FSDP 2 with two processes on CPU: the shards are uneven, and one holds a single new row."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    for found in json.loads(done.stdout):
+    done = called(command, ROOT)
+    assert done.code == 0, done.err
+    for found in json.loads(done.out):
         assert found["apart"] < 5e-6, found
         assert found["norm"] < 1e-6, found
         matrices = {name: rows for name, rows in found["changed"].items() if "embed_tokens" in name or "lm_head" in name}

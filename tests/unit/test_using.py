@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from azrecipe.parts.files import read_json, write_json
 from azrecipe.recipe.types import ConversationSource
 from azrecipe.using import finished, writing
 from azrecipe.using.chat import Conversation
-from tests.conftest import ROOT, Done, write
+from tests.conftest import Done, write
+from tests.small import Started
 
 # An untrained model with tied embeddings says its last token again, here a line break; the penalty makes it say other things.
 PENALTY = 3.0
@@ -269,27 +269,20 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(speaker: Path, tmp_path: Pa
     folder = shutil.copytree(speaker, tmp_path / "long")
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "max_position_embeddings": 20_000})
     command = [sys.executable, "-m", "azrecipe", "chat", str(folder), "--max-new-tokens", "15000", "--repetition-penalty", str(PENALTY)]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert process.stdin and process.stdout
-    process.stdin.write(b"Salam\n")
-    process.stdin.flush()
-    assert process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    file = tmp_path / "kept.jsonl"
-    process.stdin.write(f"/save {file}\n".encode())
-    process.stdin.flush()
-    until = time.monotonic() + 20
-    while not file.exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    process.stdin.close()
-    told = process.stderr.read().decode()  # type: ignore[union-attr]
+    files = {name: tmp_path / name for name in ("in", "out", "err")}
+    os.mkfifo(files["in"])
+    process = Started(command, tmp_path, **files)
+    with files["in"].open("wb", buffering=0) as lines:
+        lines.write(b"Salam\n")
+        while process.poll() is None and not (files["out"].exists() and files["out"].read_bytes()):
+            time.sleep(0.005)
+        process.send(signal.SIGINT)
+        file = tmp_path / "kept.jsonl"
+        lines.write(f"/save {file}\n".encode())
+        until = time.monotonic() + 20
+        while not file.exists() and time.monotonic() < until:
+            time.sleep(0.01)
     assert process.wait(60) == 0
+    told = files["err"].read_text()
     assert "[stopped]" in told and "Traceback" not in told
     assert [m["role"] for m in json.loads(file.read_text())["messages"]] == ["user", "assistant"]
