@@ -147,3 +147,8 @@ def pytest_collection_finish() -> None:
     """What was imported to collect the tests stays: it need not be walked at each collection of garbage."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """At its end a process takes all of it apart, or the bindings below say what they leak."""
+    gc.unfreeze()

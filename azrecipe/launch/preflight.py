@@ -5,6 +5,7 @@ A pipeline's last step is looked at before its first one trains for hours.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,11 +135,17 @@ def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
         lambda: backend.check_trackers(training.report_to),
         lambda: backend.check_adapter(getattr(recipe.config, "adapter", "")),
         lambda: optimizers.check(optimizers.named(recipe.config)),
+        lambda: _sharded(recipe, launch),
     ):
         try:
             asked()
         except CannotRun as error:
             yield error
+
+
+def _sharded(recipe: Recipe, launch: Launch) -> None:
+    with contextlib.suppress(CommandError):  # a batch that does not divide has been told
+        optimizers.check_sharded(recipe.config, launch.kind == "FSDP", launch.processes // launch.context)
 
 
 def _evaluation(recipe: Recipe) -> Iterator[AzrecipeError]:

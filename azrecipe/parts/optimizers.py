@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from azrecipe.errors import CannotRun
+from azrecipe.parts.batches import split
 from azrecipe.recipe.types import Phase, Pretrain, Sft, Training
 
 BITSANDBYTES = ("adamw_8bit", "lion_32bit", "lion_8bit")
@@ -33,6 +34,26 @@ def check(names: Iterable[str]) -> None:
             f"optim: {', '.join(lacking)} needs bitsandbytes, which is not installed: pip install bitsandbytes, "
             "or --set training.optim=adamw_torch_fused"
         )
+
+
+def check_sharded(config: Pretrain | Sft, fsdp: bool, readers: int) -> None:
+    """Raise CannotRun for what fails in the first step of a model that FSDP 2 has split; `readers`: processes that read different sequences.
+
+    transformers' Adafactor mixes whole and split tensors (5.23, optimization.py). TRL takes the head's weight past FSDP (1.16,
+    add_fused_lm_head), which fails where an adapter's gradients accumulate under mixed precision.
+    """
+    if not fsdp:
+        return
+    if "adafactor" in named(config):
+        raise CannotRun("optim: adafactor does not work on a model that FSDP splits: --set training.optim=adamw_torch_fused, or ddp")
+    training = config.training
+    if isinstance(config, Sft) and config.adapter != "none" and training.precision == "bf16_mixed":
+        batch = split(training.global_batch_size, training.per_device_train_batch_size, readers)
+        if batch.accumulation > 1:
+            raise CannotRun(
+                f"an adapter under precision: bf16_mixed cannot accumulate {batch.accumulation} batches where FSDP splits the model: as many processes "
+                f"as make it one batch ({training.global_batch_size // training.per_device_train_batch_size}), ddp, or bf16_pure"
+            )
 
 
 def arguments(training: Training, max_steps: int) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         message = "DeepSpeed changes the weights within its backward pass, so a bad step can stop the run and cannot be skipped: on_bad_loss: stop"
         raise recipe.problem(message, "training", "on_bad_loss")
     optimizers.check(optimizers.named(config))
+    optimizers.check_sharded(config, backend.fsdp, backend.readers)
     model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
     before = _continued(recipe, inputs)
     sources = inputs.datasets(list(config.data.datasets))

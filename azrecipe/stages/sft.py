@@ -66,6 +66,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     checkpoint.check_readable(place.checkpoints, backend)
     lora.check_backend(config.adapter, backend)
     optimizers.check(optimizers.named(config))
+    optimizers.check_sharded(config, backend.fsdp, backend.readers)
     checked = check(recipe, inputs)
     lora.check_rows(backend, checked.new_tokens if config.adapter != "none" else [], config.lora)
     run_dir.check_same(recipe, place, inputs.found)

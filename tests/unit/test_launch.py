@@ -12,6 +12,7 @@ from azrecipe.launch import preflight
 from azrecipe.launch.command import _verdict, config_file
 from azrecipe.parts.files import whole_folder
 from azrecipe.recipe.load import load
+from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import load_pipeline
 from tests.conftest import ROOT, Done, write
 
@@ -76,6 +77,21 @@ def test_deepspeed_is_named_where_it_is_missing() -> None:
         pytest.skip("deepspeed is installed here")
     with pytest.raises(CannotRun, match=r"azrecipe\[deepspeed\]"):
         preflight.check([load(QUICK / "pretrain.yaml")], preflight.read(config_file("zero3"), 2))
+
+
+def test_what_fails_in_the_first_step_of_a_split_model_is_refused_before_it() -> None:
+    launch = preflight.read(config_file("fsdp"), 2)
+    adafactor = load(QUICK / "pretrain.yaml", parse_overrides(["training.optim=adafactor", "training.adam_beta2=null"]))
+    with pytest.raises(CannotRun, match="optim: adafactor does not work on a model that FSDP splits"):
+        preflight.check([adafactor], launch)
+    mixed = ["training.precision=bf16_mixed", "training.global_batch_size=16", "training.per_device_train_batch_size=2"]
+    tuned = load(QUICK / "sft.yaml", parse_overrides(mixed))
+    with pytest.raises(
+        CannotRun, match=r"cannot accumulate 4 batches where FSDP splits the model: as many processes as make it one batch \(8\)"
+    ):
+        preflight.check([tuned], launch)
+    preflight.check([tuned], preflight.read(config_file("fsdp"), 8))
+    preflight.check([adafactor, tuned], preflight.read(config_file("ddp"), 2))
 
 
 def test_a_folder_made_twice_is_whole_and_the_first_or_the_last_as_asked(tmp_path: Path) -> None:
