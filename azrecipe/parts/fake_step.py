@@ -12,6 +12,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,7 +81,8 @@ def measure(asked: Asked, length: int) -> Cost:
     layers = decoder_layers(model)
     few = FEW if len(layers) > FEW and _alike(layers, asked) else len(layers)
     trained = _bytes(model, trained=True)
-    return cost(run(asked, Shape(BATCH, length), few, trained), len(layers), _parameters(model), asked.shards)
+    found = cost(run(asked, Shape(BATCH, length), few, trained), len(layers), _parameters(model), asked.shards)
+    return replace(found, accumulates=asked.accumulates)
 
 
 def _parameters(model: Any) -> Parameters:

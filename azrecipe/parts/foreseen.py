@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, Interrupted
-from azrecipe.parts import batches, estimates, hardware, history, liger, room, step_time, training_steps
+from azrecipe.parts import estimates, hardware, history, liger, room, step_time, training_steps
 from azrecipe.parts.backend import Backend, has_accelerator, nodes
 from azrecipe.parts.failures import explain
 from azrecipe.parts.files import read_json, write_json
@@ -180,9 +180,8 @@ def change(recipe: Recipe, model: ModelShape, on: tuple[Backend, Here], nth: int
 
 def _batch(loop: Loop, cost: Cost, backend: Backend, here: Here) -> int:
     """The most rows on a device that surely fit and divide the global batch; 0 where not even one fits."""
-    surely, _ = room.largest_batch(cost, loop.asked, here.bytes, backend.world, backend.replicate)
-    rows = surely // loop.pairs
-    return batches.split(loop.global_batch_size, min(rows, loop.batch // loop.pairs), backend.readers).per_device if rows else 0
+    split = room.fitting(cost, loop, here.bytes, backend)
+    return min(split.per_device, loop.batch // loop.pairs) if split else 0
 
 
 def _changes(recipe: Recipe, model: ModelShape, backend: Backend) -> Iterator[tuple[str, Recipe, Backend]]:

@@ -50,11 +50,13 @@ def shape_of(recipe: Recipe, around: Around) -> ModelShape:
     config: Pretrain | Sft = recipe.config
     found = _base(recipe, config.model, around)
     if around.vocab_size is not None:
-        more = max(around.vocab_size - int(found.config["vocab_size"]), 0)
+        more = max(around.vocab_size - int(found.config["vocab_size"]), 0) or around.vocab_size  # a smaller one is another one
         return ModelShape({**found.config, "vocab_size": around.vocab_size}, found.new_tokens or more, found.notes)
     if isinstance(config, Sft):
         return found
     rows, new, notes = _vocabulary(recipe, config.tokenizer, found, around)
+    if rows < 1:
+        raise CommandError(f"{recipe.path}: the size of its tokenizer is not known here: --vocab-size N")
     multiple = config.tokenizer.pad_to_multiple_of or 1
     return ModelShape({**found.config, "vocab_size": -(-rows // multiple) * multiple}, new, (*found.notes, *notes))
 

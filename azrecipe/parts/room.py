@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from azrecipe.parts import batches
+from azrecipe.parts.backend import Backend
 from azrecipe.parts.step_cost import Cost
 from azrecipe.parts.step_shape import Asked
+from azrecipe.parts.training_steps import Loop
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # CUDA's context and the libraries' workspaces: 0.5 to 1 GiB, by card and driver; not PyTorch's, so not measured
@@ -54,6 +57,8 @@ def room(cost: Cost, asked: Asked, batch: int, world: int, replicate: int = 1) -
         held["communication"] += min(2 * DEEPSPEED_BUCKET * width, 2 * trained)
         if asked.kind == "zero2":
             held["gradients"] /= world
+    if asked.kind in ("fsdp2", "hsdp") and asked.accumulates and not cost.accumulates:
+        held["gradients"] += cost.parameters.trainable * (2 if asked.precision == "bf16_pure" else 4)  # whole ones, in every process
     parts = {name: sum(held[kind] for kind in kinds) for name, kinds in PARTS.items()}
     peak = sum(parts.values())
     several = COLLECTIVES if world > 1 else 0.0
@@ -66,6 +71,22 @@ def largest_batch(cost: Cost, asked: Asked, card: float, world: int, replicate: 
         _most(lambda batch: room(cost, asked, batch, world, replicate).most <= card),
         _most(lambda batch: room(cost, asked, batch, world, replicate).least <= card),
     )
+
+
+def fitting(cost: Cost, loop: Loop, card: float, backend: Backend) -> batches.Split | None:
+    """The split of a loop's global batch with the most sequences on a card that surely fit there; None where not even one does.
+
+    A batch that has to accumulate needs more under FSDP 2 than one that has not.
+    """
+    surely, _ = largest_batch(cost, loop.asked, card, backend.world, backend.replicate)
+    most = surely // loop.pairs
+    while most > 0:
+        split = batches.split(loop.global_batch_size, most, backend.readers)
+        asked = replace(loop.asked, accumulates=split.accumulation > 1)
+        if room(cost, asked, split.per_device * loop.pairs, backend.world, backend.replicate).most <= card:
+            return split
+        most = split.per_device - 1
+    return None
 
 
 def _most(fits: Callable[[int], bool]) -> int:

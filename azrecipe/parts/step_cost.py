@@ -99,6 +99,7 @@ class Cost:
     head: tuple[str, int, int]
     lines: tuple[Line, ...]
     work: tuple[Work, ...]
+    accumulates: bool = False  # whether it is the last batch of several
 
     def memory(self, batch: int, shards: int | None = None) -> dict[str, float]:
         """Bytes by kind where the peak is; `tile` apart. `shards`: over as many processes instead."""
@@ -142,6 +143,7 @@ def from_plain(data: Mapping[str, Any]) -> Cost:
         shards=data["shards"],
         parameters=Parameters(**data["parameters"]),
         head=tuple(data["head"]),
+        accumulates=data["accumulates"],
         lines=tuple(Line(tuple(line["base"]), tuple(line["each"]), line["tile"]) for line in data["lines"]),
         work=tuple(Work(work["once"], work["count"], tuple(work["flops"]), tuple(work["moved"])) for work in data["work"]),
     )

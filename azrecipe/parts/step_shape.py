@@ -67,7 +67,9 @@ class Asked:
 
     def run_as(self, shards: int) -> Asked:
         """The step that stands for this one: every backend that splits the model is run as FSDP 2 over `shards`, every other as one process."""
-        return replace(self, kind="fsdp2", shards=shards) if self.fsdp else replace(self, kind="single")
+        accumulates = self.accumulates and not self.zero  # DeepSpeed adds gradients up for every batch
+        kind, split = ("fsdp2", shards) if self.fsdp else ("single", 1)
+        return replace(self, kind=kind, shards=split, accumulates=accumulates)
 
     def key(self, length: int) -> str:
         """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""

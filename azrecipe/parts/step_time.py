@@ -92,7 +92,9 @@ def step_time(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: 
     )
     network, slow = cluster.machine.network, None
     if cluster.nodes > 1 and network is not None and network.efa_interfaces:
-        slow = max(total.middle, between.middle * _rates()["efa"]["middle"] / float(_calibration()["without_efa"]))
+        rate = network.gbit_per_s / 8 * _rates()["efa"]["middle"]  # GB/s
+        least = min(float(_calibration()["without_efa_gb_per_s"]), network.gbit_per_s / 8 * _rates()["network"]["middle"])
+        slow = max(total.middle, between.middle * rate / least)
     return StepTime(total, compute, inside, between, rests_on, slow)
 
 
@@ -101,23 +103,27 @@ def roofline(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: C
     card = cluster.machine.card
     peak = card.fp32_tflops if asked.precision == "float32" else card.bf16_tflops
     batches, optimizer = cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9)
-    optimizer *= cost.shards / cluster.shards if cost.shards > 1 else 1.0
+    optimizer *= cost.shards / cluster.shards if cost.shards > 1 else 1.0 / (cluster.world if asked.zero else 1)
     return batches * accumulation + optimizer
 
 
 def volumes(cost: Cost, asked: Asked, accumulation: int) -> tuple[float, float]:
     """Bytes a step that every process must get of parameters, and that must be added up of gradients.
 
-    FSDP 2 as Accelerate puts it on: all parameters for the forward pass, and again for the backward pass but those of the head and the embeddings
-    tied to it. Gradients accumulate in each process and are added up once.
+    FSDP 2 as Accelerate puts it on: all parameters for the forward pass, and again for the backward pass but the head's. Gradients accumulate in
+    each process and are added up once; DeepSpeed's ZeRO 2 and 3 add them up for every batch.
     """
     parameters = cost.parameters
     width = 4 if asked.precision == "float32" else 2
     summed = parameters.trainable * (2 if asked.precision == "bf16_pure" else 4)
+    if asked.kind in ("zero2", "zero3"):
+        summed *= accumulation
     if cost.shards == 1:
-        again = parameters.total * width if asked.zero else 0
+        again = parameters.trainable * width if asked.zero else 0
         return float(again), float(summed)
-    return float((2 * parameters.total - parameters.embeddings) * width * accumulation), float(summed)
+    _, vocabulary, of_row = cost.head
+    again = parameters.total - vocabulary * of_row if asked.reshard_after_forward else 0
+    return float((parameters.total + again) * width * accumulation), float(summed)
 
 
 def _links(cost: Cost, asked: Asked, accumulation: int, cluster: Cluster) -> tuple[float, Span]:
@@ -132,7 +138,7 @@ def _links(cost: Cost, asked: Asked, accumulation: int, cluster: Cluster) -> tup
     if nodes == 1 or machine.network is None:
         return inside, Span(0.0, 0.0, 0.0)
     outer = machine.network.gbit_per_s / 8 * 1e9
-    if cluster.kind == "hsdp":  # shards stay inside; what a machine's shards add up to goes round the machines
+    if cluster.kind == "hsdp" and cluster.shards <= machine.count:  # shards stay inside; their sums go round the machines
         crossing = 2 * (nodes - 1) / nodes * summed
     else:
         crossing = (gathered + (2 if whole else 1) * summed) * ring
@@ -153,7 +159,7 @@ def efficiency(card: str, more: Sequence[Mapping[str, Any]] = ()) -> tuple[Span,
     if own:
         said = f"{len(own)} training loop{'s' if len(own) > 1 else ''} of your own on {card}"
     elif same:
-        said = f"{len(same)} published run{'s' if len(same) > 1 else ''} on {card}"
+        said = f"{len(same)} published run{'s' if len(same) > 1 else ''} on {', '.join(sorted({str(run['card']) for run in same}))}"
     else:
         said = f"published runs on other cards ({', '.join(sorted({str(run['card']) for run in known}))}): none on {card} is known"
     return Span(low, middle, high), said

@@ -89,8 +89,9 @@ def _backends(loop: Loop, where: Where) -> Iterator[Lever]:
     names = {"ddp": "ddp", "fsdp2": "fsdp", "hsdp": "hsdp", "zero2": "zero2", "zero3": "zero3"}
     for kind, name in names.items():
         there = where.as_kind(kind)
-        if kind == where.kind or (kind == "hsdp" and where.world % there.replicate):
+        if kind == where.kind or (kind == "hsdp" and (where.world % there.replicate or where.world == there.replicate)):
             continue
         shards = 1 if kind in ("ddp", "zero2") else there.world // there.replicate
         what = f"{name} instead of {names.get(where.kind, where.kind)}"
-        yield Lever(what, f"--accelerate-config {name}", _with(loop, kind=kind, shards=shards), there)
+        how = f"--accelerate-config {name}" + (f" (a copy with dp_replicate_size: {there.replicate})" if there.replicate > 2 else "")
+        yield Lever(what, how, _with(loop, kind=kind, shards=shards), there)

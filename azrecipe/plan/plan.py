@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import CannotRun, CommandError
+from azrecipe.errors import AzrecipeError, CannotRun, CommandError
 from azrecipe.parts import hardware
 from azrecipe.parts.hardware import Machine, Price
 from azrecipe.parts.model_shape import Around
@@ -39,22 +39,31 @@ def run(arguments: Namespace, recipes: Sequence[Recipe], beside: Sequence[Recipe
 
     places = [where(_machine(name.strip(), arguments), arguments.nodes, launch) for name in names]
     look = not (arguments.compare or arguments.largest_batch or arguments.no_levers) and len(chosen) == 1
-    answers = [[answer.of_recipe(one, around(one), place, look) for place in places] for one in chosen]
+    answers, refused = [], []
+    for one in chosen:
+        try:
+            answers.append([answer.of_recipe(one, around(one), place, look) for place in places])
+        except AzrecipeError as error:
+            if len(chosen) == 1:
+                raise
+            refused.append(str(error) if str(one.path) in str(error) else f"{one.path}: {error}")
     _print(arguments, answers)
     if len(answers) > 1 and not (arguments.json or arguments.compare or arguments.largest_batch):
         show.whole([each[0] for each in answers])
         print(f"What single changes would do: --step {chosen[-1].path.name}")
-    for one, each in zip(chosen, answers, strict=True):
+    by_path = {str(one.path): one for one in chosen}
+    for each in answers:
+        one = by_path[each[0]["recipe"]]
         if not look and any(_fits_nowhere(each, nth) and not _batches(each, nth) for nth in range(len(each[0]["loops"]))):
             each[0] = answer.of_recipe(one, around(one), places[0], True)  # which change would help is wanted now
-    _nowhere(answers)
+    _nowhere(answers, refused)
     return 0
 
 
 def _print(arguments: Namespace, answers: Sequence[Sequence[dict[str, Any]]]) -> None:
     if arguments.json:
         flat = [found for each in answers for found in each]
-        print(json.dumps(flat if len(flat) > 1 else flat[0], indent=2))
+        print(json.dumps(flat[0] if len(flat) == 1 else flat, indent=2))
         return
     for each in answers:
         if arguments.largest_batch:
@@ -86,12 +95,12 @@ def _fits_nowhere(each: Sequence[dict[str, Any]], nth: int) -> bool:
 
 def _batches(each: Sequence[dict[str, Any]], nth: int) -> int:
     """The largest batch with which a loop surely fits on one of the machines; 0: with none."""
-    return max(int(found["loops"][nth]["largest_batch"]["surely"]) for found in each)
+    return max(int(found["loops"][nth]["fitting_batch"]) for found in each)
 
 
-def _nowhere(answers: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Raise CannotRun for a loop that fits on none of the machines as it stands, with the smallest change that would fit, if there is one."""
-    said = []
+def _nowhere(answers: Sequence[Sequence[dict[str, Any]]], refused: Sequence[str]) -> None:
+    """Raise CannotRun for what was `refused`, and for a loop that fits on none of the machines as it stands, with the smallest change that fits."""
+    said = list(refused)
     for each in answers:
         for nth, loop in enumerate(each[0]["loops"]):
             if not _fits_nowhere(each, nth):
@@ -100,10 +109,11 @@ def _nowhere(answers: Sequence[Sequence[dict[str, Any]]]) -> None:
             if best := _batches(each, nth):
                 said.append(f"{name} does not fit: --set training.per_device_train_batch_size={best} does, and accumulates")
                 continue
-            fitting = [line for line in each[0]["levers"]["changes"] if line["largest_batch"]["surely"] >= 1]
+            fitting = [line for line in each[0]["levers"]["changes"] if line["best_batch"] >= 1]
             if fitting:
-                change = min(fitting, key=lambda line: abs(line["difference"]))
-                said.append(f"{name} does not fit at any batch as it stands; with {change['change']} it does: {change['how']}")
+                change = min(fitting, key=lambda line: ("vocab" in line["how"] or "max_length" in line["how"], abs(line["difference"])))
+                more = f" --set training.per_device_train_batch_size={change['best_batch']}"
+                said.append(f"{name} does not fit at any batch as it stands; with {change['change']} it does: {change['how']}{more}")
             else:
                 said.append(f"{name} fits at no batch, and no single change makes it: more cards (--nodes), larger ones, or an adapter")
     if said:

@@ -106,10 +106,10 @@ def _network(answer: Mapping[str, Any], out: Console) -> None:
         return
     hsdp = next((line for line in answer["levers"]["changes"] if line["how"] == "--accelerate-config hsdp"), None)
     out.print(
-        f"the network bounds {', '.join(bound)}: {answer['backend']} sends the parameters across for every batch, so a larger batch on each card helps "
+        f"the network bounds {', '.join(bound)}: {answer['backend']} sends parameters or gradients across for every batch, so a larger batch on each card helps "
         "and accumulating more does not; HSDP keeps them inside a machine"
         + (f" ({hsdp['faster']:+.0%})" if hsdp and hsdp["faster"] is not None else "")
-        if answer["backend"] in ("fsdp2", "zero3")
+        if answer["backend"] in ("fsdp2", "zero3", "zero2")
         else f"the network bounds {', '.join(bound)}: what crosses it is gradients, once a step, so accumulating more (a larger global batch) helps"
     )
 
@@ -163,7 +163,9 @@ def whole(answers: Sequence[Mapping[str, Any]]) -> None:
 def largest(answer: Mapping[str, Any]) -> None:
     """The largest batch of each loop, one a line: its name, surely, perhaps."""
     for loop in answer["loops"]:
-        print(f"{loop['name']}\t{loop['largest_batch']['surely']}\t{loop['largest_batch']['perhaps']}")
+        print(
+            f"{answer['recipe']}\t{answer['hardware']}\t{loop['name']}\t{loop['largest_batch']['surely']}\t{loop['largest_batch']['perhaps']}"
+        )
 
 
 def _gib(size: float) -> str:

@@ -66,6 +66,10 @@ def where(machine: Machine, nodes: int, asked: Where | None) -> Where:
         found = replace(asked, machine=machine, nodes=nodes)
         if found.kind == "single" and found.world > 1:
             raise CommandError(f"the accelerate config is for one process, and {found.title} has {found.world} cards: fsdp or ddp")
+        if found.world % (found.replicate * found.context):
+            raise CommandError(
+                f"{found.title}: {found.world} cards do not divide into the accelerate config's groups of {found.replicate * found.context}"
+            )
         if found.kind != "single" and found.world == 1:
             return replace(found, kind="single", replicate=1, context=1)
         return found

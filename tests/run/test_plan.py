@@ -87,7 +87,7 @@ def test_each_phase_has_its_memory_batch_time_and_price(tiny: Path) -> None:
 
 def test_the_largest_batch_is_the_last_one_that_fits(tiny: Path) -> None:
     printed = plan(tiny, "r.yaml", "--hardware", "l4", "--largest-batch", "--set", "training.global_batch_size=4096")
-    found = {name: (int(surely), int(perhaps)) for name, surely, perhaps in re.findall(r"^(\w+)\t(\d+)\t(\d+)$", printed, re.MULTILINE)}
+    found = {name: (int(surely), int(perhaps)) for name, surely, perhaps in re.findall(r"\t(\w+)\t(\d+)\t(\d+)$", printed, re.MULTILINE)}
     surely, perhaps = found["full"]
     for batch, verdict in ((surely, "fits"), (surely + 1, "may fit"), (perhaps + 1, "does not fit")):
         settings = ["--set", f"training.per_device_train_batch_size={batch}", "--set", f"training.global_batch_size={batch}"]
