@@ -48,7 +48,7 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
             assert config_file(arguments.accelerate_config).is_file()
         recipe, steps = open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
         assert steps or recipe.stage != "pipeline"
-    elif arguments.verb == "plan" and arguments.recipe != "RUN":
+    elif arguments.verb == "plan" and arguments.calibrate is None:
         open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
         for name in arguments.compare.split(",") if arguments.compare else [arguments.hardware]:
             find(name)

@@ -111,12 +111,17 @@ def _alike(layers: nn.ModuleList, asked: Asked) -> bool:
 
 def run(asked: Asked, shape: Shape, few: int, trained: int) -> Recorded:
     """One step with `few` decoder layers, recorded. `trained`: bytes that train in the whole model."""
+    with _mesh(asked.shards) as mesh:
+        return _recorded(asked, shape, (few, trained), mesh)
+
+
+def _recorded(asked: Asked, shape: Shape, sizes: tuple[int, int], mesh: Any) -> Recorded:
+    few, trained = sizes
     config = {**asked.config, "num_hidden_layers": few}
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = config["layer_types"][:few]
     asked = asked.with_config(config)
     gc.collect()  # an earlier step's cycles must not end inside this one
-    mesh = _mesh(asked.shards)
     tracker = Tracker(512 if asked.cuda else 1, BATCH if shape.batch == BATCH else 0)
     tracker.logits = (int(config["vocab_size"]),)
     with _quiet():
@@ -338,18 +343,20 @@ def _unsynchronised(model: Any) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def _mesh(shards: int) -> Any:
-    """A process group of any size that sends nothing (PyTorch's own, for tests), and a mesh over it."""
+@contextlib.contextmanager
+def _mesh(shards: int) -> Iterator[Any]:
+    """A process group of any size that sends nothing (PyTorch's own, for tests), and a mesh over it; gone afterwards, as others ask whether there is one."""
     if shards == 1:
-        return None
+        yield None
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if dist.is_initialized() and dist.get_world_size() != shards:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards)
+    try:
+        yield init_device_mesh("cpu", (shards,))
+    finally:
         dist.destroy_process_group()
-    if not dist.is_initialized():
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards)
-    return init_device_mesh("cpu", (shards,))
 
 
 @contextlib.contextmanager
