@@ -93,7 +93,7 @@ def _levers(answer: Mapping[str, Any], out: Console) -> None:
             f"{line['difference'] / GIB:+.1f}",
             str(line["largest_batch"]["surely"]),
             f"{rate['middle']:,.0f} at {line['best_batch']}" if rate else "does not fit",
-            f"{line['faster']:+.0%}" if rate else "",
+            f"{line['faster']:+.0%}" if line["faster"] is not None else "",
             line["how"],
         )
     out.print(table)
