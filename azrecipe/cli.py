@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", help="a recipe (YAML)")
     _add_recipe_options(run)
     run.add_argument("--accelerate-config", metavar="NAME", help="a file in accelerate_configs/ by name (ddp, fsdp, …) or a path")
-    run.add_argument("--num-processes", type=_positive, metavar="N", help="processes to start on this machine")
+    run.add_argument("--num-processes", type=plan_options.positive, metavar="N", help="processes to start on this machine")
     run.add_argument("--quiet", action="store_true", help="no table at the end")
 
     prepare = verbs.add_parser(
@@ -107,26 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     copy = verbs.add_parser("copy", help="write the shipped recipes, schemas, accelerate configs and hardware into a folder, to edit")
     copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
     options.add(verbs)
-    plan_options.add(verbs)
+    _add_recipe_options(plan_options.add(verbs))
     return parser
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """Options that `azrecipe run` and a worker share."""
+    """Options of a worker and of the verbs that take a recipe as it would be run."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; STEP.yaml:KEY=VALUE in a pipeline")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories go (default: runs)")
-    parser.add_argument("--step", metavar="STEP", help="run only this step of a pipeline")
-    parser.add_argument("--cell", metavar="CELL", help="run only this cell of a pipeline's matrix, or with --step its step")
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not '{text}'") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    parser.add_argument("--step", metavar="STEP", help="only this step of a pipeline")
+    parser.add_argument("--cell", metavar="CELL", help="only this cell of a pipeline's matrix, or with --step its step")
 
 
 def _verb(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

@@ -113,9 +113,7 @@ def times(timed: list[Timed]) -> None:
 
 
 def _alone(cost: Cost, t: Timed) -> float:
-    card = t.cluster.machine.card
-    batch, optimizer = cost.seconds(t.batch, card.bf16_tflops * 1e12, card.memory_gb_per_s * GB)
-    return batch + optimizer * cost.shards / t.cluster.shards
+    return step_time.roofline(cost, t.asked, t.batch, 1, t.cluster)
 
 
 def _crossing(cost: Cost, t: Timed) -> float:

@@ -53,6 +53,11 @@ class Backend:
         return self.kind not in ("single", "ddp")
 
     @property
+    def shards(self) -> int:
+        """Processes that the weights are split over; 1: each has all of them."""
+        return 1 if self.kind in ("single", "ddp", "zero1", "zero2") else self.world // self.replicate
+
+    @property
     def zero(self) -> bool:
         """Whether DeepSpeed runs it."""
         return self.kind.startswith("zero")
@@ -211,6 +216,12 @@ def check_adapter(adapter: str) -> None:
     """Raise CannotRun where a base in 4 bits is asked for and bitsandbytes is not there."""
     if adapter == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         raise CannotRun("adapter: qlora needs bitsandbytes: pip install 'azrecipe[qlora]'")
+
+
+def check_quantized(adapter: str, backend: Backend) -> None:
+    """Raise CannotRun for a quantised base on a sharded backend."""
+    if adapter == "qlora" and backend.sharded:
+        raise CannotRun("adapter: qlora is not verified on a sharded backend: --accelerate-config ddp or one GPU, or adapter: lora")
 
 
 def check_trackers(report_to: list[str]) -> None:

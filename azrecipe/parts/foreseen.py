@@ -37,7 +37,6 @@ LIMIT = "AZRECIPE_FORESEE_SECONDS"
 SECONDS = 30.0  # that the others wait at most; it takes a few where there are cores, and none a second time
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
-GIB = 2**30
 
 Steps = Sequence[tuple[Asked, int]]
 
@@ -126,10 +125,8 @@ def foretell(recipe: Recipe, model: ModelShape, backend: Backend, here: Here | N
 
 def _loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True) -> list[Loop]:
     """The loops as the launcher wants them: it may have said that parameters stay whole between forward and backward."""
-    found = training_steps.loops(recipe, model, backend, cuda)
-    if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false":
-        return found
-    return [replace(loop, asked=replace(loop.asked, reshard_after_forward=False)) for loop in found]
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+    return training_steps.loops(recipe, model, backend, cuda, reshard)
 
 
 def _loop(loop: Loop, cost: Cost, backend: Backend, here: Here | None) -> dict[str, Any]:
@@ -141,10 +138,8 @@ def _loop(loop: Loop, cost: Cost, backend: Backend, here: Here | None) -> dict[s
     if here is not None and here.machine is not None:
         cluster = step_time.Cluster(here.machine, here.nodes, backend.kind, backend.replicate, backend.context)
         taken = step_time.step_time(cost, loop.asked, loop.batch, loop.accumulation, cluster)
-        tokens = loop.global_batch_size * loop.pairs * loop.length * backend.context
-        seconds = taken.total
         rate = {
-            "tokens_per_second": {"low": tokens / seconds.high, "middle": tokens / seconds.middle, "high": tokens / seconds.low},
+            "tokens_per_second": asdict(taken.total.rate(loop.tokens(backend))),
             "rests_on": taken.rests_on + (", the network between machines not counted" if here.nodes > 1 else ""),
         }
     return {
@@ -249,7 +244,7 @@ def _advice(how: str | None) -> str:
 
 def amount(size: float) -> str:
     """Bytes for people."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+    return f"{size / hardware.GIB:.1f} GiB" if size >= hardware.GIB else f"{size / 2**20:.1f} MiB"
 
 
 @contextlib.contextmanager

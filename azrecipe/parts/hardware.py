@@ -145,17 +145,18 @@ def card_of(device: str) -> Card | None:
 
 def load(own: Path | None = None) -> Known:
     """What ships, with a file of the user's own laid over it. Raises RecipeError with every problem of that file."""
-    return _shipped() if own is None else _read(_over(_tree(), _own(own)))
+    return _shipped() if own is None else _read(_over(shipped("hardware.yaml"), _own(own)))
 
 
 @cache
 def _shipped() -> Known:
-    return _build(_tree().plain())  # a test checks the file; no process needs to do it again
+    return _build(shipped("hardware.yaml").plain())  # a test checks the file; no process needs to do it again
 
 
 @cache
-def _tree() -> Node:
-    file = resources.root() / "hardware" / "hardware.yaml"
+def shipped(name: str) -> Node:
+    """A file of the folder hardware/, read once."""
+    file = resources.root() / "hardware" / name
     return parse(file.read_text(encoding="utf-8"), shown(file))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from azrecipe.errors import CannotRun, CommandError, did_you_mean
-from azrecipe.parts.backend import Backend, check_adapter
+from azrecipe.parts.backend import Backend, check_adapter, check_quantized
 from azrecipe.parts.embeddings import add_rows
 from azrecipe.parts.model import WEIGHTS, load_model
 from azrecipe.parts.vocabulary import rows_needed
@@ -145,8 +145,7 @@ def merged(base: Base, adapter: Path, precision: str) -> PreTrainedModel:
 def check_backend(adapter: str, backend: Backend) -> None:
     """Raise CannotRun for a quantised base where it cannot be."""
     check_adapter(adapter)
-    if adapter == "qlora" and backend.sharded:
-        raise CannotRun("adapter: qlora is not verified on a sharded backend: --accelerate-config ddp or one GPU, or adapter: lora")
+    check_quantized(adapter, backend)
 
 
 def check_rows(backend: Backend, new: Sequence[int], lora: Lora) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import CannotRun, CommandError
+from azrecipe.parts import hardware
 from azrecipe.parts.run_dir import run_of
-from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe, is_local_model, load
 from azrecipe.recipe.types import ModelSource, Pretrain, PretrainTokenizer, Sft, Tokenizer
-from azrecipe.recipe.yaml_tree import parse
 
 NO_SHAPE = ("architectures", "transformers_version", "torch_dtype", "dtype", "quantization_config", "_name_or_path")  # of a configuration
 
@@ -124,8 +123,7 @@ def _fetched(name: str, revision: str | None) -> dict[str, Any]:
 
 def known_shapes() -> dict[str, Any]:
     """Configurations by the names of their models: hardware/models.yaml."""
-    file = resources.root() / "hardware" / "models.yaml"
-    known: dict[str, Any] = parse(file.read_text(encoding="utf-8"), str(file)).plain()
+    known: dict[str, Any] = hardware.shipped("models.yaml").plain()
     return known
 
 

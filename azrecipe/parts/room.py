@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from azrecipe.parts import batches
 from azrecipe.parts.backend import Backend
+from azrecipe.parts.hardware import GIB
 from azrecipe.parts.step_cost import Cost
 from azrecipe.parts.step_shape import Asked
 from azrecipe.parts.training_steps import Loop
 
-GIB = 2**30
 CONTEXT = 0.6 * GIB  # CUDA's context and the libraries' workspaces: 0.5 to 1 GiB, by card and driver; not PyTorch's, so not measured
 COLLECTIVES = 0.5 * GIB  # NCCL's buffers, where there are several processes; grows with channels and peers
 FRAGMENTS = 0.06  # of the peak, that an allocator may hold in pieces of no use

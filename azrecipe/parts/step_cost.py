@@ -14,7 +14,6 @@ from azrecipe.parts.tiles import rows, tokens
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "unsharded", "communication", "buffers", "temporary")
 SHARDED = ("weights", "gradients", "optimizer")  # what a process has a part of, where the model is split
-LARGEST = 4096  # sequences on a device that are looked at
 
 Place = tuple[str, int]  # start, forward i, head, backward i, step
 Pair = tuple[float, float]  # base and each: base + each * batch

@@ -13,12 +13,11 @@ from functools import cache
 from typing import Any
 
 from azrecipe.parts import calibration
-from azrecipe.parts.hardware import Machine, load
+from azrecipe.parts.backend import Backend
+from azrecipe.parts.hardware import Card, Machine, load, shipped
 from azrecipe.parts.model_shape import known_shapes
 from azrecipe.parts.step_cost import Cost
 from azrecipe.parts.step_shape import Asked
-from azrecipe.recipe import resources
-from azrecipe.recipe.yaml_tree import parse
 
 ALONE = 0.1  # how far from a card's only known run another may be
 ELSEWHERE = 0.2  # the same where no run on this card is known
@@ -32,8 +31,9 @@ class Span:
     middle: float
     high: float
 
-    def over(self, other: float) -> Span:
-        return Span(self.low / other, self.middle / other, self.high / other)
+    def rate(self, amount: float) -> Span:
+        """Of an amount that takes these seconds."""
+        return Span(amount / self.high, amount / self.middle, amount / self.low)
 
     def times(self, other: float) -> Span:
         return Span(self.low * other, self.middle * other, self.high * other)
@@ -54,8 +54,12 @@ class Cluster:
         return self.machine.count * self.nodes
 
     @property
+    def backend(self) -> Backend:
+        return Backend(self.kind, self.world, 0, self.replicate, self.context)
+
+    @property
     def shards(self) -> int:
-        return self.world // self.replicate if self.kind in ("fsdp2", "hsdp", "zero3") else 1
+        return self.backend.shards
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,15 @@ def step_time(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: 
 
 def roofline(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: Cluster) -> float:
     """Seconds of an optimizer's step at the card's peaks, links left out."""
-    card = cluster.machine.card
-    peak = card.fp32_tflops if asked.precision == "float32" else card.bf16_tflops
-    batches, optimizer = cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9)
+    batches, optimizer = at_peaks(cost, asked, batch, cluster.machine.card)
     optimizer *= cost.shards / cluster.shards if cost.shards > 1 else 1.0 / (cluster.world if asked.zero else 1)
     return batches * accumulation + optimizer
+
+
+def at_peaks(cost: Cost, asked: Asked, batch: int, card: Card) -> tuple[float, float]:
+    """The same of a batch and of the optimizer, as the step was run."""
+    peak = card.fp32_tflops if asked.precision == "float32" else card.bf16_tflops
+    return cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9)
 
 
 def volumes(cost: Cost, asked: Asked, accumulation: int) -> tuple[float, float]:
@@ -179,9 +187,7 @@ class Run:
 
     def reckoned(self, cost: Cost) -> float:
         """The share of the roofline that it reached: the roofline's time of a step over the time that it took."""
-        card = load().cards[self.card]
-        peak = card.fp32_tflops if self.asked.precision == "float32" else card.bf16_tflops
-        batch, optimizer = cost.seconds(self.batch, peak * 1e12, card.memory_gb_per_s * 1e9)
+        batch, optimizer = at_peaks(cost, self.asked, self.batch, load().cards[self.card])
         return (batch + optimizer) * self.tokens_per_second / (self.batch * self.length)
 
 
@@ -205,6 +211,5 @@ def _rates() -> Mapping[str, Mapping[str, float]]:
 
 @cache
 def _calibration() -> Mapping[str, Any]:
-    file = resources.root() / "hardware" / "calibration.yaml"
-    known: Mapping[str, Any] = parse(file.read_text(encoding="utf-8"), str(file)).plain()
+    known: Mapping[str, Any] = shipped("calibration.yaml").plain()
     return known

@@ -29,17 +29,23 @@ class Loop:
     global_batch_size: int
     pairs: int = 1
 
+    def tokens(self, backend: Backend) -> int:
+        """In a step of all processes."""
+        return self.global_batch_size * self.pairs * self.length * backend.context
 
-def loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True) -> list[Loop]:
-    """The loops of a pretrain or sft recipe. Raises CommandError where the global batch does not divide over the processes."""
-    return loops_of(recipe.config, model, backend, cuda)
+
+def loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True) -> list[Loop]:
+    """The loops of a pretrain or sft recipe. Raises CommandError where the global batch does not divide over the processes.
+
+    `reshard`: as fsdp_reshard_after_forward says.
+    """
+    return loops_of(recipe.config, model, backend, cuda, reshard)
 
 
-def loops_of(config: Pretrain | Sft, model: ModelShape, backend: Backend, cuda: bool = True) -> list[Loop]:
+def loops_of(config: Pretrain | Sft, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True) -> list[Loop]:
     """The same, of what a recipe says."""
     training = config.training
     split = batches.split(training.global_batch_size, training.per_device_train_batch_size, backend.readers)
-    shards = 1 if backend.kind in ("single", "ddp", "zero1", "zero2") else backend.world // backend.replicate
     asked = Asked(
         config=dict(model.config),
         precision=training.precision,
@@ -49,7 +55,8 @@ def loops_of(config: Pretrain | Sft, model: ModelShape, backend: Backend, cuda: 
         activation_checkpointing=training.activation_checkpointing,
         accumulates=split.accumulation > 1,
         kind=backend.kind,
-        shards=shards,
+        shards=backend.shards,
+        reshard_after_forward=reshard,
         cuda=cuda,
     )
     length = config.data.max_length // backend.context

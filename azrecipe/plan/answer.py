@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from azrecipe.errors import CannotRun
 from azrecipe.parts import estimates, optimizers, room, step_time
+from azrecipe.parts.backend import check_quantized
 from azrecipe.parts.model_shape import Around, shape_of
 from azrecipe.parts.step_cost import Cost
 from azrecipe.parts.training_steps import Loop, loops
@@ -23,12 +23,9 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
     """Everything about a pretrain or sft recipe there, as JSON. Raises CommandError, CannotRun, RecipeError."""
     config = recipe.config
     optimizers.check_sharded(config, where.backend.fsdp, where.backend.readers)
-    if getattr(config, "adapter", "") == "qlora" and where.backend.sharded:
-        raise CannotRun(f"{recipe.path}: adapter: qlora is not verified on a sharded backend: --accelerate-config ddp, or adapter: lora")
+    check_quantized(getattr(config, "adapter", ""), where.backend)
     shape = shape_of(recipe, around)
-    found = loops(recipe, shape, where.backend)
-    if not where.reshard:
-        found = [replace(loop, asked=replace(loop.asked, reshard_after_forward=False)) for loop in found]
+    found = loops(recipe, shape, where.backend, reshard=where.reshard)
     long = amounts(recipe, around.runs_dir, found)
     likely = max(range(len(found)), key=lambda nth: (long[nth].tokens or 0, nth))
     ahead = levers(recipe.config, found[likely], where) if look_at_levers else []
@@ -54,7 +51,7 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
         "price": _prices(where),
         "vocab_size": int(shape.config["vocab_size"]),
         "loops": answers,
-        "hours": _sum(answers),
+        "hours": hours(answers),
         "levers": {"of": found[main].name, "changes": sorted(said, key=_order)},
         "notes": list(notes),
     }
@@ -89,10 +86,9 @@ def _looked_at(answers: Sequence[dict[str, Any]]) -> int:
 def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any]:
     needs = room.room(cost, loop.asked, loop.batch, where.world, where.replicate)
     surely, perhaps = room.largest_batch(cost, loop.asked, where.card_bytes, where.world, where.replicate)
-    time = step_time.step_time(cost, loop.asked, loop.batch, loop.accumulation, where.cluster)
-    tokens = loop.global_batch_size * loop.pairs * loop.length * where.context
-    rate = _reversed(time.total, tokens)
-    hours = asdict(time.total.times((amount.steps or 0) / HOUR)) if amount.steps else None
+    time = step_time.step_time(cost, loop.asked, loop.batch, loop.accumulation, where)
+    rate = asdict(time.total.rate(loop.tokens(where.backend)))
+    long = asdict(time.total.times(amount.steps / HOUR)) if amount.steps else None
     return {
         "name": loop.name,
         "parameters": {key: getattr(cost.parameters, key) for key in ("total", "trainable", "embeddings")},
@@ -114,8 +110,8 @@ def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any
         "steps": amount.steps,
         "tokens": amount.tokens,
         "epochs": amount.epochs,
-        "hours": hours,
-        "cost": _cost(hours, where),
+        "hours": long,
+        "cost": _cost(long, where),
     }  # fmt: skip
 
 
@@ -131,8 +127,8 @@ def _best(loop: Loop, cost: Cost, where: Where) -> Best:
     split = room.fitting(cost, loop, where.card_bytes, where.backend)
     if split is None:
         return Best(0, None)
-    time = step_time.step_time(cost, loop.asked, split.per_device * loop.pairs, split.accumulation, where.cluster)
-    return Best(split.per_device, _reversed(time.total, loop.global_batch_size * loop.pairs * loop.length * where.context))
+    time = step_time.step_time(cost, loop.asked, split.per_device * loop.pairs, split.accumulation, where)
+    return Best(split.per_device, asdict(time.total.rate(loop.tokens(where.backend))))
 
 
 def _lever(change: Lever, cost: Cost, base: dict[str, Any], before: Best) -> dict[str, Any]:
@@ -168,10 +164,6 @@ def _order(line: dict[str, Any]) -> tuple[bool, float]:
     return line["tokens_per_second"] is None, -(line["tokens_per_second"] or {"middle": 0.0})["middle"]
 
 
-def _reversed(seconds: step_time.Span, tokens: int) -> dict[str, float]:
-    return {"low": tokens / seconds.high, "middle": tokens / seconds.middle, "high": tokens / seconds.low}
-
-
 def _prices(where: Where) -> dict[str, Any]:
     return {
         name: None
@@ -181,13 +173,14 @@ def _prices(where: Where) -> dict[str, Any]:
     }
 
 
-def _cost(hours: dict[str, float] | None, where: Where) -> dict[str, dict[str, float] | None]:
+def _cost(long: dict[str, float] | None, where: Where) -> dict[str, dict[str, float] | None]:
     found: dict[str, dict[str, float] | None] = {}
     for name, price in _prices(where).items():
-        found[name] = {key: value * price["usd_per_hour"] for key, value in hours.items()} if hours and price else None
+        found[name] = {key: value * price["usd_per_hour"] for key, value in long.items()} if long and price else None
     return found
 
 
-def _sum(answers: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+def hours(answers: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Of loops, or of recipes, together; None where one of them is not known."""
     spans = [answer["hours"] for answer in answers]
     return None if any(span is None for span in spans) else {key: sum(span[key] for span in spans) for key in ("low", "middle", "high")}

@@ -11,7 +11,6 @@ from typing import Any
 
 from azrecipe.errors import CommandError
 from azrecipe.parts import calibration, estimates, hardware, history, step_time
-from azrecipe.parts.backend import Backend
 from azrecipe.parts.files import read_json
 from azrecipe.parts.hardware import Machine
 from azrecipe.parts.model_shape import ModelShape, of_folder
@@ -41,10 +40,6 @@ class Ran:
     cluster: Cluster
     model: ModelShape
 
-    @property
-    def backend(self) -> Backend:
-        return Backend(self.cluster.kind, self.cluster.world, 0, self.cluster.replicate, self.cluster.context)
-
 
 def learn(path: Path) -> str:
     """Reckon a run's share of the roofline, keep it in the user's own file, and say it.
@@ -53,7 +48,7 @@ def learn(path: Path) -> str:
     """
     ran = _ran(path)
     said, usable = [], []
-    for loop in loops_of(ran.config, ran.model, ran.backend):
+    for loop in loops_of(ran.config, ran.model, ran.cluster.backend):
         lines = list(_steady(path, loop.name, ran.config.training))
         if len(lines) < STEADY:
             said.append(f"  {loop.name}: left out, too short: {_needed(lines, ran.config.training)}")

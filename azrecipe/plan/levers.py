@@ -91,7 +91,6 @@ def _backends(loop: Loop, where: Where) -> Iterator[Lever]:
         there = where.as_kind(kind)
         if kind == where.kind or (kind == "hsdp" and (where.world % there.replicate or where.world == there.replicate)):
             continue
-        shards = 1 if kind in ("ddp", "zero2") else there.world // there.replicate
         what = f"{name} instead of {names.get(where.kind, where.kind)}"
         how = f"--accelerate-config {name}" + (f" (a copy with dp_replicate_size: {there.replicate})" if there.replicate > 2 else "")
-        yield Lever(what, how, _with(loop, kind=kind, shards=shards), there)
+        yield Lever(what, how, _with(loop, kind=kind, shards=there.shards), there)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-def add(verbs: Any) -> None:
-    """Add plan to argparse's subparsers."""
+def add(verbs: Any) -> Any:
+    """Add plan to argparse's subparsers; returns its parser, for the options that verbs on recipes share."""
     plan = verbs.add_parser(
         "plan",
         help="memory, time and price of a recipe on machines that you do not have yet",
@@ -20,7 +20,7 @@ def add(verbs: Any) -> None:
         metavar="NAME",
         help="a machine or cards by name: p5.48xlarge, ml.g5.8xlarge, 'h100-80g x8', rtx-4090, one of --hardware-file",
     )
-    plan.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines (default: 1)")
+    plan.add_argument("--nodes", type=positive, default=1, metavar="N", help="machines (default: 1)")
     plan.add_argument("--compare", metavar="NAME,NAME,…", help="the same on several machines, side by side")
     plan.add_argument("--largest-batch", action="store_true", help="print only the largest batch of each loop: surely, and perhaps")
     plan.add_argument("--no-levers", action="store_true", help="leave out what single changes would do")
@@ -30,20 +30,18 @@ def add(verbs: Any) -> None:
     )
     plan.add_argument("--config-json", type=Path, metavar="FILE", help="the base model's config.json, where the hub cannot be reached")
     plan.add_argument(
-        "--vocab-size", type=_positive, metavar="N", help="plan with so many tokens, whatever the recipe's tokenizer will have"
+        "--vocab-size", type=positive, metavar="N", help="plan with so many tokens, whatever the recipe's tokenizer will have"
     )
     plan.add_argument(
         "--hardware-file", type=Path, metavar="FILE", help="machines, cards and prices of your own, laid over those that ship"
     )
     plan.add_argument("--price-per-hour", type=float, metavar="USD", help="of one machine, instead of the list price")
     plan.add_argument("--calibrate", type=Path, metavar="RUN", help="learn from a run of your own on a GPU how fast that card is here")
-    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; STEP.yaml:KEY=VALUE in a pipeline")
-    plan.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories are (default: runs)")
-    plan.add_argument("--step", metavar="STEP", help="only this step of a pipeline")
-    plan.add_argument("--cell", metavar="CELL", help="that step as a cell of the matrix changes it")
+    return plan
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A type for argparse: a whole number from 1."""
     try:
         value = int(text)
     except ValueError:

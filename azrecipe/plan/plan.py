@@ -49,7 +49,7 @@ def run(arguments: Namespace, recipes: Sequence[Recipe], beside: Sequence[Recipe
             refused.append(str(error) if str(one.path) in str(error) else f"{one.path}: {error}")
     _print(arguments, answers)
     if len(answers) > 1 and not (arguments.json or arguments.compare or arguments.largest_batch):
-        show.whole([each[0] for each in answers])
+        show.whole(answers[0][0], answer.hours([each[0] for each in answers]))
         print(f"What single changes would do: --step {chosen[-1].path.name}")
     by_path = {str(one.path): one for one in chosen}
     for each in answers:

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-GIB = 2**30
+from azrecipe.parts.hardware import GIB
+
 GPU = "Nothing of this was measured on a GPU: bytes are PyTorch's own count of the step's tensors, times are reckoned (docs/plan.md)."
 
 
@@ -151,13 +152,10 @@ def compare(answers: Sequence[Mapping[str, Any]]) -> None:
     out.print(GPU)
 
 
-def whole(answers: Sequence[Mapping[str, Any]]) -> None:
-    """What a pipeline's training takes together."""
-    spans = [answer["hours"] for answer in answers]
-    if any(span is None for span in spans):
-        return
-    hours = {key: sum(span[key] for span in spans) for key in ("low", "middle", "high")}
-    _price({**answers[0], "hours": hours}, console())
+def whole(answer: Mapping[str, Any], hours: Mapping[str, float] | None) -> None:
+    """What a pipeline's training takes together, at the prices of one of its answers."""
+    if hours is not None:
+        _price({**answer, "hours": hours}, console())
 
 
 def largest(answer: Mapping[str, Any]) -> None:

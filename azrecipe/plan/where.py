@@ -5,42 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from azrecipe.errors import CommandError, did_you_mean
-from azrecipe.parts.backend import Backend
-from azrecipe.parts.hardware import Card, Link, Machine
+from azrecipe.parts.hardware import GIB, Card, Link, Machine
 from azrecipe.parts.step_time import Cluster
-
-KINDS = ("single", "ddp", "fsdp2", "hsdp", "zero2", "zero3")
-
 
 NOWHERE = Machine("", Card("", 0, 0, 0, 0, 0, 0, Link("", 0)), 0, Link("", 0))  # before machines are named
 
 
 @dataclass(frozen=True)
-class Where:
-    """Machines, and the backend on them. named: what the user calls the backend; reshard: as fsdp_reshard_after_forward."""
+class Where(Cluster):
+    """The machines of a plan. reshard: as fsdp_reshard_after_forward."""
 
-    machine: Machine
-    nodes: int
-    kind: str
-    replicate: int = 1
-    context: int = 1
     reshard: bool = True
 
     @property
-    def world(self) -> int:
-        return self.machine.count * self.nodes
-
-    @property
-    def backend(self) -> Backend:
-        return Backend(self.kind, self.world, 0, self.replicate, self.context)
-
-    @property
-    def cluster(self) -> Cluster:
-        return Cluster(self.machine, self.nodes, self.kind, self.replicate, self.context)
-
-    @property
     def card_bytes(self) -> float:
-        return self.machine.card.total_memory_gib * 2**30
+        return self.machine.card.total_memory_gib * GIB
 
     @property
     def title(self) -> str:
