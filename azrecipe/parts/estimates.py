@@ -61,27 +61,31 @@ def _known(key: str) -> Cost | None:
 
 
 def _measured(steps: list[tuple[Asked, int]]) -> list[Cost]:
+    """In a process of its own: torch is loaded there, and nobody waits until it is taken apart again."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(_all, steps).result()
+
+
+def _all(steps: list[tuple[Asked, int]]) -> list[Cost]:
+    gc.disable()  # what is imported stays
+    _ready(any(asked.lora is not None for asked, _ in steps))
+    gc.freeze()  # the processes share what is there, and no collection goes through it
+    gc.enable()
     workers = min(cores(), len(steps))
     if workers == 1:
         return [_measure(step) for step in steps]
-    _ready()
-    gc.freeze()  # the processes share what is there, and no collection goes through it
-    try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-            return list(pool.map(_measure, steps))
-    finally:
-        gc.unfreeze()
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        return list(pool.map(_measure, steps))
 
 
-def _ready() -> None:
+def _ready(adapters: bool) -> None:
     """Import what every process needs, once, before they part."""
     import torch
 
     from azrecipe.parts import fake_step
 
     torch.set_num_threads(1)  # shapes need no more, and threads do not survive a fork
-    fake_step.prepare()
-    gc.collect()
+    fake_step.prepare(adapters)
 
 
 def _measure(step: tuple[Asked, int]) -> Cost:

@@ -65,10 +65,12 @@ def _stored(asked: Asked) -> torch.dtype:
     return torch.bfloat16 if asked.quantized and asked.precision != "float32" else STORED[asked.precision]
 
 
-def prepare() -> None:
-    """Load what a step needs, ahead of the first."""
-    for name in ("accelerate.utils.fsdp_utils", "peft", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"):
+def prepare(adapters: bool) -> None:
+    """Load what a step needs, ahead of the first; PEFT takes a second to load, and only `adapters` need it."""
+    for name in ("accelerate.utils.fsdp_utils", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"):
         importlib.import_module(name)
+    if adapters:
+        importlib.import_module("peft")
 
 
 def measure(asked: Asked, length: int) -> Cost:

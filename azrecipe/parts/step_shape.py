@@ -73,9 +73,13 @@ class Asked:
 
     def key(self, length: int) -> str:
         """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""
-        libraries = [version(name) for name in ("torch", "transformers", "peft", "accelerate")]
-        text = json.dumps([_own(), asdict(self), length, libraries], sort_keys=True)
+        text = json.dumps([_own(), asdict(self), length, _libraries()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@cache
+def _libraries() -> list[str]:
+    return [version(name) for name in ("torch", "transformers", "peft", "accelerate")]
 
 
 @cache
