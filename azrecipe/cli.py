@@ -10,6 +10,7 @@ from pathlib import Path
 
 from azrecipe import __version__
 from azrecipe.errors import DONE, FAILED, SIGINT, WRONG, AzrecipeError, CannotRun, CommandError, hint
+from azrecipe.launch.sagemaker import verbs as sagemaker
 from azrecipe.plan import options as plan_options
 from azrecipe.using import options
 
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     copy = verbs.add_parser("copy", help="write the shipped recipes, schemas, accelerate configs and hardware into a folder, to edit")
     copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
     options.add(verbs)
+    sagemaker.add(verbs)
     _add_recipe_options(plan_options.add(verbs))
     return parser
 
@@ -237,6 +239,11 @@ def _export(arguments: argparse.Namespace) -> int:
     from azrecipe.using import export
 
     return export.run(arguments)
+
+
+@_verb
+def _sagemaker(arguments: argparse.Namespace) -> int:
+    return sagemaker.run(arguments)
 
 
 @_verb

@@ -20,6 +20,8 @@ def build(kind: type[T], data: Mapping[str, Any]) -> T:
 
 
 def _convert(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         options = [a for a in arguments if a is not NoneType]

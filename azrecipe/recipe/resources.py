@@ -6,11 +6,12 @@ from pathlib import Path
 
 import azrecipe
 
+SHIPPED = ("recipes", "schema", "accelerate_configs", "hardware", "sagemaker")
 _PACKAGE = Path(azrecipe.__file__).resolve().parent
 
 
 def root() -> Path:
-    """The folder that holds recipes/, schema/, accelerate_configs/ and hardware/."""
+    """The folder that holds recipes/, schema/, accelerate_configs/, hardware/ and sagemaker/."""
     packaged = _PACKAGE / "_shipped"
     return packaged if packaged.is_dir() else _PACKAGE.parent
 
@@ -25,13 +26,13 @@ def find(path: str) -> Path:
     if given.exists() or given.is_absolute():
         return given
     shipped = root() / given
-    return shipped if shipped.exists() and given.parts[:1] in {("recipes",), ("accelerate_configs",)} else given
+    return shipped if shipped.exists() and given.parts[:1] in {("recipes",), ("accelerate_configs",), ("sagemaker",)} else given
 
 
 def copy(folder: Path) -> tuple[int, int]:
-    """Write the shipped recipes, schemas, accelerate configs and hardware below a folder; returns (written, left alone)."""
+    """Write all that ships below a folder; returns (written, left alone)."""
     written = kept = 0
-    for top in ("recipes", "schema", "accelerate_configs", "hardware"):
+    for top in SHIPPED:
         for source in sorted((root() / top).rglob("*")):
             target = folder / source.relative_to(root())
             if not source.is_file():

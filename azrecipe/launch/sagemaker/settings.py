@@ -1,0 +1,130 @@
+"""Knows what a SageMaker settings file says: the account's side of a job, checked like a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from azrecipe.errors import CommandError, Problem, RecipeError
+from azrecipe.recipe import resources, schema
+from azrecipe.recipe.building import build
+from azrecipe.recipe.compose import read, shown
+from azrecipe.recipe.yaml_tree import Node
+
+LONGEST = 2_419_200  # seconds that a training job may take, 28 days (SageMaker's quota)
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+SECRETS = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{30,})\b")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """sagemaker/*.yaml; what each key means stands in schema/sagemaker.json."""
+
+    role: str
+    bucket: str
+    instance_type: str
+    region: str | None
+    prefix: str
+    training_image: str | None
+    pytorch_version: str
+    instance_count: int
+    volume_size_in_gb: int
+    accelerate_config: str | None
+    enable_managed_spot_training: bool
+    max_runtime_in_seconds: int
+    max_wait_time_in_seconds: int | None
+    maximum_retry_attempts: int
+    keep_alive_period_in_seconds: int
+    subnets: list[str]
+    security_group_ids: list[str]
+    enable_inter_container_traffic_encryption: bool
+    kms_key_id: str | None
+    tags: Mapping[str, str]
+    environment: Mapping[str, str]
+    hub_token_secret: str | None
+    upload_data: bool
+    price_per_hour: float | None
+    steps: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def max_wait(self) -> int:
+        """Seconds that a spot job may run and wait together; never less than it may run."""
+        return self.max_wait_time_in_seconds or min(2 * self.max_runtime_in_seconds, LONGEST)
+
+    def of_step(self, file: str) -> Settings:
+        """The settings of one step of a pipeline, by its file's name."""
+        return replace(self, **self.steps.get(file, {}))
+
+
+def load(path: str | Path, **changes: Any) -> Settings:
+    """Read and check a settings file; `changes` come from the command line and win. Raises RecipeError with every problem, CommandError."""
+    file = resources.find(str(path))
+    if not file.is_file():
+        raise CommandError(f"no such settings file: {path}. What ships: sagemaker/cpt.yaml, sagemaker/sft.yaml")
+    root = read(file)
+    if not isinstance(root.value, dict):
+        raise RecipeError([Problem(root.place, "a settings file is a mapping: role, bucket, instance_type, …")])
+    problems = [*schema.check(root, "sagemaker")]
+    problems = problems or list(_rules(root))
+    if problems:
+        raise RecipeError(sorted(problems, key=lambda p: (p.place.line, p.place.column)))
+    settings = build(Settings, schema.finish(root, "sagemaker"))
+    changed = replace(settings, **{key: value for key, value in changes.items() if value is not None})
+    _check_changes(changed, changes, shown(file))
+    return changed
+
+
+def _rules(root: Node) -> Iterator[Problem]:
+    """What the schema cannot say: times that contradict each other, networks in half, secrets."""
+    runtime, wait = _value(root, "max_runtime_in_seconds"), root.get("max_wait_time_in_seconds")
+    spot = _value(root, "enable_managed_spot_training")
+    if wait is not None and wait.value is not None and runtime is not None and int(str(wait.value)) < runtime:
+        yield Problem(wait.place, f"max_wait_time_in_seconds = {wait.value} is less than max_runtime_in_seconds = {runtime}: it counts both")
+    warm = root.get("keep_alive_period_in_seconds")
+    if warm is not None and warm.value and spot:
+        yield Problem(warm.place, "keep_alive_period_in_seconds is not for spot machines: SageMaker refuses both together")
+    for one, other in (("subnets", "security_group_ids"), ("security_group_ids", "subnets")):
+        node = root.get(one)
+        if node is not None and node.value and not _value(root, other):
+            yield Problem(node.at, f"{one} without {other}: a VPC needs both")
+    environment = root.get("environment")
+    for name, node in environment.value.items() if environment is not None and isinstance(environment.value, dict) else ():
+        if SECRET_NAMES.search(name) or SECRETS.search(str(node.value)):
+            message = f"environment.{name} looks like a secret, and everyone who may describe the job would read it: hub_token_secret names one in Secrets Manager"
+            yield Problem(node.at, message)
+
+
+def _value(root: Node, key: str) -> Any:
+    node = root.get(key)
+    return node.plain() if node is not None else schema.document("sagemaker")["properties"][key].get("default")
+
+
+def _check_changes(settings: Settings, changes: Mapping[str, Any], file: str) -> None:
+    """What the command line made of the file is as right as the file was."""
+    if settings.enable_managed_spot_training and settings.keep_alive_period_in_seconds:
+        raise CommandError(f"--spot: {file} has keep_alive_period_in_seconds, which is not for spot machines")
+    definition = schema.document("sagemaker")["properties"]
+    if changes.get("instance_type") and not re.fullmatch(definition["instance_type"]["pattern"], settings.instance_type):
+        raise CommandError(f"--instance-type {settings.instance_type}: an instance type of SageMaker begins with ml., as in ml.p4d.24xlarge")
+    most = definition["instance_count"]["maximum"]
+    if not 1 <= settings.instance_count <= most:
+        raise CommandError(f"--instance-count {settings.instance_count}: 1 to {most}")
+
+
+def secrets_in(data: object) -> Iterator[str]:
+    """The dotted keys of plain data whose text looks like a token or a key."""
+
+    def walk(value: object, at: str) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from walk(inner, f"{at}.{key}" if at else str(key))
+        elif isinstance(value, list):
+            for i, inner in enumerate(value):
+                yield from walk(inner, f"{at}[{i}]")
+        elif isinstance(value, str) and SECRETS.search(value):
+            yield at
+
+    yield from walk(data, "")
