@@ -66,6 +66,11 @@ def sync_tree(folder: Path) -> dict[str, int]:
     return sizes
 
 
+def sizes(folder: Path) -> dict[str, int]:
+    """Sizes in bytes of the files below a folder, by relative path; empty where there is none."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 @contextmanager
 def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """A folder to fill that takes its name only when the block ends well. What dead processes left aside is removed.

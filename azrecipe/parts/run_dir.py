@@ -23,7 +23,7 @@ from azrecipe.parts import history
 from azrecipe.parts.backend import asked as launched
 from azrecipe.parts.backend import nodes, share
 from azrecipe.parts.failures import explain
-from azrecipe.parts.files import read_json, write_json, write_text
+from azrecipe.parts.files import read_json, sizes, write_json, write_text
 from azrecipe.parts.history import now
 from azrecipe.parts.processes import cores
 from azrecipe.recipe import schema
@@ -59,7 +59,7 @@ class RunDir:
 
     @property
     def status(self) -> dict[str, Any]:
-        """status.json: state, run_id, inputs, started, finished, exit_code, message. Empty before the first run."""
+        """status.json: state, run_id, inputs, started, finished, exit_code, message; files of final/ and their sizes. Empty before the first run."""
         return read_json(self.path / "status.json") or {}
 
     @property
@@ -75,7 +75,8 @@ class RunDir:
         """Write result.json and mark the run complete: the last thing that a stage does."""
         if self.main:
             write_json(self.path / "result.json", result)
-        self.update(state="complete", exit_code=0, message="", finished=now())
+        files = sizes(self.final) if self.main else {}
+        self.update(state="complete", exit_code=0, message="", finished=now(), files=files)
         if self.main:
             history.note(self.path, "complete")
 
@@ -177,7 +178,7 @@ def _recorded(run: RunDir, fresh: bool) -> Iterator[None]:
         told = explain(error)
         made = any(True for pattern in ("*.safetensors", "candidate.json") for _ in run.path.rglob(pattern))
         if fresh and told and told.exit_code == WRONG and not made:
-            shutil.rmtree(run.path)  # or the recipe, once corrected, would find the run of another one in its way
+            _remove(run.path)  # or the recipe, once corrected, would find the run of another one in its way
             raise
         state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         code = told.exit_code if told else SIGINT if isinstance(error, KeyboardInterrupt) else FAILED
@@ -199,6 +200,15 @@ def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
                     f"{run.path} was made from an earlier {key.removeprefix('run of ')} than the one that is there now. Remove that folder to run it again"
                 )
     return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a run directory; of one that stands elsewhere, behind a link, its content."""
+    for child in path.iterdir() if path.is_symlink() else [path]:
+        if child.is_dir():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
 
 
 def connect(run: RunDir) -> Any:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from azrecipe.parts import checkpoint, losses, metrics, model, optimizers, phases, run_dir, throughput, training
 from azrecipe.parts.backend import Backend
-from azrecipe.parts.files import read_json, write_json
+from azrecipe.parts.files import read_json, sizes, write_json
 from azrecipe.parts.guard import Guard, GuardedTrainer
 from azrecipe.parts.packing import PackedText, collate
 from azrecipe.parts.precision import STORED
@@ -41,12 +41,20 @@ class Record:
         self.data: dict[str, Any] = read_json(self.file) or {"bpb": {}, "phases": {}}
 
     def done(self, phase: str) -> bool:
-        return phase in self.data["phases"]
+        """Whether a phase has ended, and the model that the next one takes is all there: a run that is kept elsewhere may not have got all of it."""
+        ended = self.data["phases"]
+        if phase != next(reversed(ended), None):
+            return phase in ended
+        return all(_has(self.place.path / name, size) for name, size in ended[phase].get("files", {}).items())
 
     def note(self, **changes: Any) -> None:
         self.data.update(changes)
         if self.place.main:
             write_json(self.file, self.data)
+
+
+def _has(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 @dataclass(frozen=True)
@@ -204,6 +212,9 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
         "skipped_steps": [step + 1 for step in guard.skipped],
         **(trainer.saver.seconds if trainer.saver else {}),
     }
+    if main:
+        below = job.folder(nth).relative_to(job.place.path)
+        happened["files"] = {str(below / name): size for name, size in sizes(job.folder(nth)).items()}
     job.record.note(phases={**job.record.data["phases"], planned.name: happened})
     if main and nth + 1 < len(job.schedule.phases):
         shutil.rmtree(loop.folder, ignore_errors=True)  # the phase is done: nothing resumes from inside it

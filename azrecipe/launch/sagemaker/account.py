@@ -14,7 +14,14 @@ from azrecipe.launch.sagemaker.settings import Settings
 
 NOBODY = "000000000000"  # the account in a dry run where nobody is logged in
 DENIED = ("AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "403", "Forbidden")
-EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch")
+EXPIRED = (
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "RequestExpired",
+    "InvalidClientTokenId",
+    "UnrecognizedClientException",
+    "SignatureDoesNotMatch",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,9 @@ def resolved(settings: Settings, where: Account) -> Settings:
     """The settings with the role's ARN and the bucket's name. Raises CommandError, CannotRun where either is not there or cannot be used."""
     bucket = settings.bucket.replace("{account}", where.number).replace("{region}", where.region)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
-        raise CommandError(f"bucket: {bucket} is no name of a bucket (3 to 63 of a-z, 0-9, '-' and '.'; {{account}} and {{region}} are put in)")
+        raise CommandError(
+            f"bucket: {bucket} is no name of a bucket (3 to 63 of a-z, 0-9, '-' and '.'; {{account}} and {{region}} are put in)"
+        )
     if not where.known:
         role = settings.role if settings.role.startswith("arn:") else f"arn:aws:iam::{where.number}:role/{settings.role}"
         return replace(settings, role=role, bucket=bucket)
@@ -98,7 +107,9 @@ def _role(role: str, where: Account) -> str:
     except ClientError as error:
         code = error.response["Error"]["Code"]
         if code == "NoSuchEntity":
-            raise CommandError(f"role: there is no role {name} in account {where.number}. docs/sagemaker.md makes it in one command") from None
+            raise CommandError(
+                f"role: there is no role {name} in account {where.number}. docs/sagemaker.md makes it in one command"
+            ) from None
         if code in DENIED:  # submitting needs iam:PassRole, not this
             return role if role.startswith("arn:") else f"arn:aws:iam::{where.number}:role/{role}"
         raise refusal(error, f"iam:GetRole {name}") from None
@@ -148,7 +159,9 @@ def refusal(error: Exception, doing: str) -> AzrecipeError:
     from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
     if isinstance(error, NoCredentialsError):
-        return CannotRun("no AWS credentials: aws configure (or aws sso login), AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return CannotRun(
+            "no AWS credentials: aws configure (or aws sso login), AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     if isinstance(error, EndpointConnectionError):
         return CannotRun(f"{doing}: AWS cannot be reached: {error}")
     if not isinstance(error, ClientError):

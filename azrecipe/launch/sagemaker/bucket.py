@@ -31,7 +31,7 @@ class Bucket:
     def listed(self, key: str) -> dict[str, int]:
         """Sizes of what lies below a key, by the path below it."""
         whole = f"{self.prefix}/{key}"
-        found = {}
+        found: dict[str, int] = {}
         with explained(f"s3:ListBucket {self.uri(key)}"):
             for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=whole, ExpectedBucketOwner=self.owner):
                 found |= {each["Key"][len(whole) :]: int(each["Size"]) for each in page.get("Contents", [])}
@@ -43,7 +43,9 @@ class Bucket:
 
         with explained(f"s3:GetObject {self.uri(key)}"):
             try:
-                data: bytes = self.s3.get_object(Bucket=self.name, Key=f"{self.prefix}/{key}", ExpectedBucketOwner=self.owner)["Body"].read()
+                data: bytes = self.s3.get_object(Bucket=self.name, Key=f"{self.prefix}/{key}", ExpectedBucketOwner=self.owner)[
+                    "Body"
+                ].read()
             except ClientError as error:
                 if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
                     return None
@@ -80,14 +82,18 @@ class Bucket:
             list(pool.map(lambda name: self.write(f"code/{parcel.digest}/{name}", parcel.code[name]), code))
         for upload in data:
             with explained(f"s3:PutObject {self.uri(upload.key)}"):
-                self.s3.upload_file(str(upload.file), self.name, f"{self.prefix}/{upload.key}", ExtraArgs={"ExpectedBucketOwner": self.owner, **self.more})
+                self.s3.upload_file(
+                    str(upload.file), self.name, f"{self.prefix}/{upload.key}", ExtraArgs={"ExpectedBucketOwner": self.owner, **self.more}
+                )
         return len(code) + len(data)
 
     def manifest(self, run: str, job: str, channel: str) -> str:
         """Write the list of a complete run's files that another run takes, checkpoints left out; returns its URI. Raises CommandError."""
         status = self.status(run)
         if status.get("state") != "complete":
-            raise CommandError(f"{self.uri(f'runs/{run}')}: this run is not complete ({status.get('state', 'it has not been run')}): submit it first")
+            raise CommandError(
+                f"{self.uri(f'runs/{run}')}: this run is not complete ({status.get('state', 'it has not been run')}): submit it first"
+            )
         names = sorted(_kept(self.listed(f"runs/{run}/")))
         key = f"manifests/{job}/{channel}.json"
         self.write(key, json.dumps([{"prefix": self.uri(f"runs/{run}/")}, *names]).encode())

@@ -24,8 +24,9 @@ from azrecipe.launch.sagemaker import cluster, metrics
 from azrecipe.parts.files import read_json, write_json
 
 ML = Path("/opt/ml")
-CHECKPOINTS, MODEL, FAILURE = ML / "checkpoints", ML / "model", ML / "output" / "failure"
-TENSORBOARD = ML / "output" / "tensorboard"
+CHECKPOINTS, TENSORBOARD = ML / "checkpoints", ML / "output" / "tensorboard"
+MODEL = Path(os.environ.get("SM_MODEL_DIR", ML / "model"))
+FAILURE = Path(os.environ.get("SM_OUTPUT_FAILURE", ML / "output" / "failure"))
 RUNS = Path("/tmp/azrecipe/runs")  # what a run reads and writes; the run itself is CHECKPOINTS, which SageMaker keeps in S3
 CACHE = Path("/tmp/azrecipe/cache")
 FAILURE_LENGTH = 1024  # characters of FailureReason that SageMaker keeps
@@ -124,7 +125,11 @@ def _run(here: cluster.Cluster, task: Task, arguments: list[str]) -> int:
     own = arguments and arguments[0].endswith((".yaml", ".yml"))
     worker = [*(arguments if own else [task.recipe, *arguments]), "--runs-dir", str(RUNS)]
     line = cluster.command(here, task.accelerate_config, worker)
-    print(f"azrecipe: {here.host} ({here.rank + 1} of {len(here.hosts)}), {here.processes} processes: {' '.join(line)}", file=sys.stderr, flush=True)
+    print(
+        f"azrecipe: {here.host} ({here.rank + 1} of {len(here.hosts)}), {here.processes} processes: {' '.join(line)}",
+        file=sys.stderr,
+        flush=True,
+    )
     child = subprocess.Popen(line, env=_environment(here, task), cwd=Path(__file__).resolve().parents[3])
     heard: list[int] = []
 
@@ -181,7 +186,9 @@ def _secret(name: str) -> str:
     try:
         text = str(boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)["SecretString"]).strip()
     except (BotoCoreError, ClientError) as error:
-        raise CannotRun(f"hub_token_secret: {name} cannot be read: {error}. The job's role must allow secretsmanager:GetSecretValue on it") from None
+        raise CannotRun(
+            f"hub_token_secret: {name} cannot be read: {error}. The job's role must allow secretsmanager:GetSecretValue on it"
+        ) from None
     if not text.startswith("{"):
         return text
     held = json.loads(text)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ RUNS = "/runs/"
 
 @dataclass(frozen=True)
 class Job:
-    """A training job by its name. What it is now is asked each time."""
+    """A training job by its name. What it is now is asked each time. request: what was sent, where this process has sent it."""
 
     name: str
     where: Account
+    request: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def _sagemaker(self) -> Any:
@@ -43,7 +44,9 @@ class Job:
                 if error.response["Error"]["Code"] in ("ValidationException", "ResourceNotFound"):
                     known = [job.name for job in listed(self.where)]
                     more = f". Jobs of azrecipe: {', '.join(known[:5])}" if known else ""
-                    raise CommandError(f"there is no job {self.name} in {self.where.region}{did_you_mean(self.name, known)}{more}") from None
+                    raise CommandError(
+                        f"there is no job {self.name} in {self.where.region}{did_you_mean(self.name, known)}{more}"
+                    ) from None
                 raise
         return found
 
@@ -127,7 +130,9 @@ class Job:
                 break
             time.sleep(EVERY)
         if found["TrainingJobStatus"] != "Completed":
-            raise CannotRun(f"{self.name}: {found['TrainingJobStatus']}: {found.get('FailureReason') or 'it was stopped; the same command goes on from its checkpoint'}")
+            raise CannotRun(
+                f"{self.name}: {found['TrainingJobStatus']}: {found.get('FailureReason') or 'it was stopped; the same command goes on from its checkpoint'}"
+            )
         return found
 
 

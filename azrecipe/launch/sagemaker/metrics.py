@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from azrecipe.recipe.load import Recipe
+
 PREFIX = "azrecipe-metrics"
 NUMBER = r"([-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
 # By the name in CloudWatch: the key in metrics.jsonl
@@ -19,14 +21,17 @@ METRICS: Mapping[str, str] = {
     "train:mfu": "mfu",
     "train:peak_memory_gib": "peak_memory_gib",
     "train:step": "step",
-    "eval:bits_per_byte": "eval_target_bpb",
     "eval:loss": "eval_loss",
 }
+MOST = 40  # metric definitions that a job may have
 
 
-def definitions() -> list[dict[str, str]]:
-    """MetricDefinitions of CreateTrainingJob: a name, and an expression with one group, which is a number."""
-    return [{"Name": name, "Regex": rf"{PREFIX} .*\b{key}={NUMBER}(?:\s|$)"} for name, key in METRICS.items()]
+def definitions(recipe: Recipe) -> list[dict[str, str]]:
+    """MetricDefinitions of CreateTrainingJob: a name, and an expression with one group, which is a number. Bits per byte of each validation set too."""
+    validation = recipe.data.get("data", {}).get("validation")
+    sets = {f"eval:bits_per_byte_{name}": f"eval_{name}_bpb" for name in validation} if isinstance(validation, Mapping) else {}
+    found = {**METRICS, **sets} if recipe.stage in ("pretrain", "sft") else {}
+    return [{"Name": name, "Regex": rf"{PREFIX} .*\b{key}={NUMBER}(?:\s|$)"} for name, key in list(found.items())[:MOST]]
 
 
 def said(line: str) -> str | None:
@@ -37,5 +42,9 @@ def said(line: str) -> str | None:
         return None
     if isinstance(data.get("peak_memory_bytes"), int):
         data["peak_memory_gib"] = round(data["peak_memory_bytes"] / 2**30, 3)
-    parts = [f"{key}={value}" for key, value in data.items() if isinstance(value, int | float | str) and not isinstance(value, bool) and value != ""]
+    parts = [
+        f"{key}={value}"
+        for key, value in data.items()
+        if isinstance(value, int | float | str) and not isinstance(value, bool) and value != ""
+    ]
     return f"{PREFIX} {' '.join(parts)}"

@@ -81,7 +81,9 @@ class Parcel:
 
 def pack(recipe: Recipe, settings: Settings) -> Parcel:
     """Make a recipe ready to travel. Raises RecipeError for local data that may not, and for secrets in the recipe."""
-    problems = [Problem(recipe.place(*_keys(at)), f"{at} looks like a secret, and would stand in S3: take it out") for at in secrets_in(recipe.data)]
+    problems = [
+        Problem(recipe.place(*_keys(at)), f"{at} looks like a secret, and would stand in S3: take it out") for at in secrets_in(recipe.data)
+    ]
     parcel = Parcel(_run(recipe), recipe)
     travel = _Traveller(recipe, settings, parcel)
     data = travel.moved(recipe.data, schema.document(recipe.stage), ())

@@ -45,7 +45,7 @@ class Asked:
     def base_name(self) -> str:
         """Jobs' names begin with it; SageMaker allows letters, digits and hyphens, 63 in all, and the SDK adds a time."""
         plain = re.sub(r"[^A-Za-z0-9]+", "-", f"azrecipe-{self.parcel.run}").strip("-")
-        return plain[:40].rstrip("-")
+        return plain[:46].rstrip("-")
 
 
 class _Seen(Exception):
@@ -159,10 +159,16 @@ def _image(settings: Settings, region: str) -> str:
 
     try:
         found: str = image_uris.retrieve(
-            "pytorch-amzn2023", region=region, version=settings.pytorch_version, instance_type=settings.instance_type, image_scope="training"
+            "pytorch-amzn2023",
+            region=region,
+            version=settings.pytorch_version,
+            instance_type=settings.instance_type,
+            image_scope="training",
         )
     except ValueError as error:
-        raise CommandError(f"pytorch_version {settings.pytorch_version}: {' '.join(str(error).split())}. Or name a training_image") from None
+        raise CommandError(
+            f"pytorch_version {settings.pytorch_version}: {' '.join(str(error).split())}. Or name a training_image"
+        ) from None
     return found
 
 
@@ -206,7 +212,9 @@ def _more(trainer: Any, asked: Asked) -> None:
     trainer.with_tensorboard_output_config(
         TensorBoardOutputConfig(s3_output_path=f"{asked.root}/tensorboard/{asked.parcel.run}", local_path="/opt/ml/output/tensorboard")
     )
-    trainer.with_metric_definitions([MetricDefinition(name=each["Name"], regex=each["Regex"]) for each in metrics.definitions()])
+    told = metrics.definitions(asked.parcel.recipe)
+    if told:
+        trainer.with_metric_definitions([MetricDefinition(name=each["Name"], regex=each["Regex"]) for each in told])
     if asked.settings.maximum_retry_attempts:
         trainer.with_retry_strategy(RetryStrategy(maximum_retry_attempts=asked.settings.maximum_retry_attempts))
 

@@ -82,7 +82,9 @@ def _rules(root: Node) -> Iterator[Problem]:
     runtime, wait = _value(root, "max_runtime_in_seconds"), root.get("max_wait_time_in_seconds")
     spot = _value(root, "enable_managed_spot_training")
     if wait is not None and wait.value is not None and runtime is not None and int(str(wait.value)) < runtime:
-        yield Problem(wait.place, f"max_wait_time_in_seconds = {wait.value} is less than max_runtime_in_seconds = {runtime}: it counts both")
+        yield Problem(
+            wait.place, f"max_wait_time_in_seconds = {wait.value} is less than max_runtime_in_seconds = {runtime}: it counts both"
+        )
     warm = root.get("keep_alive_period_in_seconds")
     if warm is not None and warm.value and spot:
         yield Problem(warm.place, "keep_alive_period_in_seconds is not for spot machines: SageMaker refuses both together")
@@ -108,7 +110,9 @@ def _check_changes(settings: Settings, changes: Mapping[str, Any], file: str) ->
         raise CommandError(f"--spot: {file} has keep_alive_period_in_seconds, which is not for spot machines")
     definition = schema.document("sagemaker")["properties"]
     if changes.get("instance_type") and not re.fullmatch(definition["instance_type"]["pattern"], settings.instance_type):
-        raise CommandError(f"--instance-type {settings.instance_type}: an instance type of SageMaker begins with ml., as in ml.p4d.24xlarge")
+        raise CommandError(
+            f"--instance-type {settings.instance_type}: an instance type of SageMaker begins with ml., as in ml.p4d.24xlarge"
+        )
     most = definition["instance_count"]["maximum"]
     if not 1 <= settings.instance_count <= most:
         raise CommandError(f"--instance-count {settings.instance_count}: 1 to {most}")

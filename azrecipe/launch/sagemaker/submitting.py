@@ -114,7 +114,9 @@ def write_source(recipe: str, config: str, folder: Path, **more: Any) -> Path:
         raise CommandError(f"{folder} is there already and not empty")
     steps = _steps(recipe, options)
     if len(steps) > 1:
-        raise CommandError(f"{recipe} is a pipeline, and a source folder holds one recipe: --step, one of {', '.join(s.path.name for s in steps)}")
+        raise CommandError(
+            f"{recipe} is a pipeline, and a source folder holds one recipe: --step, one of {', '.join(s.path.name for s in steps)}"
+        )
     parcel.pack(steps[0], load(config, **changes).of_step(steps[0].path.name)).write(folder)
     return folder
 
@@ -151,7 +153,9 @@ def _check(recipe: str, options: Options) -> None:
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         told = done.stderr.strip() or done.stdout.strip()
-        raise CannotRun(f"azrecipe check finds:\n{told}\n  Where only this machine cannot look (no network, data out of its reach): --no-check")
+        raise CannotRun(
+            f"azrecipe check finds:\n{told}\n  Where only this machine cannot look (no network, data out of its reach): --no-check"
+        )
 
 
 def _submission(recipe: Recipe, settings: Settings, where: Account, given: tuple[str, Options]) -> Submission:
@@ -179,7 +183,9 @@ def _check_machine(recipe: Recipe, settings: Settings) -> None:
     """Refuse machines that cannot run the recipe. Raises RecipeError."""
     family = settings.instance_type.split(".")[1]
     if family.startswith(OTHER_CHIPS):
-        raise CommandError(f"instance_type {settings.instance_type}: AWS' own chips are not supported; machines with NVIDIA GPUs are (ml.p4d, ml.p5, ml.g5, ml.g6)")
+        raise CommandError(
+            f"instance_type {settings.instance_type}: AWS' own chips are not supported; machines with NVIDIA GPUs are (ml.p4d, ml.p5, ml.g5, ml.g6)"
+        )
     machine = hardware.load().machines.get(settings.instance_type.removeprefix("ml."))
     if machine is not None or family.startswith(GPU_FAMILIES) or recipe.stage not in PLANNED:
         return
@@ -215,7 +221,17 @@ def _plan(recipe: Recipe, settings: Settings, path: str, options: Options) -> di
     known = settings.instance_type.removeprefix("ml.") in hardware.load().machines
     if recipe.stage not in PLANNED or not known:
         return None
-    line = [sys.executable, "-m", "azrecipe", "plan", *_arguments(path, options), "--hardware", settings.instance_type, "--json", "--no-levers"]
+    line = [
+        sys.executable,
+        "-m",
+        "azrecipe",
+        "plan",
+        *_arguments(path, options),
+        "--hardware",
+        settings.instance_type,
+        "--json",
+        "--no-levers",
+    ]
     line += ["--nodes", str(settings.instance_count)]
     line += ["--price-per-hour", str(settings.price_per_hour)] if settings.price_per_hour else []
     line += ["--accelerate-config", settings.accelerate_config] if settings.accelerate_config else []
@@ -224,7 +240,9 @@ def _plan(recipe: Recipe, settings: Settings, path: str, options: Options) -> di
     line += ["--cell", recipe.cell.name] if recipe.cell is not None else []
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CannotRun(f"azrecipe plan, for {settings.instance_count} × {settings.instance_type}: {done.stderr.strip()}\n  To submit it all the same: --no-plan")
+        raise CannotRun(
+            f"azrecipe plan, for {settings.instance_count} × {settings.instance_type}: {done.stderr.strip()}\n  To submit it all the same: --no-plan"
+        )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -235,9 +253,9 @@ def _started(each: Submission, where: Account) -> Job:
     for channel, (_, there) in asked.parcel.runs.items():
         bucket.manifest(there, asked.parcel.run, channel)
     _say(f"{bucket.bring(asked.parcel)} files uploaded to {asked.root}")
-    name, _ = request.send(asked, where)
+    name, sent = request.send(asked, where)
     _say(f"{name} is submitted: azrecipe sagemaker logs {name} --follow")
-    return Job(name, where)
+    return Job(name, where, sent)
 
 
 def uploads(each: Submission, where: Account) -> dict[str, Any]:
@@ -257,15 +275,24 @@ def uploads(each: Submission, where: Account) -> dict[str, Any]:
 def _told(each: Submission, where: Account) -> str:
     """A submission in a few lines."""
     settings = each.asked.settings
-    lines = [f"{each.asked.parcel.run}: {settings.instance_count} × {settings.instance_type}{' spot' if settings.enable_managed_spot_training else ''}"]
+    lines = [
+        f"{each.asked.parcel.run}: {settings.instance_count} × {settings.instance_type}{' spot' if settings.enable_managed_spot_training else ''}"
+    ]
     if each.running is not None:
         return f"{lines[0]}: {each.running.name} is running already, and is watched"
     lines.append(f"  run directory: {each.asked.run_uri}")
     lines.append(f"  {cost(each.plan, settings)}")
     found = uploads(each, where)
     size = sum(total for _, total in found["code"]["files"].values())
-    lines.append(f"  code: {len(each.asked.parcel.code)} files, {size / 1e6:.1f} MB, {found['to_upload'][0]} to upload: {each.asked.code_uri}")
-    lines += [f"  data: {file} ({size / 1e6:,.1f} MB) → {each.asked.root}/{key}" for key, (file, size) in found["data"].items()]
+    lines.append(
+        f"  code: {len(each.asked.parcel.code)} files, {size / 1e6:.1f} MB, {found['to_upload'][0]} to upload: {each.asked.code_uri}"
+    )
+    folders: dict[str, list[tuple[str, int]]] = {}
+    for key, (file, size) in found["data"].items():
+        folders.setdefault("/".join(key.split("/")[:2]), []).append((file, size))
+    for key, files in folders.items():
+        names = ", ".join(file for file, _ in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        lines.append(f"  data: {names} ({sum(size for _, size in files) / 1e6:,.1f} MB) → {each.asked.root}/{key}/")
     return "\n".join(lines)
 
 
@@ -290,7 +317,11 @@ def _spent(todo: Sequence[Submission]) -> str:
     total = sum(plan["hours"]["middle"] * plan["price"]["on_demand"]["usd_per_hour"] for plan in known)
     unknown = len(todo) - len(known)
     more = f" and {unknown} whose price is not known" if unknown and known else ""
-    return f"Submit {len(todo)} job{'s' if len(todo) > 1 else ''}, about {total:,.0f} USD{more}?" if known else f"Submit {len(todo)} job{'s' if len(todo) > 1 else ''}, price not known?"
+    return (
+        f"Submit {len(todo)} job{'s' if len(todo) > 1 else ''}, about {total:,.0f} USD{more}?"
+        if known
+        else f"Submit {len(todo)} job{'s' if len(todo) > 1 else ''}, price not known?"
+    )
 
 
 def _ask(question: str) -> bool:

@@ -19,7 +19,9 @@ def add(verbs: Any) -> None:
     inner = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     submit = inner.add_parser("submit", help="validate, check, plan, ask, upload what is lacking, and start the job")
     _recipe(submit)
-    submit.add_argument("--dry-run", action="store_true", help="print the whole request, what would be uploaded, hours and price; send nothing")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print the whole request, what would be uploaded, hours and price; send nothing"
+    )
     submit.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     submit.add_argument("--yes", action="store_true", help="do not ask before money is spent")
     submit.add_argument("--wait", action="store_true", help="show progress until the job has ended; Ctrl-C leaves the job running")
@@ -47,7 +49,9 @@ def add(verbs: Any) -> None:
 def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe, or a pipeline (YAML)")
     parser.add_argument("--config", required=True, metavar="FILE", help="the settings: sagemaker/cpt.yaml, sagemaker/sft.yaml, or your own")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe; STEP.yaml:KEY=VALUE in a pipeline")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe; STEP.yaml:KEY=VALUE in a pipeline"
+    )
     parser.add_argument("--step", metavar="STEP", help="only this step of a pipeline")
     parser.add_argument("--cell", metavar="CELL", help="only this cell of a pipeline's matrix, or with --step its step")
     parser.add_argument("--instance-type", metavar="TYPE", help="other machines than the settings name: ml.p4d.24xlarge")
@@ -95,7 +99,9 @@ def _described(found: dict[str, Any]) -> str:
     lines.append(f"  to {code['uri']}; nothing else leaves this machine: no .git, no caches, no runs, no credentials")
     lines.append(found["cost"])
     if not found["account"]:
-        lines.append("no AWS credentials: the account stands as 000000000000, and whether role, bucket and quota are there was not looked at")
+        lines.append(
+            "no AWS credentials: the account stands as 000000000000, and whether role, bucket and quota are there was not looked at"
+        )
     lines.append("Nothing was sent.")
     return "\n".join(lines)
 
