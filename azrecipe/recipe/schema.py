@@ -152,7 +152,7 @@ def _words(error: Any, keys: tuple[Key, ...]) -> str:
                 return f"'{value}' is no name to use here: {wide if '.-' in limit else narrow}"
             kinds = {"ya?ml": "the file name of a recipe, ending in .yaml", "[0-9]{4}-": "a day, as in 2026-01-31"}
             kinds |= {
-                r"ml\\.": "an instance type of SageMaker, as in ml.p4d.24xlarge",
+                r"ml\.": "an instance type of SageMaker, as in ml.p4d.24xlarge",
                 "iam::": "a role's name, or its ARN (arn:aws:iam::…:role/…)",
             }
             hint = next((words for part, words in kinds.items() if part in limit), "letters, digits, '-', '_' and '.', no spaces")

@@ -5,6 +5,6 @@ Importing this needs nothing but azrecipe; submitting needs the extra: pip insta
 
 from azrecipe.launch.sagemaker.jobs import Job, attach, fetch, logs, status, stop
 from azrecipe.launch.sagemaker.settings import Settings, load
-from azrecipe.launch.sagemaker.submitting import Submission, submit
+from azrecipe.launch.sagemaker.submitting import Submission, requests, submit
 
-__all__ = ["Job", "Settings", "Submission", "attach", "fetch", "load", "logs", "status", "stop", "submit"]
+__all__ = ["Job", "Settings", "Submission", "attach", "fetch", "load", "logs", "requests", "status", "stop", "submit"]

@@ -64,28 +64,25 @@ class Bucket:
             return {}
         return found
 
-    def lacking(self, parcel: Parcel) -> tuple[list[str], list[Upload]]:
-        """Code and data of a parcel that are not there yet in their size."""
-        code = self.listed(f"code/{parcel.digest}/")
+    def lacking(self, parcel: Parcel) -> tuple[bool, list[Upload]]:
+        """Whether the code is, and which data are, not there yet in their size."""
         data: dict[str, int] = {}
         for folder in dict.fromkeys("/".join(upload.key.split("/")[:2]) for upload in parcel.data):
             data |= {f"{folder}/{name}": size for name, size in self.listed(f"{folder}/").items()}
-        return (
-            [name for name, content in parcel.code.items() if code.get(name) != len(content)],
-            [upload for upload in parcel.data if data.get(upload.key) != upload.size],
-        )
+        code = self.listed(parcel.archive_key).get("") != len(parcel.archive)
+        return code, [upload for upload in parcel.data if data.get(upload.key) != upload.size]
 
     def bring(self, parcel: Parcel) -> int:
         """Upload what is lacking; returns how many files that were."""
         code, data = self.lacking(parcel)
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda name: self.write(f"code/{parcel.digest}/{name}", parcel.code[name]), code))
+        if code:
+            self.write(parcel.archive_key, parcel.archive)
         for upload in data:
             with explained(f"s3:PutObject {self.uri(upload.key)}"):
                 self.s3.upload_file(
                     str(upload.file), self.name, f"{self.prefix}/{upload.key}", ExtraArgs={"ExpectedBucketOwner": self.owner, **self.more}
                 )
-        return len(code) + len(data)
+        return code + len(data)
 
     def manifest(self, run: str, job: str, channel: str) -> str:
         """Write the list of a complete run's files that another run takes, checkpoints left out; returns its URI. Raises CommandError."""

@@ -17,7 +17,7 @@ from azrecipe.launch.sagemaker.bucket import Bucket
 
 LOGS = "/aws/sagemaker/TrainingJobs"
 ENDED = ("Completed", "Failed", "Stopped")
-EVERY = 15.0  # seconds between two looks at a job that is waited for
+LOOKS = (1.0, 15.0)  # seconds between two looks at a job that is waited for: at first, and at last
 RUNS = "/runs/"
 
 
@@ -67,12 +67,14 @@ class Job:
         """Lines of all machines, each machine's name first; with `follow` until the job has ended."""
         client = self.where.session.client("logs", region_name=self.where.region)
         tokens: dict[str, str] = {}
+        pause = LOOKS[0]
         while True:
             ended = self.describe()["TrainingJobStatus"] in ENDED
             yield from self._new(client, tokens)
             if not follow or ended:
                 return
-            time.sleep(EVERY)
+            time.sleep(pause)
+            pause = min(1.5 * pause, LOOKS[1])
 
     def _new(self, client: Any, tokens: dict[str, str]) -> Iterator[str]:
         from botocore.exceptions import ClientError
@@ -115,7 +117,7 @@ class Job:
     def wait(self, say: Any = None) -> dict[str, Any]:
         """Until it has ended, telling each change of its state and its metrics. Raises CannotRun where it failed or was stopped."""
         say = say or (lambda text: print(text, file=sys.stderr, flush=True))
-        told, tokens = "", dict[str, str]()
+        told, tokens, pause = "", dict[str, str](), LOOKS[0]
         client = self.where.session.client("logs", region_name=self.where.region)
         while True:
             found = self.describe()
@@ -128,7 +130,8 @@ class Job:
                     say(line)
             if found["TrainingJobStatus"] in ENDED:
                 break
-            time.sleep(EVERY)
+            time.sleep(pause)
+            pause = min(1.5 * pause, LOOKS[1])
         if found["TrainingJobStatus"] != "Completed":
             raise CannotRun(
                 f"{self.name}: {found['TrainingJobStatus']}: {found.get('FailureReason') or 'it was stopped; the same command goes on from its checkpoint'}"

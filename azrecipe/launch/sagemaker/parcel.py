@@ -6,10 +6,14 @@ Nothing else is ever taken along: no .git, no caches, no run directories, no cre
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
+import io
 import json
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -66,11 +70,21 @@ class Parcel:
     channels: dict[str, str] = field(default_factory=dict)
     runs: dict[str, tuple[str, str]] = field(default_factory=dict)
 
+    @cached_property
+    def archive(self) -> bytes:
+        """The code as one file, the same for the same code: it is in S3 whole or not at all, and once."""
+        held = io.BytesIO()
+        with gzip.GzipFile(fileobj=held, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+            for name, data in sorted(self.code.items()):
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(data), 0o644
+                archive.addfile(entry, io.BytesIO(data))
+        return held.getvalue()
+
     @property
-    def digest(self) -> str:
-        """A hash of the code: the same code is uploaded once."""
-        text = [f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(self.code.items())]
-        return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
+    def archive_key(self) -> str:
+        """Its key below the prefix."""
+        return f"code/{hashlib.sha256(self.archive).hexdigest()[:32]}/sourcedir.tar.gz"
 
     def write(self, folder: Path) -> None:
         """Lay the code into a folder."""

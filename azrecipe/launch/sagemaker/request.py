@@ -39,7 +39,7 @@ class Asked:
 
     @property
     def code_uri(self) -> str:
-        return f"{self.root}/code/{self.parcel.digest}/"
+        return f"{self.root}/{self.parcel.archive_key}"
 
     @property
     def base_name(self) -> str:

@@ -252,7 +252,8 @@ def _started(each: Submission, where: Account) -> Job:
     asked, bucket = each.asked, _bucket(each.asked, where)
     for channel, (_, there) in asked.parcel.runs.items():
         bucket.manifest(there, asked.parcel.run, channel)
-    _say(f"{bucket.bring(asked.parcel)} files uploaded to {asked.root}")
+    count = bucket.bring(asked.parcel)
+    _say(f"{count} file{'' if count == 1 else 's'} uploaded to {asked.root}")
     name, sent = request.send(asked, where)
     _say(f"{name} is submitted: azrecipe sagemaker logs {name} --follow")
     return Job(name, where, sent)
@@ -264,11 +265,12 @@ def uploads(each: Submission, where: Account) -> dict[str, Any]:
     folders: dict[str, list[int]] = {}
     for name, content in packed.code.items():
         folders.setdefault(name.rpartition("/")[0] if not name.startswith("job/") and "/" in name else name, []).append(len(content))
-    lacking = _bucket(each.asked, where).lacking(packed) if where.known else (list(packed.code), packed.data)
+    lacking = _bucket(each.asked, where).lacking(packed) if where.known else (True, packed.data)
     return {
         "code": {"uri": each.asked.code_uri, "files": {name: [len(sizes), sum(sizes)] for name, sizes in sorted(folders.items())}},
         "data": {upload.key: [str(upload.file), upload.size] for upload in packed.data},
-        "to_upload": [len(lacking[0]), len(lacking[1])],
+        "archive": len(packed.archive),
+        "to_upload": {"code": lacking[0], "data": len(lacking[1])},
     }
 
 
@@ -283,10 +285,8 @@ def _told(each: Submission, where: Account) -> str:
     lines.append(f"  run directory: {each.asked.run_uri}")
     lines.append(f"  {cost(each.plan, settings)}")
     found = uploads(each, where)
-    size = sum(total for _, total in found["code"]["files"].values())
-    lines.append(
-        f"  code: {len(each.asked.parcel.code)} files, {size / 1e6:.1f} MB, {found['to_upload'][0]} to upload: {each.asked.code_uri}"
-    )
+    there = "" if found["to_upload"]["code"] else ", there already"
+    lines.append(f"  code: {len(each.asked.parcel.code)} files in {found['archive'] / 1e6:.1f} MB{there}: {each.asked.code_uri}")
     folders: dict[str, list[tuple[str, int]]] = {}
     for key, (file, size) in found["data"].items():
         folders.setdefault("/".join(key.split("/")[:2]), []).append((file, size))

@@ -96,7 +96,7 @@ def _described(found: dict[str, Any]) -> str:
     code = found["uploads"]["code"]
     lines += [f"  {size / 1e3:9,.1f} kB  {name}{f' ({count} files)' if count > 1 else ''}" for name, (count, size) in code["files"].items()]
     lines += [f"  {size / 1e3:9,.1f} kB  {key} (from {file})" for key, (file, size) in found["uploads"]["data"].items()]
-    lines.append(f"  to {code['uri']}; nothing else leaves this machine: no .git, no caches, no runs, no credentials")
+    lines.append(f"  as one file to {code['uri']}; nothing else leaves this machine: no .git, no caches, no runs, no credentials")
     lines.append(found["cost"])
     if not found["account"]:
         lines.append(
