@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import azrecipe
 from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted, hint
-from azrecipe.parts import history
+from azrecipe.parts import history, storage
 from azrecipe.parts.backend import asked as launched
 from azrecipe.parts.backend import nodes, share
 from azrecipe.parts.failures import explain
@@ -33,12 +33,13 @@ from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key, Node, parse
 
+CACHE = "AZRECIPE_CACHE"
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "datasets", "liger-kernel", "deepspeed")
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """One run's folder. Only the main process writes; every process may read."""
+    """One run's folder. Only the main process writes; every process may read, unless machines have one each (parts/storage.py)."""
 
     path: Path
     main: bool
@@ -54,8 +55,8 @@ class RunDir:
 
     @property
     def cache(self) -> Path:
-        """Tokenised text, shared by all runs below one runs directory."""
-        return self.runs_dir / ".cache"
+        """Tokenised text, shared by all runs below one runs directory; AZRECIPE_CACHE names another place."""
+        return Path(os.environ.get(CACHE) or self.runs_dir / ".cache")
 
     @property
     def status(self) -> dict[str, Any]:
@@ -201,17 +202,25 @@ def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
     return True
 
 
-def connect(run: RunDir) -> Any:
-    """Start the process group; returns this process' device. Refused where a process does not see the run directory.
+def connect(run: RunDir, inputs: Mapping[str, str]) -> Any:
+    """Start the process group; returns this process' device. Refused where a process does not see the run directory, or other inputs."""
+    state = start_group()
+    if storage.apart():
+        storage.agree(run.path / "status.json", inputs)
+    else:
+        share(run.path / "status.json", str(run.status.get("run_id")) if run.main else "")
+    return state.device
+
+
+def start_group() -> Any:
+    """Start the process group, once; returns Accelerate's PartialState.
 
     The timeout covers what the main process does alone while the others wait: merging, saving, syncing to slow disks.
     """
     from accelerate import PartialState
 
     several = "WORLD_SIZE" in os.environ
-    state = PartialState(timeout=timedelta(hours=2)) if several else PartialState()
-    share(run.path / "status.json", str(run.status.get("run_id")) if run.main else "")
-    return state.device
+    return PartialState(timeout=timedelta(hours=2)) if several else PartialState()
 
 
 def asked(recipe: Recipe, run: RunDir) -> None:
