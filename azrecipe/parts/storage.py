@@ -139,17 +139,17 @@ def _send_file(source: Path, size: int, to: Path | None, main: bool) -> OSError 
         except OSError as failed:
             read, written, error = None, None, failed
         for begin in range(0, size, CHUNK):
-            chunk = torch.zeros(min(CHUNK, size - begin), dtype=torch.uint8)
+            chunk = bytearray(min(CHUNK, size - begin))
             try:
-                if read is not None and read.readinto(memoryview(chunk.numpy())) != len(chunk):
+                if read is not None and read.readinto(chunk) != len(chunk):
                     error = OSError(f"{source} became shorter while it was sent")
             except OSError as failed:
                 error = failed
-            sent = chunk.to(device)
+            sent = torch.frombuffer(chunk, dtype=torch.uint8).to(device)
             dist.broadcast(sent, src=0)
             try:
                 if written is not None and error is None:
-                    written.write(memoryview(sent.cpu().numpy()))
+                    written.write(sent.cpu().numpy().tobytes())
             except OSError as failed:
                 error = failed
     return error
