@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from azrecipe.errors import CommandError
+from azrecipe.errors import CannotRun, CommandError
 from azrecipe.parts import storage
 from azrecipe.parts.backend import Backend
-from azrecipe.parts.files import read_json, sync_tree, write_json
+from azrecipe.parts.files import file_sizes, read_json, sync_tree, write_json
 
 MARKER = "COMPLETE.json"
 WRITTEN_BY = "backend.json"
@@ -44,10 +44,19 @@ def mark(folder: Path, sizes: Mapping[str, int]) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has its marker and every file in the size that the marker gives."""
     try:
-        sizes = read_json(folder / MARKER)
+        sizes = _marked(folder)
         return sizes is not None and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (ValueError, OSError):
+    except OSError:
         return False
+
+
+def _marked(folder: Path) -> dict[str, int] | None:
+    """The sizes in a checkpoint's marker; None without one that is whole."""
+    try:
+        sizes: dict[str, int] | None = read_json(folder / MARKER)
+    except ValueError:
+        return None
+    return sizes
 
 
 def complete(folder: Path) -> list[Path]:
@@ -62,15 +71,36 @@ def last_complete(folder: Path) -> Path | None:
 
 
 def agreed(folder: Path) -> tuple[Path | None, str]:
-    """The newest checkpoint that is complete for every process, or None; and in words what some have and others lack. A collective."""
+    """The newest checkpoint that is complete for every process, or None; and in words what some have and others lack. A collective.
+
+    Raises CannotRun, nothing deleted, where none is complete for all and one is for all machines together.
+    """
     every = storage.gathered([step_of(found) for found in complete(folder)])
     common, some = set(every[0]).intersection(*every), set().union(*every)
     newest = folder / f"checkpoint-{max(common)}" if common else None
+    if storage.apart() and not common and (together := _together(folder)):
+        raise CannotRun(
+            f"{folder}/checkpoint-{together[-1]} is whole on all machines together and not on each: what was uploaded has not been copied to them.\n"
+            f"  Copy it to every machine first, or remove {folder} on all of them: this training then begins anew"
+        )
     if not some or max(some) in common:
         return newest, ""
     lacking = ", ".join(str(rank) for rank, steps in enumerate(every) if max(some) not in steps)
     instead = newest.name if newest else "the start, as no checkpoint is whole for all"
     return newest, f"checkpoint-{max(some)} is not whole where process {lacking} looks: going on from {instead}"
+
+
+def _together(folder: Path) -> list[int]:
+    """The steps whose checkpoints are complete if what the machines have is put together. A collective."""
+    every = storage.gathered({step_of(found): (_marked(found), file_sizes(found)) for found in folder.glob("checkpoint-*")})
+    found = []
+    for step in sorted(set().union(*every)):
+        parts = [each[step] for each in every if step in each]
+        marker = next((marked for marked, _ in parts if marked is not None), None)
+        files = {name: size for _, sizes in parts for name, size in sizes.items()}
+        if marker is not None and all(files.get(name) == size for name, size in marker.items()):
+            found.append(step)
+    return found
 
 
 def remove_torn(folder: Path) -> None:

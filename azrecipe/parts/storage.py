@@ -106,9 +106,14 @@ def _send(folder: Path, sizes: Mapping[str, int], to: Path | None, main: bool) -
     """Send the main process' folder to all; written to `to` by those that give one. What fails on one fails on all, when all is sent."""
     error: OSError | None = None
     try:
-        with contextlib.nullcontext() if to is None else whole_folder(to) as aside:
+        with contextlib.ExitStack() as stack:
+            aside = None
+            try:
+                aside = stack.enter_context(whole_folder(to)) if to is not None else None
+            except OSError as failed:
+                error = failed
             for name, size in sizes.items():
-                error = _send_file(folder / name, size, None if aside is None else aside / name, main) or error
+                error = _send_file(folder / name, size, aside / name if aside else None, main) or error
             if aside is not None and error is None and file_sizes(aside) != sizes:
                 error = OSError(f"{to}: what was received has other sizes than what was sent")
             if error is not None:

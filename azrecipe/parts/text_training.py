@@ -184,7 +184,7 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
     trained = phases.freeze(net, planned.phase.trainable_parameters, job.new)
     shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trained.by_pattern.items())
     say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
-    if storage.writes(main):
+    if main and not storage.apart():  # else once all have told what they have
         checkpoint.remove_torn(job.place.checkpoints / planned.name)
     job.place.need(room(job, net, nth), "the phase's checkpoints and its model")
     net.config.use_cache = False

@@ -126,16 +126,16 @@ def train(
     """Run one loop, from its last complete checkpoint if there is one; returns the trainer and what happened.
 
     `make` builds the Trainer with the callbacks given to it. Raises Interrupted after a signal, its checkpoint saved,
-    and CommandError for a checkpoint that this backend cannot read.
+    CommandError for a checkpoint that this backend cannot read, and CannotRun for one that no machine has all files of.
     """
     checkpoint.check_readable(loop.folder, backend)
+    resume, lacking = checkpoint.agreed(loop.folder)
+    say(f"{loop.name}: {lacking}", backend.main and bool(lacking))
     if storage.writes(backend.main):
         loop.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_torn(loop.folder)
-    resume, lacking = checkpoint.agreed(loop.folder)
-    say(f"{loop.name}: {lacking}", backend.main and bool(lacking))
-    if storage.apart() and storage.writes(backend.main):
-        checkpoint.remove_after(loop.folder, checkpoint.step_of(resume) if resume else 0)
+        if storage.apart():
+            checkpoint.remove_after(loop.folder, checkpoint.step_of(resume) if resume else 0)
     if resume is not None:
         say(f"{loop.name}: going on from {resume}", backend.main)
     if backend.main:

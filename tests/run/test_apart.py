@@ -6,6 +6,7 @@ import filecmp
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,15 @@ from tests.run.test_backends import assert_same_training
 from tests.small import Project, Started, assert_same_weights, copied
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
-OFTEN = ("--set", "training.save_steps=2", "--set", "training.save_total_limit=2")
+KEPT = ("--set", "training.save_total_limit=2")
 CONFIGS = ("ddp", "fsdp")
 RUN = Path("small") / "cpt"
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
 
 
 @dataclass
@@ -49,20 +56,18 @@ class Machines:
 
     def started(self, config: str, *arguments: str, processes: int = 1) -> list[Started]:
         """Begin cpt on both, as a cluster does: the same launch on each, its rank apart."""
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = str(found.getsockname()[1])
-        begun = []
+        port, begun = free_port(), []
         for rank, folder in enumerate(self.folders):
             for name in ("base", "tokenizer"):
                 shutil.copytree(self.project.path(name), folder / "runs" / "small" / name, dirs_exist_ok=True)
             launcher = ("-m", "azrecipe.launch.launcher", "--config_file", str(config_file(config)), "--num_machines", "2",
                         "--num_processes", str(2 * processes), "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
                         "--main_process_port", port)  # fmt: skip
-            command = self.project.command("cpt", *OFTEN, *arguments, runs=str(folder / "runs"), launcher=launcher)
+            command = self.project.command("cpt", *KEPT, *arguments, runs=str(folder / "runs"), launcher=launcher)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("AZRECIPE_STORAGE", "local")
                 patch.setenv("AZRECIPE_CACHE", str(folder / "cache"))
+                patch.setenv("AZRECIPE_TENSORBOARD", str(folder / "board"))
                 begun.append(Started(command, self.project.folder, out=folder / "printed.txt", err=folder / "printed.txt"))
         return begun
 
@@ -115,7 +120,7 @@ def steps(run: Path, phase: str = "full") -> list[int]:
 def shared(request: pytest.FixtureRequest, finished: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Project]:
     """A backend, and the run of two processes that share a directory and were left alone. Only read it."""
     project = copied(finished, tmp_path_factory.mktemp("shared"))
-    project.run("cpt", *OFTEN, "--accelerate-config", request.param, "--num-processes", "2")
+    project.run("cpt", *KEPT, "--accelerate-config", request.param, "--num-processes", "2")
     return request.param, project
 
 
@@ -141,10 +146,10 @@ def test_two_machines_train_what_two_processes_train_and_each_keeps_its_own_part
     assert_same_weights(first / "final", alone.path("cpt") / "final")
     assert read_json(first / "result.json")["bpb"] == alone.result("cpt")["bpb"]
     assert read_json(first / "status.json")["state"] == "complete"
-    assert steps(first) == steps(second) == [14, 16]  # the older ones are deleted on both
+    assert steps(first) == steps(second) == [12, 16]  # the older ones are deleted on both
     shards = {f"{part}_0/__{{}}_0.distcp" for part in ("pytorch_model_fsdp", "optimizer")} if config == "fsdp" else set()
     parts = {"rng_state_{}.pth", *shards}
-    for step in (14, 16):
+    for step in (12, 16):
         assert set(file_sizes(second)) >= {f"checkpoints/full/checkpoint-{step}/{part.format(1)}" for part in parts}
         sizes = read_json(first / f"checkpoints/full/checkpoint-{step}" / MARKER)
         assert set(sizes) >= {part.format(rank) for part in parts for rank in (0, 1)}
@@ -152,7 +157,7 @@ def test_two_machines_train_what_two_processes_train_and_each_keeps_its_own_part
     assert len(file_sizes(second)) == 2 * len(parts)
     assert not steps(first, "embeddings") and not steps(second, "embeddings")
     whole = machines.uploaded() / "checkpoints" / "full"
-    assert [step_of(found) for found in complete(whole)] == [14, 16]
+    assert [step_of(found) for found in complete(whole)] == [12, 16]
     assert all(not (folder / "runs" / ".cache").exists() and any((folder / "cache").iterdir()) for folder in machines.folders)
     assert not list((machines.folders[1] / "cache").glob("received-*"))
     if config == "fsdp":  # the second machine knows nothing of the run that is complete, and does not wait for it
@@ -162,12 +167,15 @@ def test_two_machines_train_what_two_processes_train_and_each_keeps_its_own_part
 
 
 def test_two_machines_with_two_processes_each_train_what_one_process_trains(machines: Machines, finished: Project) -> None:
-    machines.run("fsdp", processes=2)
+    machines.run("ddp", "--set", "training.report_to=[tensorboard]", processes=2)
     shutil.copytree(machines.runs[0], machines.project.path("cpt"))
     assert_same_training(machines.project, finished)
-    assert steps(machines.runs[0]) == steps(machines.runs[1]) == [14, 16]
-    whole = machines.uploaded() / "checkpoints" / "full"
-    assert [step_of(found) for found in complete(whole)] == [14, 16]
+    assert steps(machines.runs[0]) == steps(machines.runs[1]) == [12, 16]
+    whole = machines.uploaded()
+    assert [step_of(found) for found in complete(whole / "checkpoints" / "full")] == [12, 16]
+    assert not (whole / "tensorboard").exists()
+    board = [[file.parent.name for file in sorted((folder / "board").rglob("events*"))] for folder in machines.folders]
+    assert board == [["embeddings", "full"], []]
 
 
 def test_a_run_goes_on_from_what_was_uploaded_and_passes_over_what_is_torn(
@@ -193,7 +201,7 @@ def test_one_process_goes_on_from_what_two_machines_uploaded(shared: tuple[str, 
     before, newest = complete(folder)[-2:]
     if config == "fsdp":
         shard(newest).unlink()
-    printed = small.run("cpt", *OFTEN, *(("--accelerate-config", "fsdp", "--num-processes", "1") if config == "fsdp" else ()))
+    printed = small.run("cpt", *KEPT, *(("--accelerate-config", "fsdp", "--num-processes", "1") if config == "fsdp" else ()))
     assert f"going on from runs/small/cpt/checkpoints/full/{(before if config == 'fsdp' else newest).name}\n" in printed
     assert_same_training(small, alone)
 
@@ -203,13 +211,23 @@ def shard(checkpoint: Path) -> Path:
     return checkpoint / "pytorch_model_fsdp_0" / "__1_0.distcp"
 
 
+def test_machines_that_were_not_given_each_others_files_are_told_so_and_lose_nothing(
+    shared: tuple[str, Project], stopped: Path, machines: Machines
+) -> None:
+    config, _ = shared
+    for folder in machines.folders:
+        shutil.copytree(stopped.parent / folder.name, folder)
+    before = [file_sizes(run / "checkpoints") for run in machines.runs]
+    assert "is whole on all machines together and not on each" in machines.run(config, code=3)
+    assert [file_sizes(run / "checkpoints") for run in machines.runs] == before
+
+
+@pytest.mark.parametrize("shared", ["ddp"], indirect=True)
 def test_a_finished_phase_whose_model_was_not_uploaded_whole_goes_on_from_its_last_checkpoint(
     shared: tuple[str, Project], stopped: Path, machines: Machines
 ) -> None:
     """The note that it is done was uploaded, and the machines were gone before its model was."""
     config, alone = shared
-    if config == "fsdp":
-        pytest.skip("it has nothing to do with the backend")
     machines.give_back(stopped)
     for run in machines.runs:
         (run / "phases" / "embeddings" / "model.safetensors").unlink()
@@ -223,6 +241,55 @@ def test_a_finished_phase_whose_model_was_not_uploaded_whole_goes_on_from_its_la
 def test_a_machine_that_holds_another_run_is_refused(machines: Machines) -> None:
     write(machines.runs[1] / "status.json", '{"run_id": "another", "state": "interrupted"}')
     assert "of process 1 holds another run than that of process 0" in machines.run("ddp", code=3)
+
+
+BRING = """
+import os, sys
+from pathlib import Path
+import torch.distributed as dist
+from azrecipe.parts import storage
+from azrecipe.parts.files import file_sizes
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+cache = Path(f"{folder}_cache")
+dist.init_process_group("gloo")
+with storage.everywhere(folder, cache, rank == 0) as here:
+    print(here == folder, sorted(file_sizes(here).items()), {path.read_bytes()[-3:] for path in here.rglob("*.bin")})
+print(list(cache.glob("*")))
+"""
+
+
+@pytest.mark.parametrize("other", ["nothing", "the same", "a full cache"])
+def test_what_the_main_process_saved_comes_to_another_machine_or_fails_on_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """One file is larger than what is sent at a time, one is empty, one lies in a folder."""
+    for name, content in {"large.bin": bytes(70 * 2**20) + b"end", "empty": b"", "in/small.bin": b"end"}.items():
+        write(tmp_path / "main" / name, content)
+    if other == "the same":
+        shutil.copytree(tmp_path / "main", tmp_path / "other")
+    if other == "a full cache":
+        write(tmp_path / "other_cache", "a file stands in its way")
+    monkeypatch.setenv("AZRECIPE_STORAGE", "local")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    begun = []
+    for rank, name in enumerate(("main", "other")):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        command = [sys.executable, "-c", BRING.replace("sys.argv[1]", repr(name))]
+        begun.append(Started(command, tmp_path, out=tmp_path / f"{rank}.txt", err=tmp_path / f"{rank}.txt"))
+    codes = [process.wait() for process in begun]
+    printed = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    if other == "a full cache":
+        assert codes == [1, 1]
+        assert "main could not be brought to the machine of process 1: " in printed[0]
+        assert "NotADirectoryError" in printed[1]
+        return
+    assert codes == [0, 0], printed
+    files = "[('empty', 0), ('in/small.bin', 3), ('large.bin', 73400323)] {b'end'}\n[]\n"
+    assert printed == [f"True {files}", f"{other == 'the same'} {files}"]
 
 
 @pytest.mark.parametrize("arguments", [(), ("--num-processes", "2")])
