@@ -23,7 +23,7 @@ from azrecipe.parts import history, storage
 from azrecipe.parts.backend import asked as launched
 from azrecipe.parts.backend import nodes, share
 from azrecipe.parts.failures import explain
-from azrecipe.parts.files import read_json, write_json, write_text
+from azrecipe.parts.files import file_sizes, read_json, write_json, write_text
 from azrecipe.parts.history import now
 from azrecipe.parts.processes import cores
 from azrecipe.recipe import schema
@@ -67,6 +67,11 @@ class RunDir:
     def complete(self) -> bool:
         return self.status.get("state") == "complete"
 
+    @property
+    def uploaded(self) -> bool:
+        """Whether final/ is whole where machines are apart: files are uploaded one by one, and status.json may be there before them."""
+        return not storage.apart() or file_sizes(self.final) == self.status.get("final", file_sizes(self.final))
+
     def update(self, **changes: Any) -> None:
         """Change keys of status.json."""
         if self.main:
@@ -76,7 +81,8 @@ class RunDir:
         """Write result.json and mark the run complete: the last thing that a stage does."""
         if self.main:
             write_json(self.path / "result.json", result)
-        self.update(state="complete", exit_code=0, message="", finished=now())
+        final = {"final": file_sizes(self.final)} if storage.apart() else {}
+        self.update(state="complete", exit_code=0, message="", finished=now(), **final)
         if self.main:
             history.note(self.path, "complete")
 
@@ -189,7 +195,7 @@ def _recorded(run: RunDir, fresh: bool) -> Iterator[None]:
 def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
     """Whether this recipe's run is complete. Raises CommandError where the folder holds another recipe's, or a stale one."""
     run = locate(recipe, runs_dir)
-    if not run.complete:
+    if not run.complete or not run.uploaded:
         return False
     check_same(recipe, run)
     for key, run_id in run.status.get("inputs", {}).items():

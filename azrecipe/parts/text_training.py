@@ -51,7 +51,7 @@ class Record:
     def forget_torn(self, order: Sequence[tuple[str, Path]]) -> None:
         """Where files are uploaded one by one, forget the last finished phases whose models are not whole: this note was there before them."""
         done = [(name, folder) for name, folder in order if self.done(name)]
-        while storage.apart() and done and len(done) < len(order):
+        while storage.apart() and done:
             name, folder = done.pop()
             wanted = self.data.get("files", {}).get(name)
             if storage.from_main(folder.is_dir() and (wanted is None or file_sizes(folder) == wanted)):

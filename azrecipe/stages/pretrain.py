@@ -83,12 +83,11 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         _describe(job, sources)
         foreseen.foresee(recipe, shape, place, backend)
         record.forget_torn([(phase.name, job.folder(i)) for i, phase in enumerate(schedule.phases)])
-        clear(job)  # a kill may have come between the end of a phase and this
         todo = [i for i, phase in enumerate(schedule.phases) if not record.done(phase.name)]
         start = _start(job, own) if len(todo) == len(schedule.phases) else None
-        connect(
-            place, {**inputs.found, "the data, tokenised": schedule.end.fingerprint}
-        )  # the process group starts here: nothing above made one process wait for another inside it
+        # The process group starts here: nothing above made one process wait for another inside it
+        connect(place, {**inputs.found, "the text, tokenised": schedule.end.fingerprint})
+        clear(job)  # a kill may have come between the end of a phase and this
         net = _begin(job, model_path, own, start) if start is not None else None
         for i in todo:
             if net is None:

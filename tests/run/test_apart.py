@@ -226,7 +226,7 @@ def test_machines_that_were_not_given_each_others_files_are_told_so_and_lose_not
 def test_a_finished_phase_whose_model_was_not_uploaded_whole_goes_on_from_its_last_checkpoint(
     shared: tuple[str, Project], stopped: Path, machines: Machines
 ) -> None:
-    """The note that it is done was uploaded, and the machines were gone before its model was."""
+    """The note that it is done was uploaded, and the machines were gone before its model was. So it is with the last phase and the run."""
     config, alone = shared
     machines.give_back(stopped)
     for run in machines.runs:
@@ -235,6 +235,12 @@ def test_a_finished_phase_whose_model_was_not_uploaded_whole_goes_on_from_its_la
     printed = machines.run(config)
     assert "phase embeddings: its model in" in printed and "is not whole, so the phase is not done" in printed
     assert "embeddings: going on from" in printed and "checkpoints/embeddings/checkpoint-8\n" in printed
+    assert_same_weights(machines.runs[0] / "final", alone.path("cpt") / "final")
+    uploaded = machines.uploaded()
+    (uploaded / "final" / "model.safetensors").unlink()
+    machines.give_back(uploaded)
+    printed = machines.run(config)
+    assert "phase full: its model in" in printed and "checkpoints/full/checkpoint-16\n" in printed
     assert_same_weights(machines.runs[0] / "final", alone.path("cpt") / "final")
 
 
