@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
-from azrecipe.parts import auxiliary, backend, corpus, cpu, fidelity, harness, optimizers
+from azrecipe.parts import auxiliary, backend, corpus, cpu, fidelity, harness, optimizers, storage
 from azrecipe.parts.batches import split
 from azrecipe.recipe.load import Recipe, is_local_data
 from azrecipe.recipe.types import Source
@@ -63,6 +63,7 @@ def _mesh(config: Mapping[str, Any]) -> backend.Mesh | None:
 def check(recipes: Sequence[Recipe], launch: Launch) -> None:
     """Raise RecipeError for recipes that cannot be run so, else CannotRun for what this machine lacks; all at once."""
     _machines(launch)
+    storage.apart()
     wrong: list[Problem] = []
     lacking: list[str] = []
     trains = [recipe for recipe in recipes if recipe.stage in TRAINING]
@@ -93,7 +94,7 @@ def _machines(launch: Launch) -> None:
             f"{launch.file} is for {launch.machines} machines, and azrecipe run starts processes on this one only. On each machine:\n"
             f"  accelerate launch --config_file {launch.file} --machine_rank R --main_process_ip ADDRESS --main_process_port 29500 "
             "-m azrecipe RECIPE [--step STEP [--cell CELL]] --runs-dir DIR\n"
-            "  with one DIR that all of them see"
+            f"  with one DIR that all of them see, or {storage.SWITCH}=local (docs/backends.md)"
         )
 
 

@@ -76,10 +76,14 @@ def _work(recipe: Recipe, runs_dir: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from azrecipe.parts import backend, run_dir
+    from azrecipe.parts import backend, run_dir, storage
 
     launched = backend.set_up()
-    if run_dir.already_complete(recipe, runs_dir):
+    complete = run_dir.already_complete(recipe, runs_dir)
+    if launched.world > 1 and storage.apart():  # a machine may have nothing of what the main process' has
+        run_dir.start_group()
+        complete = storage.from_main(complete)
+    if complete:
         _tell(f"already complete: {run_dir.locate(recipe, runs_dir).path}", launched.main)
         return
     stage = importlib.import_module(f"azrecipe.stages.{recipe.stage}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from azrecipe.errors import CannotRun, CommandError, Problem, RecipeError, RunFailed
-from azrecipe.parts import cpu, liger
+from azrecipe.parts import cpu, liger, storage
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -167,6 +167,8 @@ def set_up() -> Backend:
     import torch
 
     backend = asked(os.environ)
+    if storage.apart() and backend.zero and nodes(os.environ) > 1:
+        raise CommandError(f"{storage.SWITCH}=local is not verified with DeepSpeed: use accelerate_configs/fsdp.yaml")
     if _flag(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not know what a shard size of -1 stands for
         os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world // (backend.replicate * backend.context))
     if not has_accelerator():
@@ -282,7 +284,10 @@ def share(path: Path, text: str) -> None:
     dist.broadcast_object_list(said, src=0)
     seen = path.exists() and said[0] in path.read_text(encoding="utf-8")
     if not seen:
-        raise CannotRun(f"process {dist.get_rank()} does not see {path}: give a --runs-dir on storage that all machines share")
+        raise CannotRun(
+            f"process {dist.get_rank()} does not see {path}: give a --runs-dir on storage that all machines share.\n"
+            f"  Where each has its own, uploaded in the background to one place that is copied to all before a restart: {storage.SWITCH}=local"
+        )
 
 
 def verify(backend: Backend, trainer: Trainer) -> str:

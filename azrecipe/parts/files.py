@@ -54,21 +54,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """The sizes in bytes of the files below a folder, by relative path; empty where there is no folder."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def sync_tree(folder: Path) -> dict[str, int]:
-    """Sync every file below a folder to disk; returns their sizes in bytes by relative path."""
-    sizes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    """Sync every file below a folder to disk; returns `file_sizes`."""
+    sizes = file_sizes(folder)
+    for name in sizes:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
     sync_folder(folder)
     return sizes
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    """Sizes in bytes of the files below a folder, by relative path; empty where there is none."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from typing import IO, Any
 
 import azrecipe
 from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted, hint
-from azrecipe.parts import history
+from azrecipe.parts import history, storage
 from azrecipe.parts.backend import asked as launched
 from azrecipe.parts.backend import nodes, share
 from azrecipe.parts.failures import explain
-from azrecipe.parts.files import read_json, sizes, write_json, write_text
+from azrecipe.parts.files import file_sizes, read_json, write_json, write_text
 from azrecipe.parts.history import now
 from azrecipe.parts.processes import cores
 from azrecipe.recipe import schema
@@ -33,12 +33,13 @@ from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key, Node, parse
 
+CACHE = "AZRECIPE_CACHE"
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "datasets", "liger-kernel", "deepspeed")
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """One run's folder. Only the main process writes; every process may read."""
+    """One run's folder. Only the main process writes; every process may read, unless machines have one each (parts/storage.py)."""
 
     path: Path
     main: bool
@@ -54,8 +55,8 @@ class RunDir:
 
     @property
     def cache(self) -> Path:
-        """Tokenised text, shared by all runs below one runs directory."""
-        return self.runs_dir / ".cache"
+        """Tokenised text, shared by all runs below one runs directory; AZRECIPE_CACHE names another place."""
+        return Path(os.environ.get(CACHE) or self.runs_dir / ".cache")
 
     @property
     def status(self) -> dict[str, Any]:
@@ -66,6 +67,11 @@ class RunDir:
     def complete(self) -> bool:
         return self.status.get("state") == "complete"
 
+    @property
+    def uploaded(self) -> bool:
+        """Whether final/ is whole where machines are apart: files are uploaded one by one, and status.json may be there before them."""
+        return not storage.apart() or file_sizes(self.final) == self.status.get("final", file_sizes(self.final))
+
     def update(self, **changes: Any) -> None:
         """Change keys of status.json."""
         if self.main:
@@ -75,8 +81,8 @@ class RunDir:
         """Write result.json and mark the run complete: the last thing that a stage does."""
         if self.main:
             write_json(self.path / "result.json", result)
-        files = sizes(self.final) if self.main else {}
-        self.update(state="complete", exit_code=0, message="", finished=now(), files=files)
+        final = {"final": file_sizes(self.final)} if storage.apart() else {}
+        self.update(state="complete", exit_code=0, message="", finished=now(), **final)
         if self.main:
             history.note(self.path, "complete")
 
@@ -189,7 +195,7 @@ def _recorded(run: RunDir, fresh: bool) -> Iterator[None]:
 def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
     """Whether this recipe's run is complete. Raises CommandError where the folder holds another recipe's, or a stale one."""
     run = locate(recipe, runs_dir)
-    if not run.complete:
+    if not run.complete or not run.uploaded:
         return False
     check_same(recipe, run)
     for key, run_id in run.status.get("inputs", {}).items():
@@ -211,17 +217,25 @@ def _remove(path: Path) -> None:
             child.unlink()
 
 
-def connect(run: RunDir) -> Any:
-    """Start the process group; returns this process' device. Refused where a process does not see the run directory.
+def connect(run: RunDir, inputs: Mapping[str, str]) -> Any:
+    """Start the process group; returns this process' device. Refused where a process does not see the run directory, or other inputs."""
+    state = start_group()
+    if storage.apart():
+        storage.agree(run.path / "status.json", inputs)
+    else:
+        share(run.path / "status.json", str(run.status.get("run_id")) if run.main else "")
+    return state.device
+
+
+def start_group() -> Any:
+    """Start the process group, once; returns Accelerate's PartialState.
 
     The timeout covers what the main process does alone while the others wait: merging, saving, syncing to slow disks.
     """
     from accelerate import PartialState
 
     several = "WORLD_SIZE" in os.environ
-    state = PartialState(timeout=timedelta(hours=2)) if several else PartialState()
-    share(run.path / "status.json", str(run.status.get("run_id")) if run.main else "")
-    return state.device
+    return PartialState(timeout=timedelta(hours=2)) if several else PartialState()
 
 
 def asked(recipe: Recipe, run: RunDir) -> None:

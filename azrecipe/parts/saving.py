@@ -52,11 +52,11 @@ class Saver:
         self.pending[name] = copied(state)
         self.blocked += time.monotonic() - started
 
-    def start(self, folder: Path, keep: int) -> None:
-        """Write what was taken into a checkpoint folder, seal it, and then delete all but the newest `keep`."""
+    def start(self, folder: Path, keep: int, elsewhere: Mapping[str, int] | None = None) -> None:
+        """Write what was taken into a checkpoint folder, seal it (`elsewhere`: as `seal` has it), and then delete all but the newest `keep`."""
         pending, self.pending = self.pending, {}
         self.count += 1
-        self.thread = Thread(target=self._write, args=(folder, pending, keep), name=f"write {folder.name}")
+        self.thread = Thread(target=self._write, args=(folder, pending, keep, elsewhere or {}), name=f"write {folder.name}")
         self.thread.start()
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class Saver:
         """How many checkpoints, how long training stood still for them, how long their writing took beside it."""
         return {"checkpoints": self.count, "seconds_blocked": round(self.blocked, 3), "seconds_written": round(self.written, 3)}
 
-    def _write(self, folder: Path, pending: dict[str, Any], keep: int) -> None:
+    def _write(self, folder: Path, pending: dict[str, Any], keep: int, elsewhere: Mapping[str, int]) -> None:
         started = time.monotonic()
         try:
             for name, state in pending.items():
@@ -85,7 +85,7 @@ class Saver:
                     save_file(state, folder / name, metadata={"format": "pt"})
                 else:
                     torch.save(state, folder / name)
-            checkpoint.seal(folder, self.backend)
+            checkpoint.seal(folder, self.backend, elsewhere)
             checkpoint.rotate(folder.parent, keep)
         except BaseException as error:
             self.error = error

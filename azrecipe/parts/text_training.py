@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,9 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from azrecipe.parts import checkpoint, losses, metrics, model, optimizers, phases, run_dir, throughput, training
+from azrecipe.parts import checkpoint, losses, metrics, model, optimizers, phases, run_dir, storage, throughput, training
 from azrecipe.parts.backend import Backend
-from azrecipe.parts.files import read_json, sizes, write_json
+from azrecipe.parts.files import file_sizes, read_json, write_json
 from azrecipe.parts.guard import Guard, GuardedTrainer
 from azrecipe.parts.packing import PackedText, collate
 from azrecipe.parts.precision import STORED
@@ -33,28 +33,36 @@ Texts = Mapping[str, list[str]]
 
 
 class Record:
-    """phases.json: what earlier processes of this run have measured and finished. One process writes."""
+    """phases.json: what earlier processes of this run have measured and finished. One process writes, and all go by what it reads."""
 
     def __init__(self, place: run_dir.RunDir) -> None:
         self.place = place
         self.file = place.path / "phases.json"
-        self.data: dict[str, Any] = read_json(self.file) or {"bpb": {}, "phases": {}}
+        self.data: dict[str, Any] = storage.from_main(read_json(self.file)) or {"bpb": {}, "phases": {}}
 
     def done(self, phase: str) -> bool:
-        """Whether a phase has ended, and the model that the next one takes is all there: a run that is kept elsewhere may not have got all of it."""
-        ended = self.data["phases"]
-        if phase != next(reversed(ended), None):
-            return phase in ended
-        return all(_has(self.place.path / name, size) for name, size in ended[phase].get("files", {}).items())
+        return phase in self.data["phases"]
+
+    def finish(self, phase: str, happened: dict[str, Any], folder: Path) -> None:
+        """Note a phase and the files of its model."""
+        files = {**self.data.get("files", {}), phase: file_sizes(folder)}
+        self.note(phases={**self.data["phases"], phase: happened}, files=files)
+
+    def forget_torn(self, order: Sequence[tuple[str, Path]]) -> None:
+        """Where files are uploaded one by one, forget the last finished phases whose models are not whole: this note was there before them."""
+        done = [(name, folder) for name, folder in order if self.done(name)]
+        while storage.apart() and done:
+            name, folder = done.pop()
+            wanted = self.data.get("files", {}).get(name)
+            if storage.from_main(folder.is_dir() and (wanted is None or file_sizes(folder) == wanted)):
+                return
+            say(f"phase {name}: its model in {folder} is not whole, so the phase is not done", self.place.main)
+            self.note(phases={key: value for key, value in self.data["phases"].items() if key != name})
 
     def note(self, **changes: Any) -> None:
         self.data.update(changes)
         if self.place.main:
             write_json(self.file, self.data)
-
-
-def _has(file: Path, size: int) -> bool:
-    return file.is_file() and file.stat().st_size == size
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,23 @@ class TextTrainer(BackgroundSaving, GuardedTrainer, training.FilledGroups):
         return found
 
 
+def clear(job: Job) -> None:
+    """Delete the checkpoints of finished phases: nothing resumes from inside them.
+
+    Where machines are apart the last one's newest stays until the phase after it is done: its model may not be uploaded yet.
+    """
+    names = [planned.name for planned in job.schedule.phases]
+    done = [name for name in names[:-1] if job.record.done(name)]
+    if storage.apart() and done and not job.record.done(names[-1]):
+        kept = job.place.checkpoints / done.pop()
+        if job.backend.main:
+            checkpoint.rotate(kept, 1)
+        checkpoint.follow(kept, job.backend.main)
+    if storage.writes(job.backend.main):
+        for name in done:
+            shutil.rmtree(job.place.checkpoints / name, ignore_errors=True)
+
+
 def release() -> None:
     """Give back what a finished phase held: its trainer and callbacks know each other, and only a collection ends that."""
     gc.collect()
@@ -159,7 +184,7 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
     trained = phases.freeze(net, planned.phase.trainable_parameters, job.new)
     shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trained.by_pattern.items())
     say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
-    if main:
+    if main and not storage.apart():  # else once all have told what they have
         checkpoint.remove_torn(job.place.checkpoints / planned.name)
     job.place.need(room(job, net, nth), "the phase's checkpoints and its model")
     net.config.use_cache = False
@@ -212,12 +237,8 @@ def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
         "skipped_steps": [step + 1 for step in guard.skipped],
         **(trainer.saver.seconds if trainer.saver else {}),
     }
-    if main:
-        below = job.folder(nth).relative_to(job.place.path)
-        happened["files"] = {str(below / name): size for name, size in sizes(job.folder(nth)).items()}
-    job.record.note(phases={**job.record.data["phases"], planned.name: happened})
-    if main and nth + 1 < len(job.schedule.phases):
-        shutil.rmtree(loop.folder, ignore_errors=True)  # the phase is done: nothing resumes from inside it
+    job.record.finish(planned.name, happened, job.folder(nth))
+    clear(job)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
 

@@ -13,12 +13,14 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from azrecipe.errors import CannotRun, CommandError, RunFailed
-from azrecipe.parts import checkpoint, history, liger, optimizers, precision
+from azrecipe.parts import checkpoint, history, liger, optimizers, precision, storage
 from azrecipe.parts.backend import Backend, check_compiler, check_devices, check_precision, check_trackers
 from azrecipe.parts.batches import split
 from azrecipe.parts.profiling import Profiler
 from azrecipe.parts.watching import Meter, Watch, say, trim_lines
 from azrecipe.recipe.types import Profile, Training
+
+TENSORBOARD = "AZRECIPE_TENSORBOARD"  # a folder in the place of <run>/tensorboard
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def arguments(training: Training, loop: Loop, backend: Backend) -> dict[str, Any
     """
     batch = split(training.global_batch_size, training.per_device_train_batch_size, backend.readers)
     if training.report_to:
-        folder = loop.run / "tensorboard"
+        folder = Path(os.environ.get(TENSORBOARD) or loop.run / "tensorboard")
         if os.environ.get("TENSORBOARD_LOGGING_DIR", str(folder)).startswith(str(folder)):  # a user's own stays
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / loop.name)  # each phase counts its steps from 0
     return {
@@ -124,13 +126,16 @@ def train(
     """Run one loop, from its last complete checkpoint if there is one; returns the trainer and what happened.
 
     `make` builds the Trainer with the callbacks given to it. Raises Interrupted after a signal, its checkpoint saved,
-    and CommandError for a checkpoint that this backend cannot read.
+    CommandError for a checkpoint that this backend cannot read, and CannotRun for one that no machine has all files of.
     """
     checkpoint.check_readable(loop.folder, backend)
-    if backend.main:
+    resume, lacking = checkpoint.agreed(loop.folder)
+    say(f"{loop.name}: {lacking}", backend.main and bool(lacking))
+    if storage.writes(backend.main):
         loop.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_torn(loop.folder)
-    resume = checkpoint.last_complete(loop.folder)
+        if storage.apart():
+            checkpoint.remove_after(loop.folder, checkpoint.step_of(resume) if resume else 0)
     if resume is not None:
         say(f"{loop.name}: going on from {resume}", backend.main)
     if backend.main:
@@ -153,6 +158,7 @@ def train(
     started = time.monotonic()
     with watch:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    checkpoint.follow(loop.folder, backend.main)
     if backend.zero:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

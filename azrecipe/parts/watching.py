@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from azrecipe.errors import SIGINT, SIGTERM, AllFailed, Interrupted
-from azrecipe.parts import checkpoint
+from azrecipe.parts import checkpoint, storage
 from azrecipe.parts.backend import Backend, verify
 from azrecipe.parts.files import write_text
 from azrecipe.parts.history import duration
@@ -170,12 +170,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         assert self.trainer is not None
         folder = Path(args.output_dir)
         self.trainer.accelerator.wait_for_everyone()
-        written, saver = folder / f"checkpoint-{state.global_step}", getattr(self.trainer, "saver", None)
-        if self.backend.main and saver is not None:
-            saver.start(written, self.keep)
-        elif self.backend.main:
-            checkpoint.seal(written, self.backend)
+        written, saver, main = folder / f"checkpoint-{state.global_step}", getattr(self.trainer, "saver", None), self.backend.main
+        later = main and saver is not None  # a thread writes the main process' part, and lists it itself
+        mine = checkpoint.sync(written, self.backend) if storage.writes(main) and not later else {}
+        sizes = storage.merged(mine)
+        if main and not later:
+            checkpoint.mark(written, sizes)
             checkpoint.rotate(folder, self.keep)
+        checkpoint.follow(folder, main)
+        if main and saver is not None:
+            saver.start(written, self.keep, sizes)
         self.trainer.accelerator.wait_for_everyone()
 
     def raise_if_interrupted(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from azrecipe.parts import (
     prepared,
     profiling,
     run_dir,
+    storage,
     training,
     vocabulary,
 )
@@ -40,7 +40,7 @@ from azrecipe.parts.packing import borders, layout, packing
 from azrecipe.parts.run_dir import connect
 from azrecipe.parts.schedule import Position, Schedule, TextEnds, plan
 from azrecipe.parts.sources import Inputs
-from azrecipe.parts.text_training import Job, Record, release, train_phase
+from azrecipe.parts.text_training import Job, Record, clear, release, train_phase
 from azrecipe.parts.watching import say
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Pretrain
@@ -78,20 +78,21 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
     with run_dir.opened(recipe, place, inputs.found), foreseen.explained(place):
-        record = Record(place)  # read by every process before the process group exists, so that all agree
+        record = Record(place)  # read by every process before any trains, so that all agree
         job = Job(config, place, backend, tokenizer, held_out, schedule, record, new)
         _describe(job, sources)
         foreseen.foresee(recipe, shape, place, backend)
-        for phase in schedule.phases[:-1]:
-            if backend.main and record.done(phase.name):  # a kill may have come between its end and this
-                shutil.rmtree(place.checkpoints / phase.name, ignore_errors=True)
+        record.forget_torn([(phase.name, job.folder(i)) for i, phase in enumerate(schedule.phases)])
         todo = [i for i, phase in enumerate(schedule.phases) if not record.done(phase.name)]
         start = _start(job, own) if len(todo) == len(schedule.phases) else None
-        connect(place)  # the process group starts here: nothing above made one process wait for another inside it
+        # The process group starts here: nothing above made one process wait for another inside it
+        connect(place, {**inputs.found, "the text, tokenised": schedule.end.fingerprint})
+        clear(job)  # a kill may have come between the end of a phase and this
         net = _begin(job, model_path, own, start) if start is not None else None
         for i in todo:
             if net is None:
-                net = model.load_model(str(job.folder(i - 1)), config.training.precision, config.model.attn_implementation)
+                with storage.everywhere(job.folder(i - 1), place.cache, backend.main) as there:
+                    net = model.load_model(str(there), config.training.precision, config.model.attn_implementation)
             train_phase(job, net, i)
             net = None
             release()

@@ -75,7 +75,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     with run_dir.opened(recipe, place, inputs.found), foreseen.explained(place):
         _describe(config, checked, backend)
         foreseen.foresee(recipe, checked.shape, place, backend)
-        device = connect(place)
+        device = connect(place, inputs.found)
         base = checked.base
         net = base.load_quantized(config.training.precision) if config.adapter == "qlora" else base.load(config.training.precision)
         place.need(3 * 4 * model.count(net), "the tuned model")

@@ -21,7 +21,7 @@ from typing import Any
 
 from azrecipe.errors import CANNOT, DONE, SIGTERM, WRONG, AzrecipeError, CannotRun
 from azrecipe.launch.sagemaker import cluster, metrics
-from azrecipe.parts.files import read_json, write_json
+from azrecipe.parts.files import read_json
 
 ML = Path("/opt/ml")
 CHECKPOINTS, TENSORBOARD = ML / "checkpoints", ML / "output" / "tensorboard"
@@ -90,27 +90,12 @@ def _lay_out(task: Task) -> None:
         if not folder.is_dir():
             raise CannotRun(f"the channel {channel} is missing, which brings in the run {run}")
         _link(RUNS / run, folder)
-    _doubt()
 
 
 def _link(place: Path, target: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
     place.symlink_to(target)
-
-
-def _doubt() -> None:
-    """Take back what a run says of its end where S3 had not got all of it: files go up in any order, and a machine may die in between."""
-    status = read_json(CHECKPOINTS / "status.json") or {}
-    missing = [name for name, size in status.get("files", {}).items() if not _has(CHECKPOINTS / "final" / name, size)]
-    if status.get("state") == "complete" and missing:
-        print(f"azrecipe: final/ did not reach S3 whole ({', '.join(missing[:3])}): it is made again", file=sys.stderr, flush=True)
-        shutil.rmtree(CHECKPOINTS / "final", ignore_errors=True)
-        write_json(CHECKPOINTS / "status.json", {**status, "state": "interrupted"})
-
-
-def _has(file: Path, size: int) -> bool:
-    return file.is_file() and file.stat().st_size == size
 
 
 def _status(task: Task) -> Mapping[str, Any]:
@@ -168,7 +153,7 @@ def _waited(child: subprocess.Popen[bytes]) -> int:
 def _environment(here: cluster.Cluster, task: Task) -> dict[str, str]:
     found = {
         **cluster.environment(here),
-        "AZRECIPE_STORAGE": "local" if len(here.hosts) > 1 else "shared",
+        "AZRECIPE_STORAGE": "local",  # and files reach S3 one by one, in any order
         "AZRECIPE_CACHE": str(CACHE),
         "AZRECIPE_TENSORBOARD": str(TENSORBOARD),
     }
