@@ -1,5 +1,6 @@
 # make demo    the whole job on a laptop: tokenizer, pretraining in phases, instruction tuning, evaluation
 # make test    style, types and tests
+# make test-cluster    a SageMaker job as it is described, on two hosts in network namespaces (root, Linux; minutes)
 # make setup   only the environment (.venv); both of the above do it first
 # A machine without a GPU can save the download of CUDA's libraries:
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -8,7 +9,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 READY := .venv/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-cluster lint clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -34,6 +35,10 @@ lint: $(READY)
 test: lint
 	@echo "==> pytest"
 	@.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-cluster: $(READY)
+	@echo "==> pytest, two hosts"
+	@AZRECIPE_CLUSTER=1 .venv/bin/python -m pytest -q -rs tests/cluster
 
 clean:
 	rm -rf .venv runs dist build
