@@ -101,6 +101,8 @@ def pack(recipe: Recipe, settings: Settings) -> Parcel:
     parcel = Parcel(_run(recipe), recipe)
     travel = _Traveller(recipe, settings, parcel)
     data = travel.moved(recipe.data, schema.document(recipe.stage), ())
+    if "report_to" in data.get("training", {}) and "tensorboard" not in data["training"]["report_to"]:
+        data["training"]["report_to"] = [*data["training"]["report_to"], "tensorboard"]  # SageMaker shows it
     parcel.recipe = replace(recipe, data=data)
     problems += travel.problems
     if problems:
