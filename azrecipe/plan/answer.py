@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from azrecipe.parts import estimates, optimizers, room, step_time
+from azrecipe.parts import optimizers, room, step_time
 from azrecipe.parts.backend import check_quantized
-from azrecipe.parts.model_shape import Around, shape_of
+from azrecipe.parts.estimates import Estimates
+from azrecipe.parts.model_shape import Around, ModelShape, shape_of
 from azrecipe.parts.step_cost import Cost
+from azrecipe.parts.step_shape import Asked
 from azrecipe.parts.training_steps import Loop, loops
 from azrecipe.plan.amount import Amount, amounts
 from azrecipe.plan.levers import Lever, levers
@@ -19,8 +21,33 @@ from azrecipe.recipe.load import Recipe
 HOUR = 3600.0
 
 
-def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool = True) -> dict[str, Any]:
-    """Everything about a pretrain or sft recipe there, as JSON. Raises CommandError, CannotRun, RecipeError."""
+@dataclass(frozen=True)
+class Question:
+    """A pretrain or sft recipe on some machines: its model, its loops and how long they are, and the changes of the loop that most is about.
+
+    likely: that loop, as far as can be said before costs are known; look_at_levers: whether changes are asked for.
+    """
+
+    recipe: Recipe
+    where: Where
+    shape: ModelShape
+    loops: list[Loop]
+    amounts: list[Amount]
+    likely: int
+    look_at_levers: bool
+
+    def levers(self, nth: int) -> list[Lever]:
+        """The changes of a loop."""
+        return levers(self.recipe.config, self.loops[nth], self.where) if self.look_at_levers else []
+
+    @property
+    def steps(self) -> list[tuple[Asked, int]]:
+        """What the answer will want to know the costs of."""
+        return _steps([*self.loops, *(change.loop for change in self.levers(self.likely))])
+
+
+def question(recipe: Recipe, around: Around, where: Where, look_at_levers: bool = True) -> Question:
+    """What is asked of a recipe there. Raises CommandError, CannotRun, RecipeError."""
     config = recipe.config
     optimizers.check_sharded(config, where.backend.fsdp, where.backend.readers)
     check_quantized(getattr(config, "adapter", ""), where.backend)
@@ -28,19 +55,27 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
     found = loops(recipe, shape, where.backend, reshard=where.reshard)
     long = amounts(recipe, around.runs_dir, found)
     likely = max(range(len(found)), key=lambda nth: (long[nth].tokens or 0, nth))
-    ahead = levers(recipe.config, found[likely], where) if look_at_levers else []
-    steps = [(loop.asked, loop.length) for loop in (*found, *(change.loop for change in ahead))]
-    known = estimates.costs(steps)[: len(found)]  # all at once, beside each other: what is wanted later is then known
-    answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, known, long, strict=True)]
+    return Question(recipe, where, shape, found, long, likely, look_at_levers)
+
+
+def _steps(found: Sequence[Loop]) -> list[tuple[Asked, int]]:
+    return [(loop.asked, loop.length) for loop in found]
+
+
+def answer(asked: Question, known: Estimates) -> dict[str, Any]:
+    """Everything about a recipe there, as JSON. Raises CommandError for a model that cannot be looked at."""
+    recipe, where, found = asked.recipe, asked.where, asked.loops
+    costs = known.costs(asked.steps)[: len(found)]  # all at once, beside each other: what is wanted below is then known
+    answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, costs, asked.amounts, strict=True)]
     main = _looked_at(answers)
-    changes = levers(recipe.config, found[main], where) if look_at_levers else []
-    changed = estimates.costs([(change.loop.asked, change.loop.length) for change in changes])
-    best = _best(found[main], known[main], where)
+    changes = asked.levers(main)
+    changed = known.costs(_steps([change.loop for change in changes]))
+    best = _best(found[main], costs[main], where)
     base = answers[main]
     said = [_lever(change, cost, base, best) for change, cost in zip(changes, changed, strict=True)]
     if changes and best.batch and best.batch != found[main].batch // found[main].pairs:
-        said.append(_batch(found[main], known[main], where, (base, best)))
-    notes = dict.fromkeys([*shape.notes, *(note for amount in long for note in amount.notes), *_limits(recipe, where)])
+        said.append(_batch(found[main], costs[main], where, (base, best)))
+    notes = dict.fromkeys([*asked.shape.notes, *(note for amount in asked.amounts for note in amount.notes), *_limits(recipe, where)])
     return {
         "recipe": str(recipe.path),
         "stage": recipe.stage,
@@ -49,7 +84,7 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
         "processes": where.world,
         "card": {"name": where.machine.card.name, "bytes": round(where.card_bytes), "source": where.machine.card.memory_source},
         "price": _prices(where),
-        "vocab_size": int(shape.config["vocab_size"]),
+        "vocab_size": int(asked.shape.config["vocab_size"]),
         "loops": answers,
         "hours": hours(answers),
         "levers": {"of": found[main].name, "changes": sorted(said, key=_order)},
