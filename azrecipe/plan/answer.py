@@ -152,18 +152,19 @@ def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Best:
-    """The largest batch on a device that surely fits and divides, and the rate with it; batch 0: none does."""
+    """The largest batch on a device that surely fits and divides, how often it accumulates, and the rate with it; batch 0: none does."""
 
     batch: int
+    accumulation: int
     rate: dict[str, float] | None
 
 
 def _best(loop: Loop, cost: Cost, where: Where) -> Best:
     split = room.fitting(cost, loop, where.card_bytes, where.backend)
     if split is None:
-        return Best(0, None)
+        return Best(0, 0, None)
     time = step_time.step_time(cost, loop.asked, split.per_device * loop.pairs, split.accumulation, where)
-    return Best(split.per_device, asdict(time.total.rate(loop.tokens(where.backend))))
+    return Best(split.per_device, split.accumulation, asdict(time.total.rate(loop.tokens(where.backend))))
 
 
 def _lever(change: Lever, cost: Cost, base: dict[str, Any], before: Best) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def _lever(change: Lever, cost: Cost, base: dict[str, Any], before: Best) -> dic
 def _batch(loop: Loop, cost: Cost, where: Where, known: tuple[dict[str, Any], Best]) -> dict[str, Any]:
     """What the best batch does, against the one that the recipe has."""
     base, best = known
-    split = replace(loop, batch=best.batch * loop.pairs)
+    split = replace(loop, batch=best.batch * loop.pairs, asked=replace(loop.asked, accumulates=best.accumulation > 1))
     line = _lever(
         Lever(f"{best.batch} sequences at once", f"--set training.per_device_train_batch_size={best.batch}", split, where), cost, base, best
     )
