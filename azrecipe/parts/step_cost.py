@@ -158,8 +158,7 @@ def cost(step: Recorded, layers: int, parameters: Parameters, shards: int) -> Co
     """From a recorded step. `layers`: the model's own number of decoder layers."""
     import numpy as np
 
-    found = _whole(step, layers)
-    base, each = (np.array([event[nth] for event in found], dtype=np.float64) for nth in (0, 1))
+    base, each = _whole(step, layers)
     tiles = np.array([event.tile for event in step.events], dtype=np.float64) / step.rows
     kind, vocabulary, width = step.tokens_wide
     grid = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
@@ -177,37 +176,36 @@ def cost(step: Recorded, layers: int, parameters: Parameters, shards: int) -> Co
 Held = list[float]
 
 
-def _whole(step: Recorded, layers: int) -> list[tuple[Held, Held]]:
-    """Bytes by kind after each operator, base and each, as they would be with all layers.
+def _whole(step: Recorded, layers: int) -> tuple[Any, Any]:
+    """Bytes by kind after each operator, base and each [operators, kinds], as they would be with all layers.
 
     The layers that were left out stand before the last two: what they add at rest is everywhere, what they keep for the backward pass from
     the last two on until their own backward, and their gradients from there on. What earlier batches left is there from the first operator
     on, and none of it at the last.
     """
+    import numpy as np
+
+    base, each = (np.array(held, dtype=np.float64) for held in zip(*((event.base, event.each) for event in step.events), strict=True))
     extra = layers - step.layers
-    rest: list[Held] = [[float(step.of_layer.get(kind, 0)) for kind in KINDS], [0.0] * len(KINDS)]
-    kept, saved, after = _of_layer(step.events) if extra else (rest, rest, rest)
-    found, last = [], step.layers - 1
-    for event in step.events:
-        where, number = event.place
-        if where == "start" or (where == "forward" and number < last - 1):
-            more = rest
-        elif where in ("forward", "head"):
-            more = _sum(rest, kept)
-        elif where == "backward" and number >= last - 1:
-            more = _sum(rest, saved)
-        else:
-            more = _sum(rest, after)
-        base, each = (
-            [b + extra * m for b, m in zip(held, added, strict=True)] for held, added in zip((event.base, event.each), more, strict=True)
-        )
-        if where == "step" and extra:
-            base[TEMPORARY] = event.base[TEMPORARY] * step.grows  # what an optimizer makes of all tensors at once
-        found.append((base, each))
-    left = found[-1][0][ACCUMULATED]
-    for base, _ in found:
-        base[ACCUMULATED] -= left
-    return found
+    if extra:
+        rest: list[Held] = [[float(step.of_layer.get(kind, 0)) for kind in KINDS], [0.0] * len(KINDS)]
+        more = np.array([rest, *(_sum(rest, added) for added in _of_layer(step.events))])
+        which = [_stage(event.place, step.layers - 1) for event in step.events]
+        base, each = base + extra * more[which, 0], each + extra * more[which, 1]
+        at_step = [event.place[0] == "step" for event in step.events]
+        base[at_step, TEMPORARY] = [event.base[TEMPORARY] * step.grows for event in step.events if event.place[0] == "step"]
+    base[:, ACCUMULATED] -= base[-1, ACCUMULATED]
+    return base, each
+
+
+def _stage(place: Place, last: int) -> int:
+    """Of the layers left out: 0 before their forward pass, 1 after it, 2 before their backward pass, 3 after it."""
+    where, number = place
+    if where == "start" or (where == "forward" and number < last - 1):
+        return 0
+    if where in ("forward", "head"):
+        return 1
+    return 2 if where == "backward" and number >= last - 1 else 3
 
 
 def _sum(one: Sequence[Held], other: Sequence[Held]) -> list[Held]:
