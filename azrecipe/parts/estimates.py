@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,32 +24,49 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "azrecipe" / "plan"
 
 
-def costs(steps: Sequence[tuple[Asked, int]]) -> list[Cost]:
-    """The cost of each step (what is asked, tokens in a sequence). What is not known is worked out, in processes beside each other.
+class Estimates:
+    """The costs of steps that were asked for, and why others have none, for as long as an answer is put together."""
 
-    Raises CommandError for a model that cannot be built or patterns that match nothing in it.
-    """
-    wanted = _wanted(steps)
-    keys = [asked.key(length) for asked, length in wanted]
-    found = {key: cost for key in dict.fromkeys(keys) if (cost := _known(key)) is not None}
-    lacking = {key: step for key, step in zip(keys, wanted, strict=True) if key not in found}
-    if lacking:
-        for key, cost in zip(lacking, _measured(list(lacking.values())), strict=True):
-            found[key] = cost
-            with contextlib.suppress(OSError):  # a home that cannot be written in costs time, nothing else
-                folder().mkdir(parents=True, exist_ok=True)
-                write_json(folder() / f"{key}.json", cost.plain())
-    return [found[key] for key in keys]
+    def __init__(self) -> None:
+        self._found: dict[str, Cost | CommandError] = {}
+
+    def costs(self, steps: Sequence[tuple[Asked, int]]) -> list[Cost]:
+        """The cost of each step (what is asked, tokens in a sequence). What is not known is worked out, in processes beside each other.
+
+        Raises CommandError for a model that cannot be built or patterns that match nothing in it; the others' costs are known then.
+        """
+        wanted = [asked.run_as(SHARDS) for asked, _ in steps]
+        keys = [asked.key(length) for asked, (_, length) in zip(wanted, steps, strict=True)]
+        self._found |= {key: cost for key in keys if key not in self._found and (cost := _known(key)) is not None}
+        lacking = {key: (asked, length) for key, asked, (_, length) in zip(keys, wanted, steps, strict=True) if key not in self._found}
+        if lacking:
+            self._found |= zip(lacking, _measured(list(lacking.values())), strict=True)
+            self._keep(lacking)
+        return [self._cost(key) for key in keys]
+
+    def _keep(self, keys: Iterable[str]) -> None:
+        with contextlib.suppress(OSError):  # a home that cannot be written in costs time, nothing else
+            folder().mkdir(parents=True, exist_ok=True)
+            for key in keys:
+                if isinstance(cost := self._found[key], Cost):
+                    write_json(folder() / f"{key}.json", cost.plain())
+
+    def _cost(self, key: str) -> Cost:
+        found = self._found[key]
+        if isinstance(found, CommandError):
+            raise found
+        return found
+
+
+def costs(steps: Sequence[tuple[Asked, int]]) -> list[Cost]:
+    """`Estimates.costs`, of what is asked for once."""
+    return Estimates().costs(steps)
 
 
 def known(steps: Sequence[tuple[Asked, int]]) -> list[Cost] | None:
     """The same from disk alone; None where a step is not known yet."""
-    found = [_known(asked.key(length)) for asked, length in _wanted(steps)]
+    found = [_known(asked.run_as(SHARDS).key(length)) for asked, length in steps]
     return None if any(cost is None for cost in found) else [cost for cost in found if cost is not None]
-
-
-def _wanted(steps: Sequence[tuple[Asked, int]]) -> list[tuple[Asked, int]]:
-    return [(asked.run_as(SHARDS), length) for asked, length in steps]
 
 
 def _known(key: str) -> Cost | None:
@@ -60,13 +77,13 @@ def _known(key: str) -> Cost | None:
         return None
 
 
-def _measured(steps: list[tuple[Asked, int]]) -> list[Cost]:
+def _measured(steps: list[tuple[Asked, int]]) -> list[Cost | CommandError]:
     """In a process of its own: torch is loaded there, and nobody waits until it is taken apart again."""
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         return pool.submit(_all, steps).result()
 
 
-def _all(steps: list[tuple[Asked, int]]) -> list[Cost]:
+def _all(steps: list[tuple[Asked, int]]) -> list[Cost | CommandError]:
     gc.disable()  # what is imported stays
     _ready(any(asked.lora is not None for asked, _ in steps))
     gc.freeze()  # the processes share what is there, and no collection goes through it
@@ -88,14 +105,15 @@ def _ready(adapters: bool) -> None:
     fake_step.prepare(adapters)
 
 
-def _measure(step: tuple[Asked, int]) -> Cost:
+def _measure(step: tuple[Asked, int]) -> Cost | CommandError:
+    """The step's cost, or why it has none."""
     from azrecipe.parts import fake_step
 
     try:
         return fake_step.measure(*step)
+    except CommandError as error:
+        return error
     except Exception as error:  # what a model's own code raises is its own affair
-        if isinstance(error, CommandError):
-            raise
         reason = str(error).strip().partition("\n")[0]
         kind = step[0].config.get("model_type")
-        raise CommandError(f"a training step of this {kind} could not be looked at ({type(error).__name__}: {reason})") from error
+        return CommandError(f"a training step of this {kind} could not be looked at ({type(error).__name__}: {reason})")

@@ -12,7 +12,6 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from azrecipe.parts import accumulating, phases, standins
 from azrecipe.parts import lora as adapters
-from azrecipe.parts import phases, standins
 from azrecipe.parts.optimizers import BITSANDBYTES
 from azrecipe.parts.precision import STORED
 from azrecipe.parts.step_cost import Cost, Parameters, Recorded, cost
@@ -83,8 +82,7 @@ def measure(asked: Asked, length: int) -> Cost:
     layers = decoder_layers(model)
     few = FEW if len(layers) > FEW and _alike(layers, asked) else len(layers)
     trained = _bytes(model, trained=True)
-    found = cost(run(asked, Shape(BATCH, length), few, trained), len(layers), _parameters(model), asked.shards)
-    return replace(found, accumulates=asked.accumulates)
+    return cost(run(asked, Shape(BATCH, length), few, trained), len(layers), _parameters(model), asked.shards)
 
 
 def _parameters(model: Any) -> Parameters:
@@ -145,7 +143,7 @@ def _recorded(asked: Asked, shape: Shape, sizes: tuple[int, int], mesh: Any) -> 
         of_layer = _step(model, optimizer, (asked, shape), tracker)
     output = base.get_output_embeddings().weight
     wide = (_head(asked), int(output.shape[0]), int(output.shape[1]))
-    return Recorded(shape.batch, shape.length, few, tracker.events, tracker.earlier, of_layer, grows, wide)
+    return Recorded(shape.batch, shape.length, few, tracker.events, of_layer, grows, accumulating.added(asked), wide)
 
 
 def _head(asked: Asked) -> str:
@@ -249,28 +247,19 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape
     states = [value for p in layer.parameters() for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor)]
     of_layer = {"weights": copies * tracker.size(layer.parameters()), "optimizer": tracker.size(states)}
 
-    def note_gradient(parameter: nn.Parameter) -> None:
-        if parameter.grad is not None:
-            tracker.label("gradients", [parameter.grad])
-
-    handles = [parameter.register_post_accumulate_grad_hook(note_gradient) for parameter in parameters]
-    handles += _places(model, tracker)
+    gradients, handles = accumulating.follow(model, asked, tracker), _places(model, tracker)
     model.train()
     with tracker.watching():
-        for micro in range(2 if asked.accumulates else 1):
-            last = micro == (1 if asked.accumulates else 0)
-            tracker.earlier, tracker.events = tracker.events, []  # seen is the last batch of a step, which holds what the others left
-            with contextlib.nullcontext() if last or not asked.fsdp else _unsynchronised(model):
-                tracker.phase, tracker.place = "activations", ("start", 0)
-                loss = model(**inputs)["loss"] if asked.head == "logits" else model(**inputs).loss
-                tracker.phase, tracker.place = "temporary", ("head", 0)
-                loss.backward()
-                del loss
-        for parameter in parameters:
-            note_gradient(parameter)
+        loss = model(**inputs)["loss"] if asked.head == "logits" else model(**inputs).loss
+        gradients.forwarded()
+        tracker.phase, tracker.place = "temporary", ("backward", len(decoder_layers(model)))
+        loss.backward()
+        del loss
+        tracker.label("gradients", [parameter.grad for parameter in parameters])
         tracker.phase, tracker.place = "temporary", ("step", 0)
         _clip(parameters, asked)
         optimizer.step()
+    gradients.end()
     for handle in handles:
         handle.remove()
     return of_layer
@@ -333,16 +322,6 @@ def _places(model: nn.Module, tracker: Tracker) -> list[Any]:
     for number, layer in enumerate(layers):
         handles += [layer.register_forward_pre_hook(entered(number)), layer.register_forward_hook(left(number, number + 1 == len(layers)))]
     return handles
-
-
-@contextlib.contextmanager
-def _unsynchronised(model: Any) -> Iterator[None]:
-    """As Accelerate's no_sync does it with FSDP 2: gradients are added up whole, in every process."""
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
 
 
 @contextlib.contextmanager

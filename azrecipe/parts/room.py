@@ -20,7 +20,7 @@ MOST = 1024  # sequences on a device that are looked at
 
 PARTS = {
     "weights": ("weights",),
-    "gradients": ("gradients",),
+    "gradients": ("gradients", "accumulated"),
     "optimizer": ("optimizer",),
     "activations": ("activations",),
     "logits and loss": ("logits", "tile"),
@@ -47,7 +47,7 @@ class Room:
 def room(cost: Cost, asked: Asked, batch: int, world: int, replicate: int = 1) -> Room:
     """What a step of `batch` sequences on each of `world` processes needs. DeepSpeed's ZeRO is reckoned, not run: not verified."""
     shards = world // replicate if asked.fsdp else None
-    held = cost.memory(batch, shards)
+    held = cost.memory(batch, shards, asked.adds_up)
     trained = float(cost.parameters.trainable_bytes)
     if asked.kind == "ddp":
         held["communication"] += trained  # the reducer's buckets, beside the gradients
@@ -57,8 +57,6 @@ def room(cost: Cost, asked: Asked, batch: int, world: int, replicate: int = 1) -
         held["communication"] += min(2 * DEEPSPEED_BUCKET * width, 2 * trained)
         if asked.kind == "zero2":
             held["gradients"] /= world
-    if asked.kind in ("fsdp2", "hsdp") and asked.accumulates and not cost.accumulates:
-        held["gradients"] += cost.parameters.trainable * (2 if asked.precision == "bf16_pure" else 4)  # whole ones, in every process
     parts = {name: sum(held[kind] for kind in kinds) for name, kinds in PARTS.items()}
     peak = sum(parts.values())
     several = COLLECTIVES if world > 1 else 0.0
@@ -76,7 +74,7 @@ def largest_batch(cost: Cost, asked: Asked, card: float, world: int, replicate: 
 def fitting(cost: Cost, loop: Loop, card: float, backend: Backend) -> batches.Split | None:
     """The split of a loop's global batch with the most sequences on a card that surely fit there; None where not even one does.
 
-    A batch that has to accumulate needs more under FSDP 2 than one that has not.
+    A batch that has to accumulate needs more than one that has not.
     """
     surely, _ = largest_batch(cost, loop.asked, card, backend.world, backend.replicate)
     most = surely // loop.pairs

@@ -13,7 +13,16 @@ from typing import Any
 
 from azrecipe.recipe.types import Lora
 
-SOURCES = ("fake_step", "tracker", "standins", "step_cost", "tiles", "phases", "lora")  # the modules that an answer comes from
+SOURCES = (
+    "fake_step",
+    "tracker",
+    "accumulating",
+    "standins",
+    "step_cost",
+    "tiles",
+    "phases",
+    "lora",
+)  # the modules that an answer comes from
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,21 @@ class Asked:
     def zero(self) -> bool:
         return self.kind.startswith("zero")
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether a batch finds gradients that earlier ones left as they were computed; DeepSpeed divides them after every batch."""
+        return self.accumulates and not self.zero
+
     def with_config(self, config: Mapping[str, Any]) -> Asked:
         return replace(self, config=dict(config))
 
     def run_as(self, shards: int) -> Asked:
-        """The step that stands for this one: every backend that splits the model is run as FSDP 2 over `shards`, every other as one process."""
-        accumulates = self.accumulates and not self.zero  # DeepSpeed adds gradients up for every batch
+        """The step that stands for this one: every backend that splits the model is run as FSDP 2 over `shards`, every other as one process.
+
+        One batch is run, whether others come before it or not: its cost tells of both.
+        """
         kind, split = ("fsdp2", shards) if self.fsdp else ("single", 1)
-        return replace(self, kind=kind, shards=split, accumulates=accumulates)
+        return replace(self, kind=kind, shards=split, accumulates=False)
 
     def key(self, length: int) -> str:
         """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""

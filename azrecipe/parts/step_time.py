@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -104,7 +104,7 @@ def step_time(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: 
 
 def roofline(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: Cluster) -> float:
     """Seconds of an optimizer's step at the card's peaks, links left out."""
-    batches, optimizer = at_peaks(cost, asked, batch, cluster.machine.card)
+    batches, optimizer = at_peaks(cost, replace(asked, accumulates=accumulation > 1), batch, cluster.machine.card)
     optimizer *= cost.shards / cluster.shards if cost.shards > 1 else 1.0 / (cluster.world if asked.zero else 1)
     return batches * accumulation + optimizer
 
@@ -112,7 +112,7 @@ def roofline(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: C
 def at_peaks(cost: Cost, asked: Asked, batch: int, card: Card) -> tuple[float, float]:
     """The same of a batch and of the optimizer, as the step was run."""
     peak = card.fp32_tflops if asked.precision == "float32" else card.bf16_tflops
-    return cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9)
+    return cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9, asked.adds_up)
 
 
 def volumes(cost: Cost, asked: Asked, accumulation: int) -> tuple[float, float]:

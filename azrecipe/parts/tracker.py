@@ -7,7 +7,7 @@ have values or shapes only (PyTorch's fake tensors): the count of bytes is the s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class Tracker(TorchDispatchMode):
         self.each = dict.fromkeys((*KINDS, TILE), 0.0)
         self.live: dict[int, list[Any]] = {}  # id of a storage → (base, each) bytes, kind, weak reference
         self.events: list[Event] = []
-        self.earlier: list[Event] = []  # of a batch before, for the caller to keep
+        self.let_go: Callable[[], None] | None = None  # called before a storage is freed that its owner keeps
 
     def label(self, kind: str, tensors: Iterable[Any]) -> None:
         """Count these tensors as a kind from now on."""
@@ -94,16 +94,24 @@ class Tracker(TorchDispatchMode):
             known[:2] = size, kind or known[1]
             self._add(known[1], size, 1)
 
+    def took_over(self, size: int) -> None:
+        """So many bytes that earlier batches of the step left are no longer held beside this one: `accumulated` counts down from zero."""
+        self.base["accumulated"] -= size
+
+    def rounded(self, size: int) -> int:
+        """Bytes that the allocator takes for so many."""
+        return -(-size // self.block) * self.block
+
     def size(self, tensors: Iterable[Any]) -> int:
         """Bytes that tensors hold, each storage once."""
         storages = [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in tensors]
-        return sum({id(storage): -(-storage.nbytes() // self.block) * self.block for storage in storages}.values())
+        return sum({id(storage): self.rounded(storage.nbytes()) for storage in storages}.values())
 
     def _size(self, size: int, kind: str) -> tuple[int, float]:
         """Bytes: those that are there whatever the batch, and those for each sequence of it."""
         if self.batch and size and size % self.batch == 0 and kind != TILE:
             return 0, size / self.batch
-        return -(-size // self.block) * self.block, 0.0
+        return self.rounded(size), 0.0
 
     def _add(self, kind: str, size: tuple[int, float], sign: int) -> None:
         self.base[kind] += sign * size[0]
@@ -160,6 +168,8 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # fake tensors are asked where they are twice as often as they are worked on
+            return func(*args)
         if any("DTensor" in kind.__name__ for kind in types):
             return NotImplemented  # what it does to this process' part comes here by itself
         if func is torch.ops._c10d_functional.wait_tensor.default:
@@ -202,6 +212,8 @@ class Tracker(TorchDispatchMode):
         resize = torch.UntypedStorage.resize_
 
         def resized(storage: Any, size: int) -> Any:
+            if not size and self.let_go is not None:
+                self.let_go()
             resize(storage, size)
             known = self.live.get(id(storage))
             if known is not None:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from azrecipe.parts import estimates, optimizers, room, step_time
+from azrecipe.parts import optimizers, room, step_time
 from azrecipe.parts.backend import check_quantized
-from azrecipe.parts.model_shape import Around, shape_of
+from azrecipe.parts.estimates import Estimates
+from azrecipe.parts.model_shape import Around, ModelShape, shape_of
 from azrecipe.parts.step_cost import Cost
+from azrecipe.parts.step_shape import Asked
 from azrecipe.parts.training_steps import Loop, loops
 from azrecipe.plan.amount import Amount, amounts
 from azrecipe.plan.levers import Lever, levers
@@ -19,8 +21,33 @@ from azrecipe.recipe.load import Recipe
 HOUR = 3600.0
 
 
-def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool = True) -> dict[str, Any]:
-    """Everything about a pretrain or sft recipe there, as JSON. Raises CommandError, CannotRun, RecipeError."""
+@dataclass(frozen=True)
+class Question:
+    """A pretrain or sft recipe on some machines: its model, its loops and how long they are, and the changes of the loop that most is about.
+
+    likely: that loop, as far as can be said before costs are known; look_at_levers: whether changes are asked for.
+    """
+
+    recipe: Recipe
+    where: Where
+    shape: ModelShape
+    loops: list[Loop]
+    amounts: list[Amount]
+    likely: int
+    look_at_levers: bool
+
+    def levers(self, nth: int) -> list[Lever]:
+        """The changes of a loop."""
+        return levers(self.recipe.config, self.loops[nth], self.where) if self.look_at_levers else []
+
+    @property
+    def steps(self) -> list[tuple[Asked, int]]:
+        """What the answer will want to know the costs of."""
+        return _steps([*self.loops, *(change.loop for change in self.levers(self.likely))])
+
+
+def question(recipe: Recipe, around: Around, where: Where, look_at_levers: bool = True) -> Question:
+    """What is asked of a recipe there. Raises CommandError, CannotRun, RecipeError."""
     config = recipe.config
     optimizers.check_sharded(config, where.backend.fsdp, where.backend.readers)
     check_quantized(getattr(config, "adapter", ""), where.backend)
@@ -28,19 +55,27 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
     found = loops(recipe, shape, where.backend, reshard=where.reshard)
     long = amounts(recipe, around.runs_dir, found)
     likely = max(range(len(found)), key=lambda nth: (long[nth].tokens or 0, nth))
-    ahead = levers(recipe.config, found[likely], where) if look_at_levers else []
-    steps = [(loop.asked, loop.length) for loop in (*found, *(change.loop for change in ahead))]
-    known = estimates.costs(steps)[: len(found)]  # all at once, beside each other: what is wanted later is then known
-    answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, known, long, strict=True)]
+    return Question(recipe, where, shape, found, long, likely, look_at_levers)
+
+
+def _steps(found: Sequence[Loop]) -> list[tuple[Asked, int]]:
+    return [(loop.asked, loop.length) for loop in found]
+
+
+def answer(asked: Question, known: Estimates) -> dict[str, Any]:
+    """Everything about a recipe there, as JSON. Raises CommandError for a model that cannot be looked at."""
+    recipe, where, found = asked.recipe, asked.where, asked.loops
+    costs = known.costs(asked.steps)[: len(found)]  # all at once, beside each other: what is wanted below is then known
+    answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, costs, asked.amounts, strict=True)]
     main = _looked_at(answers)
-    changes = levers(recipe.config, found[main], where) if look_at_levers else []
-    changed = estimates.costs([(change.loop.asked, change.loop.length) for change in changes])
-    best = _best(found[main], known[main], where)
+    changes = asked.levers(main)
+    changed = known.costs(_steps([change.loop for change in changes]))
+    best = _best(found[main], costs[main], where)
     base = answers[main]
     said = [_lever(change, cost, base, best) for change, cost in zip(changes, changed, strict=True)]
     if changes and best.batch and best.batch != found[main].batch // found[main].pairs:
-        said.append(_batch(found[main], known[main], where, (base, best)))
-    notes = dict.fromkeys([*shape.notes, *(note for amount in long for note in amount.notes), *_limits(recipe, where)])
+        said.append(_batch(found[main], costs[main], where, (base, best)))
+    notes = dict.fromkeys([*asked.shape.notes, *(note for amount in asked.amounts for note in amount.notes), *_limits(recipe, where)])
     return {
         "recipe": str(recipe.path),
         "stage": recipe.stage,
@@ -49,7 +84,7 @@ def of_recipe(recipe: Recipe, around: Around, where: Where, look_at_levers: bool
         "processes": where.world,
         "card": {"name": where.machine.card.name, "bytes": round(where.card_bytes), "source": where.machine.card.memory_source},
         "price": _prices(where),
-        "vocab_size": int(shape.config["vocab_size"]),
+        "vocab_size": int(asked.shape.config["vocab_size"]),
         "loops": answers,
         "hours": hours(answers),
         "levers": {"of": found[main].name, "changes": sorted(said, key=_order)},
@@ -117,18 +152,19 @@ def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any
 
 @dataclass(frozen=True)
 class Best:
-    """The largest batch on a device that surely fits and divides, and the rate with it; batch 0: none does."""
+    """The largest batch on a device that surely fits and divides, how often it accumulates, and the rate with it; batch 0: none does."""
 
     batch: int
+    accumulation: int
     rate: dict[str, float] | None
 
 
 def _best(loop: Loop, cost: Cost, where: Where) -> Best:
     split = room.fitting(cost, loop, where.card_bytes, where.backend)
     if split is None:
-        return Best(0, None)
+        return Best(0, 0, None)
     time = step_time.step_time(cost, loop.asked, split.per_device * loop.pairs, split.accumulation, where)
-    return Best(split.per_device, asdict(time.total.rate(loop.tokens(where.backend))))
+    return Best(split.per_device, split.accumulation, asdict(time.total.rate(loop.tokens(where.backend))))
 
 
 def _lever(change: Lever, cost: Cost, base: dict[str, Any], before: Best) -> dict[str, Any]:
@@ -153,7 +189,7 @@ def _lever(change: Lever, cost: Cost, base: dict[str, Any], before: Best) -> dic
 def _batch(loop: Loop, cost: Cost, where: Where, known: tuple[dict[str, Any], Best]) -> dict[str, Any]:
     """What the best batch does, against the one that the recipe has."""
     base, best = known
-    split = replace(loop, batch=best.batch * loop.pairs)
+    split = replace(loop, batch=best.batch * loop.pairs, asked=replace(loop.asked, accumulates=best.accumulation > 1))
     line = _lever(
         Lever(f"{best.batch} sequences at once", f"--set training.per_device_train_batch_size={best.batch}", split, where), cost, base, best
     )

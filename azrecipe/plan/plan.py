@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError
 from azrecipe.parts import hardware
+from azrecipe.parts.estimates import Estimates
 from azrecipe.parts.hardware import Machine, Price
 from azrecipe.parts.model_shape import Around
 from azrecipe.plan import answer, calibrate, show
+from azrecipe.plan.answer import Question
 from azrecipe.plan.where import Where, where
 from azrecipe.recipe.load import Recipe
 
@@ -39,25 +42,54 @@ def run(arguments: Namespace, recipes: Sequence[Recipe], beside: Sequence[Recipe
 
     places = [where(_machine(name.strip(), arguments), arguments.nodes, launch) for name in names]
     look = not (arguments.compare or arguments.largest_batch or arguments.no_levers) and len(chosen) == 1
-    answers, refused = [], []
+    refused: list[str] = []
+
+    def refuse(one: Recipe, error: AzrecipeError) -> None:
+        if len(chosen) == 1:
+            raise error
+        refused.append(str(error) if str(one.path) in str(error) else f"{one.path}: {error}")
+
+    questions: list[list[Question]] = []
     for one in chosen:
         try:
-            answers.append([answer.of_recipe(one, around(one), place, look) for place in places])
+            questions.append([answer.question(one, around(one), place, look) for place in places])
         except AzrecipeError as error:
-            if len(chosen) == 1:
-                raise
-            refused.append(str(error) if str(one.path) in str(error) else f"{one.path}: {error}")
+            refuse(one, error)
+    known = Estimates()
+    _look(known, [each for several in questions for each in several])
+    asked, answers = [], []
+    for several in questions:
+        try:
+            answers.append([answer.answer(each, known) for each in several])
+            asked.append(several[0])
+        except AzrecipeError as error:
+            refuse(several[0].recipe, error)
     _print(arguments, answers)
     if len(answers) > 1 and not (arguments.json or arguments.compare or arguments.largest_batch):
         show.whole(answers[0][0], answer.hours([each[0] for each in answers]))
         print(f"What single changes would do: --step {chosen[-1].path.name}")
-    by_path = {str(one.path): one for one in chosen}
-    for each in answers:
-        one = by_path[each[0]["recipe"]]
-        if not look and any(_fits_nowhere(each, nth) and not _batches(each, nth) for nth in range(len(each[0]["loops"]))):
-            each[0] = answer.of_recipe(one, around(one), places[0], True)  # which change would help is wanted now
+    if not look:
+        _with_changes(asked, answers, known)
     _nowhere(answers, refused)
     return 0
+
+
+def _look(known: Estimates, questions: Sequence[Question]) -> None:
+    """Let the costs of all recipes and machines be worked out beside each other. What cannot be looked at is refused with its own recipe."""
+    with contextlib.suppress(CommandError):
+        known.costs([step for each in questions for step in each.steps])
+
+
+def _with_changes(asked: Sequence[Question], answers: Sequence[list[dict[str, Any]]], known: Estimates) -> None:
+    """Answer again, changes and all, for recipes of which a loop fits nowhere with any batch: which change would help is wanted now."""
+    wanted = {
+        nth: replace(asked[nth], look_at_levers=True)
+        for nth, each in enumerate(answers)
+        if any(_fits_nowhere(each, loop) and not _batches(each, loop) for loop in range(len(each[0]["loops"])))
+    }
+    _look(known, list(wanted.values()))
+    for nth, question in wanted.items():
+        answers[nth][0] = answer.answer(question, known)
 
 
 def _print(arguments: Namespace, answers: Sequence[Sequence[dict[str, Any]]]) -> None:

@@ -76,7 +76,7 @@ def predicted(case: Case, folder: Path, seen: dict[str, Any]) -> Compared:
     assert batch == loop.batch
     assert length == loop.length or (recipe.stage == "sft" and length < loop.length)  # conversations end where they end
     cost = measure(loop.asked, length)
-    memory = sum(cost.memory(batch).values())
+    memory = sum(cost.memory(batch, accumulates=loop.asked.accumulates).values())
     return Compared(
         case,
         (memory, seen["peak"]),

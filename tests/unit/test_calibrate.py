@@ -51,7 +51,7 @@ def seconds(*sets: str) -> float:
     (loop,) = loops(load("base.yaml", parse_overrides(sets)), ModelShape(config(), 0, ()), Backend("single", 1, 0))
     (cost,) = estimates.costs([(loop.asked, loop.length)])
     card = hardware.load().cards["a100-40g"]
-    batch, optimizer = cost.seconds(loop.batch, card.fp32_tflops * 1e12, card.memory_gb_per_s * 1e9)
+    batch, optimizer = cost.seconds(loop.batch, card.fp32_tflops * 1e12, card.memory_gb_per_s * 1e9, loop.asked.accumulates)
     return batch * loop.accumulation + optimizer
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.parts import fake_step, standins, tiles
+from azrecipe.parts import accumulating, fake_step, standins, tiles
 from azrecipe.parts.step_cost import Cost
-from azrecipe.parts.step_shape import Asked
+from azrecipe.parts.step_shape import Asked, Shape
 from azrecipe.parts.tracker import Tracker
 
 LLAMA = {
@@ -46,17 +46,56 @@ def whole(asked: Asked, length: int, monkeypatch: pytest.MonkeyPatch) -> Cost:
         PLAIN,
         replace(PLAIN, activation_checkpointing=True, kernels=LIGER, head="liger", optim="adamw_torch"),
         replace(PLAIN, precision="bf16_mixed", shards=8, kind="fsdp2"),
-        replace(PLAIN, shards=8, kind="fsdp2", activation_checkpointing=True, accumulates=True),
+        replace(PLAIN, shards=8, kind="fsdp2", activation_checkpointing=True),
+        replace(PLAIN, precision="bf16_mixed", activation_checkpointing=True, head="torch"),
     ],
-    ids=["plain", "checkpointing and Liger", "FSDP mixed", "FSDP accumulating"],
+    ids=["plain", "checkpointing and Liger", "FSDP mixed", "FSDP and checkpointing", "autocast and checkpointing"],
 )
 def test_four_layers_tell_what_six_take(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     few, all_ = fake_step.measure(asked, 128), whole(asked, 128, monkeypatch)
     for batch in (1, 3, 8):
-        assert sum(few.memory(batch).values()) == pytest.approx(sum(all_.memory(batch).values()), rel=1e-3)
+        for after_others in (False, True):
+            memory = [sum(cost.memory(batch, accumulates=after_others).values()) for cost in (few, all_)]
+            assert memory[0] == pytest.approx(memory[1], rel=1e-3)
         assert few.flops(batch) == pytest.approx(all_.flops(batch), rel=1e-12)
         moved = [sum(work.count * (work.moved[0] + work.moved[1] * batch) for work in cost.work) for cost in (few, all_)]
         assert moved[0] == pytest.approx(moved[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        replace(PLAIN, precision="bf16_mixed"),
+        replace(PLAIN, shards=2, kind="fsdp2", activation_checkpointing=True),
+        replace(PLAIN, precision="bf16_mixed", shards=2, kind="fsdp2"),
+        replace(PLAIN, precision="bf16_mixed", shards=8, kind="fsdp2", trainable=("embeddings",)),
+    ],
+    ids=["whole", "FSDP, one type", "FSDP, two types", "FSDP, little trains"],
+)
+def test_a_batch_tells_what_it_would_take_after_another_one(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asked.with_config({**asked.config, "num_hidden_layers": 2})
+    alone = fake_step.measure(asked, 128)
+    real = accumulating.follow
+
+    def after_another(model: Any, asked: Asked, tracker: Tracker) -> Any:
+        if asked.fsdp:
+            model.set_requires_gradient_sync(False)
+        with tracker.watching():
+            model(**fake_step._inputs(asked, Shape(fake_step.BATCH, 128)))["loss"].backward()
+        if asked.fsdp:
+            model.set_requires_gradient_sync(True)
+        tracker.events.clear()
+        return real(model, asked, tracker)
+
+    monkeypatch.setattr(accumulating, "follow", after_another)
+    second = fake_step.measure(asked, 128)
+    for batch in (1, 3, 8):
+        memory = alone.memory(batch, accumulates=True)
+        assert sum(memory.values()) == pytest.approx(sum(second.memory(batch).values()), rel=1e-4)
+        if not asked.fsdp or asked.trainable == ("all",):
+            assert sum(memory.values()) > 1.02 * sum(alone.memory(batch).values())
+        seconds = [alone.seconds(batch, 1e15, 1e12, True)[0], second.seconds(batch, 1e15, 1e12)[0]]
+        assert seconds[0] == pytest.approx(seconds[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(
