@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import DONE, FAILED, CommandError, hint
-from azrecipe.launch.worker import EXIT_FILE
+from azrecipe.launch.worker import EXIT_FILE, REASON
 from azrecipe.recipe import resources
 
 
@@ -79,7 +79,7 @@ def run_child(command: Sequence[str]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        left = {int(file.name): int(file.read_text(encoding="utf-8") or FAILED) for file in Path(folder).iterdir()}
+        left = {int(file.name): int(file.read_text(encoding="utf-8") or FAILED) for file in Path(folder).iterdir() if file.suffix != REASON}
     return _verdict(code, left)
 
 

@@ -21,6 +21,7 @@ from azrecipe.recipe.steps import open_recipe
 
 INTERRUPTED = "interrupted; what was finished is kept, and the same command goes on from there"
 EXIT_FILE = "AZRECIPE_EXIT_CODES"  # a folder where processes leave their exit codes: launchers turn every failure into 1
+REASON = ".reason"  # behind a rank: a file there with what that process has told of its failure
 
 
 def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None = None, cell: str | None = None) -> int:
@@ -60,6 +61,8 @@ def _report(message: str, main: bool) -> None:
         time.sleep(3)
         message = f"process {os.environ['RANK']}: {message}"
     _tell(message, True)
+    if EXIT_FILE in os.environ:
+        Path(os.environ[EXIT_FILE], os.environ.get("RANK", "0") + REASON).write_text(message, encoding="utf-8")
 
 
 def _open(path: str, sets: Sequence[str], step: str | None, cell: str | None) -> Recipe:

@@ -13,13 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from azrecipe.errors import CANNOT, DONE, SIGTERM, WRONG, AzrecipeError, CannotRun
+from azrecipe.launch import worker
 from azrecipe.launch.sagemaker import cluster, metrics
 from azrecipe.parts.files import read_json
 
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         here, task = cluster.here(), _task()
         _lay_out(task)
-        code = _run(here, task, list(arguments))
+        with tempfile.TemporaryDirectory() as folder:
+            code = _run(here, task, list(arguments), Path(folder))
+            reason = _reason(Path(folder))
     except AzrecipeError as error:
         return _failed(str(error), error.exit_code)
     except OSError as error:
@@ -60,8 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     if code == SIGTERM:
         print("azrecipe: stopped; the checkpoint is saved, and a job with the same run goes on from it", file=sys.stderr, flush=True)
         return code
-    told = _status(task).get("message") or f"the processes on {here.host} ended with exit code {code}; the reason stands in this job's log"
-    return _failed(str(told), code)
+    return _failed(
+        reason or f"the processes on {here.host} ended with exit code {code}; the log of this machine or of another says why", code
+    )
 
 
 def _task() -> Task:
@@ -98,24 +102,22 @@ def _link(place: Path, target: Path) -> None:
     place.symlink_to(target)
 
 
-def _status(task: Task) -> Mapping[str, Any]:
-    try:
-        found: Mapping[str, Any] = read_json(RUNS / task.run / "status.json") or {}
-    except ValueError:
-        return {}
-    return found
+def _reason(folder: Path) -> str:
+    """What the first of this machine's processes that failed has told."""
+    told = sorted(folder.glob(f"*{worker.REASON}"), key=lambda file: int(file.stem))
+    return told[0].read_text(encoding="utf-8") if told else ""
 
 
-def _run(here: cluster.Cluster, task: Task, arguments: list[str]) -> int:
+def _run(here: cluster.Cluster, task: Task, arguments: list[str], codes: Path) -> int:
+    """Start this machine's processes and wait for them; `codes`: a folder where they leave exit codes and reasons."""
     own = arguments and arguments[0].endswith((".yaml", ".yml"))
-    worker = [*(arguments if own else [task.recipe, *arguments]), "--runs-dir", str(RUNS)]
-    line = cluster.command(here, task.accelerate_config, worker)
+    line = cluster.command(here, task.accelerate_config, [*(arguments if own else [task.recipe, *arguments]), "--runs-dir", str(RUNS)])
     print(
         f"azrecipe: {here.host} ({here.rank + 1} of {len(here.hosts)}), {here.processes} processes: {' '.join(line)}",
         file=sys.stderr,
         flush=True,
     )
-    child = subprocess.Popen(line, env=_environment(here, task), cwd=Path(__file__).resolve().parents[3])
+    child = subprocess.Popen(line, env={**_environment(here, task), worker.EXIT_FILE: str(codes)}, cwd=Path(__file__).resolve().parents[3])
     heard: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
