@@ -5,6 +5,9 @@
 # A machine without a GPU can save the download of CUDA's libraries:
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
+# pip compiles none of the 20,000 files that it installs: what is imported is compiled then, once
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 PIP_ARGS ?=
 READY := .venv/.ready
@@ -19,7 +22,6 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "azrecipe needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt $(PIP_ARGS) --editable ".[dev]"
-	@.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true  # as pip would, but by all cores; files for other Pythons fail
 	@touch $(READY)
 	@echo "==> .venv is ready"
 
