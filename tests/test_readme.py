@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from azrecipe import cli
 from azrecipe.launch.command import config_file
+from azrecipe.launch.sagemaker import settings
 from azrecipe.parts.hardware import find
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.steps import open_recipe
@@ -17,10 +19,10 @@ from tests.conftest import ROOT
 
 TEXT = "".join(
     (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "docs/design.md", "docs/recipes.md", "docs/report.md", "docs/plan.md")
+    for name in ("README.md", "docs/design.md", "docs/recipes.md", "docs/report.md", "docs/plan.md", "docs/sagemaker.md")
 )
-BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
-COMMANDS = [line.split("  #")[0].strip() for line in BLOCKS.splitlines() if "azrecipe" in line and not line.startswith("python -m")]
+BLOCKS = "\n".join(re.findall(r"```(?:ba)?sh\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = [line.split("  #")[0].strip() for line in BLOCKS.splitlines() if line.startswith(("azrecipe", "accelerate", "torchrun"))]
 FROM_RECIPES = re.findall(
     r"^# ((?:azrecipe run|accelerate launch) \S.*?)(?:: .*)?$",
     "\n".join(f.read_text("utf-8") for f in (ROOT / "recipes").rglob("*.yaml")),
@@ -52,6 +54,9 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
         open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
         for name in arguments.compare.split(",") if arguments.compare else [arguments.hardware]:
             find(name)
+    elif arguments.verb == "sagemaker" and arguments.action in ("submit", "pack"):
+        open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
+        settings.load(arguments.config)
     elif arguments.verb == "validate":
         assert all(path.exists() for path in arguments.paths)
 
@@ -59,3 +64,13 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)[)#]", (ROOT / "README.md").read_text("utf-8")))))
 def test_a_link_leads_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("text", re.findall(r"policy\.json <<END\n(.*?)\nEND", (ROOT / "docs/sagemaker.md").read_text("utf-8"), re.DOTALL))
+def test_a_policy_allows_what_it_names_and_no_more(text: str) -> None:
+    """Every statement is of one resource's, but for the three actions that AWS knows no resource for."""
+    anywhere = {"ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "sagemaker:ListTrainingJobs"}
+    for statement in json.loads(text)["Statement"]:
+        actions = {statement["Action"]} if isinstance(statement["Action"], str) else set(statement["Action"])
+        assert not any("*" in action for action in actions)
+        assert statement["Resource"] != "*" or actions <= anywhere
