@@ -271,7 +271,7 @@ REFUSED_BY_THE_STAGE = [
     Case("the same, sft", SFT.replace("./llama", "./torn"), ("./torn: its tokenizer has 320 tokens and its embeddings 300 rows",)),
     Case("value that transformers lacks", PRETRAIN.replace("float32}", "float32, trainer_arguments: {hub_strategy: sdg}}"), ("training: transformers refuses these arguments: sdg is not a valid HubStrategy",)),
     Case("value that transformers lacks, sft", SFT.replace("float32}", "float32, trainer_arguments: {hub_strategy: sdg}}"), ("training: transformers refuses these arguments: sdg is not a valid HubStrategy",)),
-    Case("tracker that is not installed", PRETRAIN.replace("float32}", "float32, report_to: [mlflow]}"), ("report_to: mlflow is not installed: pip install mlflow, or --set training.report_to=[]",), code=3),
+    Case("tracker that is not installed", PRETRAIN.replace("float32}", "float32, report_to: [wandb]}"), ("report_to: wandb is not installed: pip install wandb, or --set training.report_to=[]",), code=3),
     Case("Liger without a GPU", PRETRAIN.replace("float32}", "float32, use_liger_kernel: true}"), ("use_liger_kernel: true needs a GPU", "--set training.use_liger_kernel=false"), code=3, needs_gpu_absent=True),
     Case("Liger and bf16 without a GPU", PRETRAIN.replace("float32}", "bf16_pure, use_liger_kernel: true}"), ("--set training.use_liger_kernel=false --set training.precision=float32",), code=3, needs_gpu_absent=True),
     # conversations
