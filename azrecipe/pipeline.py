@@ -20,7 +20,7 @@ from azrecipe.plan.where import NOWHERE, Where, kind_of
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import Step, load_pipeline, of_cells, open_recipe
+from azrecipe.recipe.steps import Step, load_pipeline, of_cells, open_recipe, taken
 from azrecipe.report import comparison, page, tables
 from azrecipe.report.runs import STEPS
 
@@ -150,7 +150,7 @@ def _launch(name: str | None) -> Where | None:
 
 def _unfinished(recipe: Recipe, runs_dir: Path) -> list[str]:
     """The recipes that one takes from and that have no finished run."""
-    names = dict.fromkeys(Path(output_of).name for _, output_of in _taken(recipe.data))
+    names = dict.fromkeys(Path(output_of).name for _, output_of in taken(recipe.data))
     return [name for name in names if not run_of(recipe, runs_dir, Path(name).stem).complete]
 
 
@@ -247,7 +247,7 @@ def _check_order(recipe: Recipe, steps: Sequence[Step], runs_dir: Path) -> None:
     problems = []
     earlier: set[Path] = set()
     for step in steps:
-        for keys, output_of in _taken(step.recipe.data):
+        for keys, output_of in taken(step.recipe.data):
             run = run_of(step.recipe, runs_dir, Path(output_of).stem)
             if run.path not in earlier and not run.complete:
                 known = dict.fromkeys(s.key for s in steps)
@@ -284,18 +284,3 @@ def _check_runs(steps: Sequence[Step], runs_dir: Path) -> None:
             found.append(str(error))
     if found:
         raise CommandError("\n".join(found))
-
-
-def _taken(data: object, keys: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], str]]:
-    """Every `output_of` and `continue_from` in a resolved recipe, with its path of keys."""
-    found: list[tuple[tuple[str | int, ...], str]] = []
-    if isinstance(data, dict):
-        for key, value in data.items():
-            if key in ("output_of", "continue_from") and isinstance(value, str):
-                found.append(((*keys, key), value))
-            else:
-                found += _taken(value, (*keys, key))
-    elif isinstance(data, list):
-        for i, value in enumerate(data):
-            found += _taken(value, (*keys, i))
-    return found

@@ -231,3 +231,18 @@ def _one(pipeline: Recipe, steps: Sequence[Step], step: str, cell: str | None) -
         cells = ", ".join(str(each.cell) for each in named)
         raise CommandError(f"{shown(pipeline.path)}: {step} runs in each cell of the matrix: say --cell, one of {cells}")
     raise CommandError(f"{shown(pipeline.path)}: there is no step '{step}'{hint(step, dict.fromkeys(s.key for s in steps), 'Steps')}")
+
+
+def taken(data: object, keys: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], str]]:
+    """Every `output_of` and `continue_from` in a resolved recipe, with its path of keys."""
+    found: list[tuple[tuple[str | int, ...], str]] = []
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if key in ("output_of", "continue_from") and isinstance(value, str):
+                found.append(((*keys, key), value))
+            else:
+                found += taken(value, (*keys, key))
+    elif isinstance(data, list):
+        for i, value in enumerate(data):
+            found += taken(value, (*keys, i))
+    return found

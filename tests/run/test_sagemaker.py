@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from azrecipe.errors import CannotRun
 from azrecipe.launch import sagemaker
 from azrecipe.launch.sagemaker import metrics
 from azrecipe.recipe.load import load
@@ -362,6 +363,8 @@ def test_a_pipeline_is_a_job_a_step_and_takes_what_the_last_one_left(here: Path,
     assert [each["request"]["ResourceConfig"]["InstanceType"] for each in dry] == ["ml.g5.12xlarge", "ml.g5.8xlarge"]
     done = cli("sagemaker", "submit", "pipeline.yaml", "--config", "settings.yaml", "--upload-data", *QUICK)
     assert done.code == 2 and "this run is not complete" in done.err  # moto's jobs end at once, and leave nothing
+    done = cli("sagemaker", "submit", "second.yaml", "--config", "settings.yaml", "--upload-data", *QUICK)
+    assert done.code == 2 and "second.yaml takes from" in done.err and "submit it first" in done.err
     s3 = boto3.client("s3")
     for file in small_run.rglob("*"):
         if file.is_file() and file.name != "recipe.yaml":
@@ -380,6 +383,26 @@ def test_a_pipeline_is_a_job_a_step_and_takes_what_the_last_one_left(here: Path,
     boto3.client("s3").put_object(Bucket=aws.BUCKET, Key="azrecipe/runs/q/second/status.json", Body=b'{"state": "complete"}')
     done = cli("sagemaker", "submit", "pipeline.yaml", "--config", "settings.yaml", "--upload-data", *QUICK)
     assert done.code == 0 and done.err.count("already complete") == 2 and not done.out
+
+
+def test_the_hubs_token_comes_from_secrets_manager(here: Path) -> None:
+    from azrecipe.launch.sagemaker import container
+
+    secrets = boto3.client("secretsmanager")
+    secrets.create_secret(Name="plain", SecretString="hf_plain\n")
+    secrets.create_secret(Name="named", SecretString=json.dumps({"user": "u", "HF_TOKEN": "hf_named"}))
+    assert (container._secret("plain"), container._secret("named")) == ("hf_plain", "hf_named")
+    with pytest.raises(CannotRun, match="secretsmanager:GetSecretValue"):
+        container._secret("nobody")
+    job = sagemaker.submit(
+        "recipe.yaml",
+        str(write("settings.yaml", SETTINGS + "hub_token_secret: plain\n")),
+        yes=True,
+        check=False,
+        plan=False,
+        upload_data=True,
+    )
+    assert job is not None and "hf_" not in json.dumps(job.request, default=str)
 
 
 def test_the_notebook_runs(here: Path, account: str, capsys: pytest.CaptureFixture[str]) -> None:

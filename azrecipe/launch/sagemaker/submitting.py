@@ -19,11 +19,11 @@ from azrecipe.launch.sagemaker.bucket import Bucket
 from azrecipe.launch.sagemaker.jobs import Job
 from azrecipe.launch.sagemaker.settings import Settings, load
 from azrecipe.parts import hardware
-from azrecipe.parts.run_dir import RunDir, check_same
+from azrecipe.parts.run_dir import RunDir, check_same, run_of
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import open_recipe
+from azrecipe.recipe.steps import open_recipe, taken
 
 PLANNED = ("pretrain", "sft")
 GPU_FAMILIES = ("p", "g")  # ml.p4d, ml.g5: what follows ml. begins so where there are NVIDIA GPUs
@@ -73,10 +73,11 @@ def submit(recipe: str, config: str, **more: Any) -> Job | None:
     settings = load(config, **changes)
     where = accounts.account(settings.region)
     settings = accounts.resolved(settings, where)
-    steps = _steps(recipe, options)
-    _check(recipe, options)
-    found = [_submission(step, settings, where, (recipe, options)) for step in steps]
+    found = [_submission(step, settings, where, (recipe, options)) for step in _steps(recipe, options)]
     todo = [each for each in found if not each.done]
+    _check_order(todo, where)
+    if todo and any(each.running is None for each in todo):
+        _check(recipe, options, [each.recipe for each in todo])
     for each in found:
         _say(f"{each.asked.run_uri}: already complete" if each.done else _told(each, where))
     if not todo:
@@ -143,9 +144,27 @@ def _arguments(recipe: str, options: Options) -> list[str]:
     return line
 
 
-def _check(recipe: str, options: Options) -> None:
+def _check_order(todo: Sequence[Submission], where: Account) -> None:
+    """Refuse a run that takes from another which is not complete in the bucket and is no earlier step. Raises CommandError."""
+    problems, earlier = [], set()
+    for each in todo:
+        for _, there in each.asked.parcel.runs.values():
+            state = "" if there in earlier else _bucket(each.asked, where).status(there).get("state", "has not been run")
+            if state not in ("", "complete"):
+                problems.append(
+                    f"{each.recipe.path} takes from {each.asked.root}/runs/{there}, whose run is not complete ({state}): submit it first"
+                )
+        earlier.add(each.asked.parcel.run)
+    if problems:
+        raise CommandError("\n".join(problems))
+
+
+def _check(recipe: str, options: Options, todo: Sequence[Recipe]) -> None:
     """`azrecipe check`, from here: what the job would refuse minutes after it is paid for."""
     if not options.check:
+        return
+    if len(todo) == 1 and (names := [name for name in _upstream(todo[0]) if not run_of(todo[0], options.runs_dir, name).complete]):
+        _say(f"{todo[0].path}: not checked beyond its file: it takes from {', '.join(names)}, whose run is not on this machine")
         return
     line = [sys.executable, "-m", "azrecipe", "check", *_arguments(recipe, options)]
     line += ["--step", options.step] if options.step else []
@@ -156,6 +175,11 @@ def _check(recipe: str, options: Options) -> None:
         raise CannotRun(
             f"azrecipe check finds:\n{told}\n  Where only this machine cannot look (no network, data out of its reach): --no-check"
         )
+
+
+def _upstream(recipe: Recipe) -> list[str]:
+    """The names of the recipes whose runs one takes from."""
+    return list(dict.fromkeys(Path(output_of).stem for _, output_of in taken(recipe.data)))
 
 
 def _submission(recipe: Recipe, settings: Settings, where: Account, given: tuple[str, Options]) -> Submission:
@@ -187,6 +211,11 @@ def _check_machine(recipe: Recipe, settings: Settings) -> None:
             f"instance_type {settings.instance_type}: AWS' own chips are not supported; machines with NVIDIA GPUs are (ml.p4d, ml.p5, ml.g5, ml.g6)"
         )
     machine = hardware.load().machines.get(settings.instance_type.removeprefix("ml."))
+    if machine is not None and machine.local_disk_gb and settings.volume_size_in_gb > machine.local_disk_gb:
+        raise CommandError(
+            f"volume_size_in_gb {settings.volume_size_in_gb}: {settings.instance_type} has {machine.local_disk_gb:,.0f} GB of its own, "
+            "and SageMaker gives it no other disk: say that or less"
+        )
     if machine is not None or family.startswith(GPU_FAMILIES) or recipe.stage not in PLANNED:
         return
     training = recipe.config.training
