@@ -26,7 +26,6 @@ CREDENTIALS = {
     "AWS_SECRET_ACCESS_KEY": "b",
     "AWS_DEFAULT_REGION": REGION,
     "AWS_EC2_METADATA_DISABLED": "true",
-    "SAGEMAKER_VALIDATE_ROLE": "false",  # the SDK asks IAM to simulate policies, which moto cannot
 }
 
 

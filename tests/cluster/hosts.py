@@ -51,7 +51,7 @@ class Store:
         import boto3
 
         there = urlparse(uri)
-        self.bucket, self.prefix = there.netloc, there.path.strip("/")
+        self.bucket, self.prefix = there.netloc, there.path.lstrip("/")
         self.s3 = boto3.client("s3")
 
     def keys(self, prefix: str | None = None) -> list[str]:
@@ -72,7 +72,7 @@ class Store:
         first, *names = json.loads(self.s3.get_object(Bucket=self.bucket, Key=self.prefix)["Body"].read())
         base = Store(first["prefix"])
         for name in names:
-            base.get(f"{base.prefix}/{name}" if base.prefix else name, folder / name)
+            base.get(f"{base.prefix}{name}", folder / name)
 
 
 class Syncing(threading.Thread):
@@ -105,12 +105,12 @@ class Syncing(threading.Thread):
         for name, state in now.items():
             if self.sent.get(name) != state:
                 try:
-                    self.store.s3.upload_file(str(self.folder / name), self.store.bucket, f"{self.store.prefix}/{name}")
+                    self.store.s3.upload_file(str(self.folder / name), self.store.bucket, f"{self.store.prefix}{name}")
                     self.sent[name] = state
                 except OSError:
                     continue
         for name in set(self.sent) - set(now):
-            self.store.s3.delete_object(Bucket=self.store.bucket, Key=f"{self.store.prefix}/{name}")
+            self.store.s3.delete_object(Bucket=self.store.bucket, Key=f"{self.store.prefix}{name}")
             del self.sent[name]
 
     def finish(self, last: bool) -> None:

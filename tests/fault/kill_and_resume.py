@@ -11,6 +11,7 @@ tokenised. Prints a line a kill, and at the end both hashes; exit code 1 where t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -113,9 +114,10 @@ def moment(runs: Path, choose: random.Random, whole: float) -> tuple[str, Callab
         seen: set[Path] = set()
 
         def writing() -> bool:
-            for folder in (runs / RUN / "checkpoints").glob("*/checkpoint-*"):
-                if not (folder / "COMPLETE.json").exists():
-                    seen.add(folder)
+            with contextlib.suppress(FileNotFoundError):  # a finished phase's folder may vanish meanwhile
+                for folder in (runs / RUN / "checkpoints").glob("*/checkpoint-*"):
+                    if not (folder / "COMPLETE.json").exists():
+                        seen.add(folder)
             return len(seen) >= wait or time.monotonic() > until + whole
 
         return f"while checkpoint number {wait} was being written", writing

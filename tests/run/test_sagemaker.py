@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from azrecipe.errors import CannotRun
+from azrecipe.errors import CannotRun, CommandError, RecipeError
 from azrecipe.launch import sagemaker
-from azrecipe.launch.sagemaker import metrics
+from azrecipe.launch.sagemaker import load as load_settings
+from azrecipe.launch.sagemaker import metrics, parcel
 from azrecipe.recipe.load import load
+from azrecipe.recipe.steps import load_pipeline
 from tests import aws
 from tests.conftest import ROOT, TALES, Done, write
 from tests.small import called
@@ -74,7 +76,7 @@ def submitted(cli: Callable[..., Done], recipe: str = "recipe.yaml", *more: str)
 
 def test_the_job_is_the_one_that_was_asked_for(here: Path) -> None:
     write("settings.yaml", SETTINGS + "max_runtime_in_seconds: 7_200\nvolume_size_in_gb: 200\ntags: {team: baku}\nenvironment: {NCCL_DEBUG: INFO}\n"
-          "subnets: [subnet-0a1b]\nsecurity_group_ids: [sg-0a1b]\nhub_token_secret: hub\n")  # fmt: skip
+          "subnets: [subnet-0a1b]\nsecurity_group_ids: [sg-0a1b]\nhub_token_secret: null\n")  # fmt: skip
     job = sagemaker.submit("recipe.yaml", "settings.yaml", yes=True, check=False, plan=False, upload_data=True, instance_count=2,
                            enable_managed_spot_training=True)  # fmt: skip
     assert job is not None and job.request is not None
@@ -85,7 +87,7 @@ def test_the_job_is_the_one_that_was_asked_for(here: Path) -> None:
     assert said["StoppingCondition"] == {"MaxRuntimeInSeconds": 7200, "MaxWaitTimeInSeconds": 14400} and said["EnableManagedSpotTraining"]
     assert asked["RetryStrategy"] == {"MaximumRetryAttempts": 3}
     assert said["OutputDataConfig"]["S3OutputPath"] == f"{root}/output" and asked["OutputDataConfig"]["CompressionType"] == "NONE"
-    assert said["CheckpointConfig"] == {"S3Uri": f"{root}/runs/p/recipe", "LocalPath": "/opt/ml/checkpoints"}
+    assert said["CheckpointConfig"] == {"S3Uri": f"{root}/runs/p/recipe/", "LocalPath": "/opt/ml/checkpoints"}
     assert asked["TensorBoardOutputConfig"] == {"S3OutputPath": f"{root}/tensorboard/p/recipe", "LocalPath": "/opt/ml/output/tensorboard"}
     assert said["VpcConfig"] == {"Subnets": ["subnet-0a1b"], "SecurityGroupIds": ["sg-0a1b"]}
     assert {tag["Key"]: tag["Value"] for tag in asked["Tags"]} == {"team": "baku", "azrecipe:run": "p/recipe"}
@@ -136,6 +138,48 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
     )
+
+
+@pytest.mark.parametrize("recipe", sorted(str(file.relative_to(ROOT)) for file in (ROOT / "recipes").rglob("pipeline.yaml")))
+def test_every_step_that_ships_can_be_read_in_the_container(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pack` loads what it has written; what a stage needs beside the base comes with it."""
+    monkeypatch.chdir(ROOT)
+    settings = load_settings("sagemaker/cpt.yaml", upload_data=True)
+    for step in load_pipeline(recipe)[1]:
+        try:
+            packed = parcel.pack(step.recipe, settings.of_step(step.key))
+        except RecipeError as error:
+            assert "there is nothing" in str(error), error  # text that the user is to lay beside it
+            continue
+        names = packed.code["requirements.txt"].decode()
+        assert ("sacrebleu" in names) == (step.recipe.stage == "evaluate") and "\ntorch>" not in names
+
+
+def test_the_command_line_wins_over_the_settings_of_a_step(here: Path, cli: Callable[..., Done]) -> None:
+    write(
+        "settings.yaml",
+        SETTINGS
+        + "steps: {recipe.yaml: {instance_type: ml.g5.12xlarge, max_runtime_in_seconds: 9000}}\nmax_wait_time_in_seconds: 500000\n",
+    )
+    (found,) = sagemaker.requests("recipe.yaml", "settings.yaml", plan=False, upload_data=True)
+    assert found["request"]["ResourceConfig"]["InstanceType"] == "ml.g5.12xlarge"
+    more = {"instance_type": "ml.g5.xlarge", "enable_managed_spot_training": True, "max_wait_time_in_seconds": 700}
+    (found,) = sagemaker.requests("recipe.yaml", "settings.yaml", plan=False, upload_data=True, **more)
+    assert found["request"]["ResourceConfig"] == {"InstanceType": "ml.g5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 250}  # its own disk
+    assert found["request"]["StoppingCondition"] == {"MaxRuntimeInSeconds": 9000, "MaxWaitTimeInSeconds": 9000}
+    with pytest.raises(CommandError, match=r"accelerate_config = .fsdpp. is not known.*fsdp"):
+        sagemaker.requests("recipe.yaml", "settings.yaml", accelerate_config="fsdpp")
+
+
+def test_a_run_whose_model_is_not_all_there_is_not_complete(here: Path, cli: Callable[..., Done], small_run: Path) -> None:
+    write("third.yaml", RECIPE.replace("project: p", "project: r"))
+    s3, key = boto3.client("s3"), "azrecipe/runs/r/third"
+    s3.put_object(Bucket=aws.BUCKET, Key=f"{key}/status.json", Body=b'{"state": "complete", "final": {"model.safetensors": 9}}')
+    s3.put_object(Bucket=aws.BUCKET, Key=f"{key}/final/model.safetensors", Body=b"torn")
+    assert submitted(cli, "third.yaml")
+    s3.put_object(Bucket=aws.BUCKET, Key=f"{key}/final/model.safetensors", Body=b"nine byte")
+    done = cli("sagemaker", "submit", "third.yaml", "--config", "settings.yaml", "--upload-data", *QUICK)
+    assert done.code == 0 and "already complete" in done.err and not done.out
 
 
 def test_nothing_travels_but_code_the_recipe_and_data_that_were_asked_for(here: Path, cli: Callable[..., Done]) -> None:
@@ -385,15 +429,22 @@ def test_a_pipeline_is_a_job_a_step_and_takes_what_the_last_one_left(here: Path,
     assert done.code == 0 and done.err.count("already complete") == 2 and not done.out
 
 
-def test_the_hubs_token_comes_from_secrets_manager(here: Path) -> None:
+def test_the_hubs_token_comes_from_secrets_manager(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from azrecipe.launch.sagemaker import container
 
     secrets = boto3.client("secretsmanager")
     secrets.create_secret(Name="plain", SecretString="hf_plain\n")
     secrets.create_secret(Name="named", SecretString=json.dumps({"user": "u", "HF_TOKEN": "hf_named"}))
     assert (container._secret("plain"), container._secret("named")) == ("hf_plain", "hf_named")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    monkeypatch.setenv("AWS_REGION", aws.REGION)  # as a container may have it
+    assert container._secret("plain") == "hf_plain"
     with pytest.raises(CannotRun, match="secretsmanager:GetSecretValue"):
         container._secret("nobody")
+    with pytest.raises(CommandError, match="there is no secret nobody"):
+        sagemaker.submit(
+            "recipe.yaml", str(write("settings.yaml", SETTINGS + "hub_token_secret: nobody\n")), yes=True, check=False, plan=False
+        )
     job = sagemaker.submit(
         "recipe.yaml",
         str(write("settings.yaml", SETTINGS + "hub_token_secret: plain\n")),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +59,7 @@ def account(region: str | None, dry_run: bool = False) -> Account:
     from botocore.exceptions import NoCredentialsError, ProfileNotFound
 
     try:
-        session = boto3.Session(region_name=region)
+        session = boto3.Session(region_name=region or os.environ.get("AWS_REGION"))
     except ProfileNotFound as error:
         raise CommandError(f"{error}: AWS_PROFILE names no profile of ~/.aws/config") from None
     region = session.region_name
@@ -86,7 +88,11 @@ def resolved(settings: Settings, where: Account) -> Settings:
         return replace(settings, role=role, bucket=bucket)
     problems: list[AzrecipeError] = []
     role = settings.role
-    for check in (lambda: _check_bucket(bucket, where), lambda: _role(settings.role, where)):
+    for check in (
+        lambda: _check_bucket(bucket, where),
+        lambda: _check_secret(settings.hub_token_secret, where),
+        lambda: _role(settings.role, where),
+    ):
         try:
             role = check() or role
         except AzrecipeError as error:
@@ -111,11 +117,37 @@ def _role(role: str, where: Account) -> str:
                 f"role: there is no role {name} in account {where.number}. docs/sagemaker.md makes it in one command"
             ) from None
         if code in DENIED:  # submitting needs iam:PassRole, not this
+            _note(f"role: whether {name} is there was not looked at: iam:GetRole is not allowed")
             return role if role.startswith("arn:") else f"arn:aws:iam::{where.number}:role/{role}"
         raise refusal(error, f"iam:GetRole {name}") from None
     if role.startswith("arn:") and found != role:
         raise CommandError(f"role: {role} is not there; the account has {found}")
     return found
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check_secret(name: str | None, where: Account) -> None:
+    """That the token's secret is there; its content is not asked for."""
+    from botocore.exceptions import ClientError
+
+    if name is None:
+        return
+    region = name.split(":")[3] if name.startswith("arn:") else where.region
+    try:
+        where.session.client("secretsmanager", region_name=region).describe_secret(SecretId=name)
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        if code == "ResourceNotFoundException":
+            raise CommandError(
+                f"hub_token_secret: there is no secret {name} in {region}: aws secretsmanager create-secret --name {name} "
+                "--secret-string file://token.txt, or hub_token_secret: null where no model needs a token"
+            ) from None
+        if code not in DENIED:
+            raise refusal(error, f"secretsmanager:DescribeSecret {name}") from None
+        _note(f"hub_token_secret: whether {name} is there was not looked at: secretsmanager:DescribeSecret is not allowed")
 
 
 def _check_bucket(bucket: str, where: Account) -> None:
@@ -146,10 +178,14 @@ def _check_bucket(bucket: str, where: Account) -> None:
 @contextlib.contextmanager
 def explained(doing: str) -> Iterator[None]:
     """AWS' and the SDK's errors as one line that says what to do; nothing else is caught."""
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
+    except Boto3Error as error:  # an upload's, around the reason
+        reason = error.__context__
+        raise refusal(reason if isinstance(reason, ClientError | BotoCoreError) else error, doing) from None
     except (ClientError, BotoCoreError) as error:
         raise refusal(error, doing) from None
 

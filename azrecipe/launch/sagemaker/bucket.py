@@ -64,6 +64,14 @@ class Bucket:
             return {}
         return found
 
+    def complete(self, run: str) -> bool:
+        """Whether a run is complete, and all of its model is there: files go up one by one, and status.json may be before them."""
+        status = self.status(run)
+        if status.get("state") != "complete":
+            return False
+        there = self.listed(f"runs/{run}/final/") if status.get("final") else {}
+        return all(there.get(name) == size for name, size in (status.get("final") or {}).items())
+
     def lacking(self, parcel: Parcel) -> tuple[bool, list[Upload]]:
         """Whether the code is, and which data are, not there yet in their size."""
         data: dict[str, int] = {}
@@ -86,11 +94,9 @@ class Bucket:
 
     def manifest(self, run: str, job: str, channel: str) -> str:
         """Write the list of a complete run's files that another run takes, checkpoints left out; returns its URI. Raises CommandError."""
-        status = self.status(run)
-        if status.get("state") != "complete":
-            raise CommandError(
-                f"{self.uri(f'runs/{run}')}: this run is not complete ({status.get('state', 'it has not been run')}): submit it first"
-            )
+        if not self.complete(run):
+            state = self.status(run).get("state", "it has not been run")
+            raise CommandError(f"{self.uri(f'runs/{run}')}: this run is not complete ({state}): submit it first")
         names = sorted(_kept(self.listed(f"runs/{run}/")))
         key = f"manifests/{job}/{channel}.json"
         self.write(key, json.dumps([{"prefix": self.uri(f"runs/{run}/")}, *names]).encode())

@@ -169,12 +169,12 @@ def _secret(name: str) -> str:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
-    region = name.split(":")[3] if name.startswith("arn:") else None
+    region = name.split(":")[3] if name.startswith("arn:") else os.environ.get("AWS_REGION")  # which boto3 does not read
     try:
         text = str(boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)["SecretString"]).strip()
     except (BotoCoreError, ClientError) as error:
         raise CannotRun(
-            f"hub_token_secret: {name} cannot be read: {error}. The job's role must allow secretsmanager:GetSecretValue on it"
+            f"hub_token_secret: {name} cannot be read: {error}. It must be there, and the job's role must allow secretsmanager:GetSecretValue on it"
         ) from None
     if not text.startswith("{"):
         return text

@@ -56,7 +56,7 @@ class Job:
         uri = self.describe().get("CheckpointConfig", {}).get("S3Uri", "")
         if RUNS not in uri:
             raise CommandError(f"{self.name} is no job of azrecipe: it keeps no run directory")
-        return str(uri).rpartition(RUNS)[2]
+        return str(uri).rpartition(RUNS)[2].strip("/")
 
     def bucket(self) -> Bucket:
         """The bucket that its run directory is in."""
@@ -145,10 +145,10 @@ def attach(name: str, region: str | None = None) -> Job:
     return Job(name, account(region))
 
 
-def listed(where: Account, contains: str = "azrecipe-", running: bool = False) -> list[Job]:
-    """Jobs of azrecipe, the newest first."""
+def listed(where: Account, contains: str = "azrecipe-", state: str | None = None) -> list[Job]:
+    """Jobs of azrecipe, of one state where it is named, the newest first."""
     client = where.session.client("sagemaker", region_name=where.region)
-    more = {"StatusEquals": "InProgress"} if running else {}
+    more = {"StatusEquals": state} if state else {}
     with explained("sagemaker:ListTrainingJobs"):
         said = client.list_training_jobs(NameContains=contains, SortBy="CreationTime", SortOrder="Descending", MaxResults=50, **more)
     return [Job(each["TrainingJobName"], where) for each in said["TrainingJobSummaries"] if each["TrainingJobName"].startswith(contains)]
@@ -174,7 +174,7 @@ def _status(job: Job) -> dict[str, Any]:
         "state": said["TrainingJobStatus"],
         "doing": said.get("SecondaryStatus"),
         "message": transitions[-1].get("StatusMessage") or "",
-        "run": said.get("CheckpointConfig", {}).get("S3Uri", "").rpartition(RUNS)[2] or None,
+        "run": said.get("CheckpointConfig", {}).get("S3Uri", "").rpartition(RUNS)[2].strip("/") or None,
         "machines": f"{machines.get('InstanceCount')} × {machines.get('InstanceType')}",
         "spot": bool(said.get("EnableManagedSpotTraining")),
         "seconds": seconds,

@@ -8,9 +8,12 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import importlib.metadata
 import io
 import json
+import re
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,11 +22,11 @@ from typing import Any
 
 import azrecipe
 from azrecipe.errors import Problem, RecipeError
-from azrecipe.launch.sagemaker.settings import Settings, secrets_in
+from azrecipe.launch.sagemaker.settings import SECRETS, Settings, keys_of, secrets_in
 from azrecipe.parts.files import sha256
 from azrecipe.parts.run_dir import locate, run_of
 from azrecipe.recipe import resources, schema
-from azrecipe.recipe.load import DATA_SUFFIXES, LOCAL, Recipe, is_s3
+from azrecipe.recipe.load import DATA_SUFFIXES, LOCAL, Recipe, is_s3, load
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key
 
@@ -94,15 +97,20 @@ class Parcel:
 
 
 def pack(recipe: Recipe, settings: Settings) -> Parcel:
-    """Make a recipe ready to travel. Raises RecipeError for local data that may not, and for secrets in the recipe."""
+    """Make a recipe ready to travel. Raises RecipeError for local data that may not, for secrets, and for what would not be a recipe there."""
     problems = [
-        Problem(recipe.place(*_keys(at)), f"{at} looks like a secret, and would stand in S3: take it out") for at in secrets_in(recipe.data)
+        Problem(recipe.place(*keys_of(at)), f"{at} looks like a secret, and would stand in S3: take it out")
+        for at in secrets_in(recipe.data)
     ]
     parcel = Parcel(_run(recipe), recipe)
     travel = _Traveller(recipe, settings, parcel)
-    data = travel.moved(recipe.data, schema.document(recipe.stage), ())
-    if "report_to" in data.get("training", {}) and "tensorboard" not in data["training"]["report_to"]:
-        data["training"]["report_to"] = [*data["training"]["report_to"], "tensorboard"]  # SageMaker shows it
+    own = {
+        key: value for key, value in recipe.tree.plain().items() if key not in ("extends", "fragment", "variables")
+    }  # no defaults: some only suit some
+    data = travel.moved(own, schema.document(recipe.stage), ())
+    told = recipe.data.get("training", {}).get("report_to")
+    if told is not None and "tensorboard" not in told:
+        data["training"] = {**data.get("training", {}), "report_to": [*told, "tensorboard"]}  # SageMaker shows it
     parcel.recipe = replace(recipe, data=data)
     problems += travel.problems
     if problems:
@@ -110,11 +118,14 @@ def pack(recipe: Recipe, settings: Settings) -> Parcel:
     parcel.code.update(_package())
     parcel.code[f"job/{recipe.name}.yaml"] = to_yaml(data).encode()
     for name in travel.upstream:  # a recipe names others by their files; of their runs, not of these, it takes what it takes
-        parcel.code.setdefault(f"job/{name}.yaml", f"stage: tokenizer\nproject: {recipe.project}\n".encode())
+        parcel.code.setdefault(
+            f"job/{name}.yaml", f"# Stands for a recipe whose run comes in.\nstage: tokenizer\nproject: {recipe.project}\n".encode()
+        )
     parcel.code[ENTRY] = ENTRY_TEXT.encode()
     shipped = resources.root() / "sagemaker"
-    for name in ("requirements.txt", "constraints.txt"):
-        parcel.code[name] = (shipped / name).read_bytes()
+    more = "".join(f"{line}\n" for line in _extras(recipe))
+    parcel.code["requirements.txt"] = (shipped / "requirements.txt").read_bytes() + more.encode()
+    parcel.code["constraints.txt"] = (shipped / "constraints.txt").read_bytes()
     job = {
         "recipe": f"job/{recipe.name}.yaml",
         "run": f"{recipe.project}/{recipe.name}",
@@ -123,17 +134,40 @@ def pack(recipe: Recipe, settings: Settings) -> Parcel:
         "hub_token_secret": settings.hub_token_secret,
     }
     parcel.code[JOB] = (json.dumps(job, indent=2) + "\n").encode()
+    _check_readable(parcel, recipe)
     return parcel
+
+
+def _check_readable(parcel: Parcel, recipe: Recipe) -> None:
+    """Load the recipe as it was written. Raises RecipeError: what the container cannot read is better told here."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in parcel.code.items():
+            if name.startswith("job/"):
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).write_bytes(data)
+        load(Path(folder) / "job" / f"{recipe.name}.yaml")
+
+
+def _extras(recipe: Recipe) -> Iterator[str]:
+    """The packages of azrecipe's extras that a recipe needs, as its metadata names them."""
+    from azrecipe.parts.auxiliary import METHODS
+    from azrecipe.parts.optimizers import BITSANDBYTES
+
+    data = recipe.data
+    wanted = ["evaluation"] if recipe.stage == "evaluate" else []
+    wanted += ["harness"] if data.get("tasks") else []
+    wanted += ["focus"] if data.get("tokenizer", {}).get("new_embeddings") in METHODS else []
+    optimizers = [data.get("training", {}).get("optim"), *(phase.get("optim") for phase in data.get("phases") or [])]
+    wanted += ["qlora"] if data.get("adapter") == "qlora" or set(optimizers) & set(BITSANDBYTES) else []
+    for requirement in importlib.metadata.requires("azrecipe") or []:
+        name, _, marker = requirement.partition(";")
+        if any(re.search(rf"extra == ['\"]{extra}['\"]", marker) for extra in wanted):
+            yield name.strip()
 
 
 def _run(recipe: Recipe) -> str:
     """Where the run lies below a runs directory: <project>/<name>, or that of its cell."""
     return locate(recipe, Path()).path.as_posix()
-
-
-def _keys(dotted: str) -> tuple[Key, ...]:
-    parts = dotted.replace("[", ".[").split(".")
-    return tuple(int(part[1:-1]) if part.startswith("[") else part for part in parts)
 
 
 def _package() -> Iterator[tuple[str, bytes]]:
@@ -188,11 +222,18 @@ class _Traveller:
 
     def _file(self, value: str, keys: tuple[Key, ...]) -> str:
         """A small file that the recipe names: a chat template, a task."""
+        name = f"files/{len(self.parcel.code)}/{Path(value).name}"
         try:
-            self.parcel.code[f"job/files/{Path(value).name}"] = Path(value).read_bytes()
+            data = Path(value).read_bytes()
         except OSError as error:
             self.problems.append(Problem(self.recipe.place(*keys), f"{value}: cannot be read: {error.strerror}"))
-        return f"./files/{Path(value).name}"
+            return value
+        if SECRETS.search(data.decode("utf-8", "replace")):
+            self.problems.append(
+                Problem(self.recipe.place(*keys), f"{value} holds what looks like a secret, and would stand in S3: take it out")
+            )
+        self.parcel.code[f"job/{name}"] = data
+        return f"./{name}"
 
     def _data(self, value: str, keys: tuple[Key, ...]) -> str:
         """Data and models: from S3 through a channel; local ones through the bucket, where that is asked for."""
@@ -201,8 +242,12 @@ class _Traveller:
         if is_s3(value):
             if any(c in value for c in "*?[") or len(self.parcel.channels) >= MOST_CHANNELS:
                 return value  # read from S3 as the run goes on
-            return self._channel(value, value, PurePosixPath(value).name if value.endswith(DATA_SUFFIXES) else "")
+            alone = value.endswith(DATA_SUFFIXES)  # a prefix without its slash would be that of other folders too
+            return self._channel(value, value if alone else f"{value.rstrip('/')}/", PurePosixPath(value).name if alone else "")
         files = _files(value)
+        if len(self.parcel.channels) >= MOST_CHANNELS:
+            message = f"{value}: a job has room for {MOST_CHANNELS} places of data: put several into one folder, or name a glob on S3"
+            self.problems.append(Problem(self.recipe.place(*keys), message))
         if not files:
             self.problems.append(Problem(self.recipe.place(*keys), f"{value}: there is nothing"))
             return value

@@ -15,6 +15,7 @@ from azrecipe.launch.sagemaker import metrics
 from azrecipe.launch.sagemaker.account import Account, explained
 from azrecipe.launch.sagemaker.parcel import ENTRY, INPUTS, Parcel
 from azrecipe.launch.sagemaker.settings import Settings
+from azrecipe.parts import hardware
 
 CREATE = "provide-client-params.sagemaker.CreateTrainingJob"
 
@@ -35,7 +36,7 @@ class Asked:
     @property
     def run_uri(self) -> str:
         """The run directory in S3: jobs of one run share it, whatever they are called."""
-        return f"{self.root}/runs/{self.parcel.run}"
+        return f"{self.root}/runs/{self.parcel.run}/"  # without the slash it would be the prefix of other runs too
 
     @property
     def code_uri(self) -> str:
@@ -85,7 +86,7 @@ def send(asked: Asked, where: Account) -> tuple[str, dict[str, Any]]:
 
     where.session.events.register(CREATE, note)
     try:
-        with explained("sagemaker:CreateTrainingJob"):
+        with _unchecked_role(), explained("sagemaker:CreateTrainingJob"):
             _train(asked, where)
     finally:
         where.session.events.unregister(CREATE, note)
@@ -105,7 +106,7 @@ def _answered(request: Any, **_: Any) -> Any:
 
 @contextlib.contextmanager
 def _unchecked_role() -> Iterator[None]:
-    """Without the SDK's look at the role's rights, which a dry run cannot take (iam_role_resolver.py, SAGEMAKER_VALIDATE_ROLE)."""
+    """Without the SDK's look at the role's rights (iam_role_resolver.py): it wants rights to EC2 and all buckets, which these jobs do not need."""
     before = os.environ.get("SAGEMAKER_VALIDATE_ROLE")
     os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"
     try:
@@ -130,8 +131,11 @@ def _train(asked: Asked, where: Account) -> None:
             role=settings.role,
             training_image=_image(settings, where.region),
             base_job_name=asked.base_name,
-            environment=_environment(asked),
-            tags=[Tag(key=key, value=value) for key, value in {**settings.tags, "azrecipe:run": asked.parcel.run}.items()],
+            environment=_environment(asked, where.region),
+            tags=[
+                Tag(key=key, value=value)
+                for key, value in {**settings.tags, "azrecipe:run": re.sub(r"[^\w .:/=+@-]", "_", asked.parcel.run)}.items()
+            ],
             **_configs(asked),
         )
         _more(trainer, asked)
@@ -185,7 +189,7 @@ def _configs(asked: Asked) -> dict[str, Any]:
         "compute": configs.Compute(
             instance_type=settings.instance_type,
             instance_count=settings.instance_count,
-            volume_size_in_gb=settings.volume_size_in_gb,
+            volume_size_in_gb=_volume(settings),
             enable_managed_spot_training=spot,
             keep_alive_period_in_seconds=settings.keep_alive_period_in_seconds or None,
         ),
@@ -206,6 +210,13 @@ def _configs(asked: Asked) -> dict[str, Any]:
     return found
 
 
+def _volume(settings: Settings) -> int:
+    """GB; a machine with disks of its own gives no more than those."""
+    machine = hardware.load().machines.get(settings.instance_type.removeprefix("ml."))
+    own = machine.local_disk_gb if machine is not None else None
+    return min(settings.volume_size_in_gb, int(own)) if own else settings.volume_size_in_gb
+
+
 def _more(trainer: Any, asked: Asked) -> None:
     from sagemaker.core.shapes import MetricDefinition, RetryStrategy, TensorBoardOutputConfig
 
@@ -219,13 +230,9 @@ def _more(trainer: Any, asked: Asked) -> None:
         trainer.with_retry_strategy(RetryStrategy(maximum_retry_attempts=asked.settings.maximum_retry_attempts))
 
 
-def _environment(asked: Asked) -> dict[str, str]:
+def _environment(asked: Asked, region: str) -> dict[str, str]:
     """pip may add packages and must not touch the image's torch: a constraint that names its version makes it fail first."""
-    return {
-        "PIP_CONSTRAINT": f"{INPUTS}/code/constraints.txt",
-        "AZRECIPE_RUN": asked.parcel.run,
-        **asked.settings.environment,
-    }
+    return {"PIP_CONSTRAINT": f"{INPUTS}/code/constraints.txt", "AWS_DEFAULT_REGION": region, **asked.settings.environment}
 
 
 def _inputs(asked: Asked) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.recipe import resources, schema
 from azrecipe.recipe.building import build
 from azrecipe.recipe.compose import read, shown
-from azrecipe.recipe.yaml_tree import Node
+from azrecipe.recipe.write import to_yaml
+from azrecipe.recipe.yaml_tree import Key, Node, parse
 
 LONGEST = 2_419_200  # seconds that a training job may take, 28 days (SageMaker's quota)
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+SECRET_NAMES = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 SECRETS = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{30,})\b")
 
 
@@ -48,15 +49,16 @@ class Settings:
     upload_data: bool
     price_per_hour: float | None
     steps: Mapping[str, Mapping[str, Any]]
+    changes: Mapping[str, Any] = field(default_factory=dict)  # from the command line, which wins over `steps` too
 
     @property
     def max_wait(self) -> int:
         """Seconds that a spot job may run and wait together; never less than it may run."""
-        return self.max_wait_time_in_seconds or min(2 * self.max_runtime_in_seconds, LONGEST)
+        return max(self.max_wait_time_in_seconds or min(2 * self.max_runtime_in_seconds, LONGEST), self.max_runtime_in_seconds)
 
     def of_step(self, file: str) -> Settings:
         """The settings of one step of a pipeline, by its file's name."""
-        return replace(self, **self.steps.get(file, {}))
+        return replace(self, **{**self.steps.get(file, {}), **self.changes})
 
 
 def load(path: str | Path, **changes: Any) -> Settings:
@@ -72,8 +74,11 @@ def load(path: str | Path, **changes: Any) -> Settings:
     if problems:
         raise RecipeError(sorted(problems, key=lambda p: (p.place.line, p.place.column)))
     settings = build(Settings, schema.finish(root, "sagemaker"))
-    changed = replace(settings, **{key: value for key, value in changes.items() if value is not None})
-    _check_changes(changed, changes, shown(file))
+    given = {key: value for key, value in changes.items() if value is not None}
+    _check_changes(given)
+    changed = replace(settings, **given, changes=given)
+    if changed.enable_managed_spot_training and changed.keep_alive_period_in_seconds:
+        raise CommandError(f"--spot: {shown(file)} has keep_alive_period_in_seconds, which is not for spot machines")
     return changed
 
 
@@ -92,6 +97,9 @@ def _rules(root: Node) -> Iterator[Problem]:
         node = root.get(one)
         if node is not None and node.value and not _value(root, other):
             yield Problem(node.at, f"{one} without {other}: a VPC needs both")
+    for at in secrets_in(root.plain()):
+        if not at.startswith("environment."):
+            yield Problem(root.nearest(keys_of(at)).place, f"{at} looks like a secret, and would stand in the request: take it out")
     environment = root.get("environment")
     for name, node in environment.value.items() if environment is not None and isinstance(environment.value, dict) else ():
         if SECRET_NAMES.search(name) or SECRETS.search(str(node.value)):
@@ -104,18 +112,12 @@ def _value(root: Node, key: str) -> Any:
     return node.plain() if node is not None else schema.document("sagemaker")["properties"][key].get("default")
 
 
-def _check_changes(settings: Settings, changes: Mapping[str, Any], file: str) -> None:
-    """What the command line made of the file is as right as the file was."""
-    if settings.enable_managed_spot_training and settings.keep_alive_period_in_seconds:
-        raise CommandError(f"--spot: {file} has keep_alive_period_in_seconds, which is not for spot machines")
-    definition = schema.document("sagemaker")["properties"]
-    if changes.get("instance_type") and not re.fullmatch(definition["instance_type"]["pattern"], settings.instance_type):
-        raise CommandError(
-            f"--instance-type {settings.instance_type}: an instance type of SageMaker begins with ml., as in ml.p4d.24xlarge"
-        )
-    most = definition["instance_count"]["maximum"]
-    if not 1 <= settings.instance_count <= most:
-        raise CommandError(f"--instance-count {settings.instance_count}: 1 to {most}")
+def _check_changes(changes: Mapping[str, Any]) -> None:
+    """What the command line changes is as right as the file. Raises CommandError with every problem."""
+    found = schema.check(parse(to_yaml(dict(changes)), "the command line"), "sagemaker") if changes else []
+    wrong = [problem.message for problem in found if not problem.message.startswith("the recipe: missing key")]
+    if wrong:
+        raise CommandError("\n".join(f"the command line: {message}" for message in wrong))
 
 
 def secrets_in(data: object) -> Iterator[str]:
@@ -132,3 +134,9 @@ def secrets_in(data: object) -> Iterator[str]:
             yield at
 
     yield from walk(data, "")
+
+
+def keys_of(dotted: str) -> tuple[Key, ...]:
+    """The keys in what `secrets_in` gives."""
+    parts = dotted.replace("[", ".[").split(".")
+    return tuple(int(part[1:-1]) if part.startswith("[") else part for part in parts)

@@ -82,7 +82,8 @@ def submit(recipe: str, config: str, **more: Any) -> Job | None:
         _say(f"{each.asked.run_uri}: already complete" if each.done else _told(each, where))
     if not todo:
         return None
-    if all(each.running is None for each in todo) and not options.yes and not (options.ask or _ask)(_spent(todo)):
+    new = [each for each in todo if each.running is None]
+    if new and not options.yes and not (options.ask or _ask)(_spent(new)):
         raise Interrupted("nothing was submitted", 130)
     job = None
     for nth, each in enumerate(todo, 1):
@@ -149,8 +150,9 @@ def _check_order(todo: Sequence[Submission], where: Account) -> None:
     problems, earlier = [], set()
     for each in todo:
         for _, there in each.asked.parcel.runs.values():
-            state = "" if there in earlier else _bucket(each.asked, where).status(there).get("state", "has not been run")
-            if state not in ("", "complete"):
+            bucket = _bucket(each.asked, where)
+            if there not in earlier and not bucket.complete(there):
+                state = bucket.status(there).get("state", "has not been run")
                 problems.append(
                     f"{each.recipe.path} takes from {each.asked.root}/runs/{there}, whose run is not complete ({state}): submit it first"
                 )
@@ -193,7 +195,7 @@ def _submission(recipe: Recipe, settings: Settings, where: Account, given: tuple
     if where.known:
         bucket = _bucket(asked, where)
         _check_run(asked, bucket)
-        done = bucket.status(packed.run).get("state") == "complete"
+        done = bucket.complete(packed.run)
         running = None if done else _running(asked, where)
     plan = _plan(recipe, settings, path, options) if options.plan and not done and running is None else None
     return Submission(recipe, asked, plan, done, running)
@@ -211,11 +213,6 @@ def _check_machine(recipe: Recipe, settings: Settings) -> None:
             f"instance_type {settings.instance_type}: AWS' own chips are not supported; machines with NVIDIA GPUs are (ml.p4d, ml.p5, ml.g5, ml.g6)"
         )
     machine = hardware.load().machines.get(settings.instance_type.removeprefix("ml."))
-    if machine is not None and machine.local_disk_gb and settings.volume_size_in_gb > machine.local_disk_gb:
-        raise CommandError(
-            f"volume_size_in_gb {settings.volume_size_in_gb}: {settings.instance_type} has {machine.local_disk_gb:,.0f} GB of its own, "
-            "and SageMaker gives it no other disk: say that or less"
-        )
     if machine is not None or family.startswith(GPU_FAMILIES) or recipe.stage not in PLANNED:
         return
     training = recipe.config.training
@@ -240,8 +237,13 @@ def _check_run(asked: request.Asked, bucket: Bucket) -> None:
 
 
 def _running(asked: request.Asked, where: Account) -> Job | None:
-    """The job that this run is in now."""
-    same = [job for job in jobs.listed(where, asked.base_name, running=True) if job.run == asked.parcel.run]
+    """The job that this run is in now. Raises CommandError while one is being stopped: it still writes its checkpoint."""
+    for job in jobs.listed(where, asked.base_name, "Stopping"):
+        if job.run == asked.parcel.run:
+            raise CommandError(
+                f"{job.name} is at this run and is being stopped: its checkpoint is on its way. Submit again when it has ended"
+            )
+    same = [job for job in jobs.listed(where, asked.base_name, "InProgress") if job.run == asked.parcel.run]
     return same[0] if same else None
 
 
