@@ -37,7 +37,7 @@ lint: $(READY)
 
 test: lint
 	@echo "==> pytest"
-	@.venv/bin/python -m pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder  # one more than there are cores: some only wait
+	@.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(READY)
 	@echo "==> pytest, two hosts"
