@@ -1,10 +1,22 @@
 """SageMaker: the same recipe as a training job. `submit` and what it returns may be used from a notebook.
 
-Importing this needs nothing but azrecipe; submitting needs the extra: pip install 'azrecipe[sagemaker]'.
+Importing this needs nothing but azrecipe, and loads what is asked for only; submitting needs the extra: pip install 'azrecipe[sagemaker]'.
 """
 
-from azrecipe.launch.sagemaker.jobs import Job, attach, fetch, logs, status, stop
-from azrecipe.launch.sagemaker.settings import Settings, load
-from azrecipe.launch.sagemaker.submitting import Submission, requests, submit
+from __future__ import annotations
 
-__all__ = ["Job", "Settings", "Submission", "attach", "fetch", "load", "logs", "requests", "status", "stop", "submit"]
+import importlib
+from typing import Any
+
+_WHERE = {
+    **dict.fromkeys(("Job", "attach", "fetch", "logs", "status", "stop"), "jobs"),
+    **dict.fromkeys(("Settings", "load"), "settings"),
+    **dict.fromkeys(("Submission", "requests", "submit"), "submitting"),
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
