@@ -124,6 +124,11 @@ def find(text: str, own: Path | None = None) -> Machine:
     return _of_card(card, count)
 
 
+def of_instance(name: str) -> Machine | None:
+    """The machine of an instance type of SageMaker's, ml.p4d.24xlarge; None for one that is not listed, as those without GPUs are."""
+    return load().machines.get(name.removeprefix("ml."))
+
+
 def of_device(name: str, count: int, total_memory: int) -> Machine | None:
     """The cards that this machine has, as torch.cuda names them; None for a name that is not known.
 

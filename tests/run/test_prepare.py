@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +21,7 @@ from azrecipe.parts.corpus import Located, identity, texts
 from azrecipe.parts.storing import Making, store
 from azrecipe.parts.vocabulary import load_tokenizer
 from azrecipe.recipe.types import Deduplication, TextSource
+from tests import aws
 from tests.conftest import TALES, Done, jsonl, write
 from tests.small import Started, in_small_disk
 
@@ -198,34 +195,10 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A bucket of a real S3 service on loopback, as pyarrow writes it."""
     from pyarrow import fs
 
-    server = shutil.which("moto_server") or os.environ.get("MOTO_SERVER")
-    if server is None:
-        pytest.skip("needs moto_server (pip install 'moto[server]'), on the PATH or named by MOTO_SERVER")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    changes = {
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-    }
-    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
-    process = subprocess.Popen([server, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log, env={**os.environ, **changes})
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in changes.items():
-            patch.setenv(name, value)
-        for _ in range(600):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        s3 = fs.S3FileSystem(endpoint_override=changes["AWS_ENDPOINT_URL"], allow_bucket_creation=True, allow_delayed_open=True)
+    with aws.loopback(tmp_path_factory.mktemp("s3")) as address:
+        s3 = fs.S3FileSystem(endpoint_override=address, allow_bucket_creation=True, allow_delayed_open=True)
         s3.create_dir("bucket")
         yield s3
-    process.kill()
-    process.wait()
-    log.close()
 
 
 def test_files_on_s3_are_read_as_local_ones(bucket: Any, tmp_path: Path, llama: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from azrecipe.errors import CannotRun
 from azrecipe.parts import hardware
+from azrecipe.parts.processes import cores
 from azrecipe.recipe import resources
 
 RESOURCES = Path("/opt/ml/input/config/resourceconfig.json")
@@ -41,7 +42,7 @@ class Cluster:
     @property
     def efa(self) -> bool:
         """Whether machines of this kind have EFA, as far as is known."""
-        machine = hardware.load().machines.get(self.instance_type.removeprefix("ml."))
+        machine = hardware.of_instance(self.instance_type)
         return machine is not None and machine.network is not None and bool(machine.network.efa_interfaces)
 
 
@@ -89,6 +90,5 @@ def environment(cluster: Cluster) -> Mapping[str, str]:
     wanted = {"NCCL_SOCKET_IFNAME": cluster.interface, "GLOO_SOCKET_IFNAME": cluster.interface, "TP_SOCKET_IFNAME": cluster.interface}
     if cluster.efa and len(cluster.hosts) > 1:
         wanted |= {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "RDMAV_FORK_SAFE": "1", "NCCL_DEBUG": "WARN"}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted["OMP_NUM_THREADS"] = str(max(cores // cluster.processes // 2, 1))
+    wanted["OMP_NUM_THREADS"] = str(max(cores() // cluster.processes // 2, 1))
     return {**wanted, **os.environ}

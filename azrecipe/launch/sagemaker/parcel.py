@@ -16,17 +16,18 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import azrecipe
 from azrecipe.errors import Problem, RecipeError
-from azrecipe.launch.sagemaker.settings import SECRETS, Settings, keys_of, secrets_in
+from azrecipe.launch.sagemaker.settings import SECRETS, Settings, secrets_in
 from azrecipe.parts.files import sha256
 from azrecipe.parts.run_dir import locate, run_of
 from azrecipe.recipe import resources, schema
 from azrecipe.recipe.load import DATA_SUFFIXES, LOCAL, Recipe, is_s3, load
+from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key
 
@@ -99,7 +100,7 @@ class Parcel:
 def pack(recipe: Recipe, settings: Settings) -> Parcel:
     """Make a recipe ready to travel. Raises RecipeError for local data that may not, for secrets, and for what would not be a recipe there."""
     problems = [
-        Problem(recipe.place(*keys_of(at)), f"{at} looks like a secret, and would stand in S3: take it out")
+        Problem(recipe.place(*at), f"{dotted(at)} looks like a secret, and would stand in S3: take it out")
         for at in secrets_in(recipe.data)
     ]
     parcel = Parcel(_run(recipe), recipe)
@@ -170,8 +171,13 @@ def _run(recipe: Recipe) -> str:
     return locate(recipe, Path()).path.as_posix()
 
 
-def _package() -> Iterator[tuple[str, bytes]]:
-    """The installed package and what ships with it, by path in the source folder."""
+@cache
+def _package() -> tuple[tuple[str, bytes], ...]:
+    """The installed package and what ships with it, by path in the source folder; read once for all steps of a pipeline."""
+    return tuple(_packaged())
+
+
+def _packaged() -> Iterator[tuple[str, bytes]]:
     package = Path(azrecipe.__file__).resolve().parent
     for file in sorted(package.rglob("*")):
         relative = file.relative_to(package)

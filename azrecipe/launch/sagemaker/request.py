@@ -212,7 +212,7 @@ def _configs(asked: Asked) -> dict[str, Any]:
 
 def _volume(settings: Settings) -> int:
     """GB; a machine with disks of its own gives no more than those."""
-    machine = hardware.load().machines.get(settings.instance_type.removeprefix("ml."))
+    machine = hardware.of_instance(settings.instance_type)
     own = machine.local_disk_gb if machine is not None else None
     return min(settings.volume_size_in_gb, int(own)) if own else settings.volume_size_in_gb
 

@@ -12,6 +12,7 @@ from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.recipe import resources, schema
 from azrecipe.recipe.building import build
 from azrecipe.recipe.compose import read, shown
+from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import Key, Node, parse
 
@@ -67,10 +68,7 @@ def load(path: str | Path, **changes: Any) -> Settings:
     if not file.is_file():
         raise CommandError(f"no such settings file: {path}. What ships: sagemaker/cpt.yaml, sagemaker/sft.yaml")
     root = read(file)
-    if not isinstance(root.value, dict):
-        raise RecipeError([Problem(root.place, "a settings file is a mapping: role, bucket, instance_type, …")])
-    problems = [*schema.check(root, "sagemaker")]
-    problems = problems or list(_rules(root))
+    problems = schema.check(root, "sagemaker") or list(_rules(root))
     if problems:
         raise RecipeError(sorted(problems, key=lambda p: (p.place.line, p.place.column)))
     settings = build(Settings, schema.finish(root, "sagemaker"))
@@ -98,8 +96,8 @@ def _rules(root: Node) -> Iterator[Problem]:
         if node is not None and node.value and not _value(root, other):
             yield Problem(node.at, f"{one} without {other}: a VPC needs both")
     for at in secrets_in(root.plain()):
-        if not at.startswith("environment."):
-            yield Problem(root.nearest(keys_of(at)).place, f"{at} looks like a secret, and would stand in the request: take it out")
+        if at[0] != "environment":
+            yield Problem(root.nearest(at).place, f"{dotted(at)} looks like a secret, and would stand in the request: take it out")
     environment = root.get("environment")
     for name, node in environment.value.items() if environment is not None and isinstance(environment.value, dict) else ():
         if SECRET_NAMES.search(name) or SECRETS.search(str(node.value)):
@@ -120,23 +118,13 @@ def _check_changes(changes: Mapping[str, Any]) -> None:
         raise CommandError("\n".join(f"the command line: {message}" for message in wrong))
 
 
-def secrets_in(data: object) -> Iterator[str]:
-    """The dotted keys of plain data whose text looks like a token or a key."""
-
-    def walk(value: object, at: str) -> Iterator[str]:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                yield from walk(inner, f"{at}.{key}" if at else str(key))
-        elif isinstance(value, list):
-            for i, inner in enumerate(value):
-                yield from walk(inner, f"{at}[{i}]")
-        elif isinstance(value, str) and SECRETS.search(value):
-            yield at
-
-    yield from walk(data, "")
-
-
-def keys_of(dotted: str) -> tuple[Key, ...]:
-    """The keys in what `secrets_in` gives."""
-    parts = dotted.replace("[", ".[").split(".")
-    return tuple(int(part[1:-1]) if part.startswith("[") else part for part in parts)
+def secrets_in(data: object, at: tuple[Key, ...] = ()) -> Iterator[tuple[Key, ...]]:
+    """The keys of plain data whose text looks like a token or a key."""
+    if isinstance(data, Mapping):
+        for key, inner in data.items():
+            yield from secrets_in(inner, (*at, key))
+    elif isinstance(data, list):
+        for i, inner in enumerate(data):
+            yield from secrets_in(inner, (*at, i))
+    elif isinstance(data, str) and SECRETS.search(data):
+        yield at

@@ -212,8 +212,7 @@ def _check_machine(recipe: Recipe, settings: Settings) -> None:
         raise CommandError(
             f"instance_type {settings.instance_type}: AWS' own chips are not supported; machines with NVIDIA GPUs are (ml.p4d, ml.p5, ml.g5, ml.g6)"
         )
-    machine = hardware.load().machines.get(settings.instance_type.removeprefix("ml."))
-    if machine is not None or family.startswith(GPU_FAMILIES) or recipe.stage not in PLANNED:
+    if hardware.of_instance(settings.instance_type) is not None or family.startswith(GPU_FAMILIES) or recipe.stage not in PLANNED:
         return
     training = recipe.config.training
     if training.precision != "float32":
@@ -249,8 +248,7 @@ def _running(asked: request.Asked, where: Account) -> Job | None:
 
 def _plan(recipe: Recipe, settings: Settings, path: str, options: Options) -> dict[str, Any] | None:
     """What `azrecipe plan` says; None where it has nothing to say of such a recipe or machine. Raises CannotRun for what does not fit."""
-    known = settings.instance_type.removeprefix("ml.") in hardware.load().machines
-    if recipe.stage not in PLANNED or not known:
+    if recipe.stage not in PLANNED or hardware.of_instance(settings.instance_type) is None:
         return None
     line = [
         sys.executable,
