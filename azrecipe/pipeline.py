@@ -16,6 +16,7 @@ from azrecipe.launch import command, preflight, worker
 from azrecipe.parts.backend import Mesh
 from azrecipe.parts.files import read_json, write_json
 from azrecipe.parts.run_dir import asked, candidate_of, check_same, locate, run_of
+from azrecipe.parts.run_files import check_folder
 from azrecipe.plan.where import NOWHERE, Where, kind_of
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if recipe.stage == "pipeline":
         _check_order(recipe, steps, arguments.runs_dir)
         preflight.check([s.recipe for s in steps if not locate(s.recipe, arguments.runs_dir).complete], launch)
+        check_folder(locate(recipe, arguments.runs_dir).path)
         _check_runs(steps, arguments.runs_dir)
         return _all(recipe, steps, arguments)
     line = None
@@ -98,6 +100,8 @@ def check(arguments: argparse.Namespace) -> int:
     from azrecipe.parts.failures import explain
     from azrecipe.report import preview
 
+    for one in [recipe, *chosen]:
+        check_folder(locate(one, arguments.runs_dir).path)
     for one in chosen:
         missing = _unfinished(one, arguments.runs_dir)
         if missing and len(chosen) > 1:
@@ -171,9 +175,9 @@ def _note(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) 
     runs = [os.path.relpath(locate(step.recipe, arguments.runs_dir).path, place.path.parent) for step in steps]
     listed = {"steps": [{"step": step.key, "cell": step.cell, "run": run} for step, run in zip(steps, runs, strict=True)]}
     with contextlib.suppress(OSError):  # where nothing can be written the steps say so
-        asked(recipe, place)
         if read_json(place.path / STEPS) != listed:
-            write_json(place.path / STEPS, listed)
+            write_json(place.path / STEPS, listed)  # first: it proves that the folder is ours
+        asked(recipe, place)
     return True
 
 

@@ -138,7 +138,9 @@ def follow(folder: Path, main: bool) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """The marker goes first, so a crash leaves none that looks whole."""
+    """Delete a checkpoint; a link in its place stays, with what is behind it. The marker goes first: a crash leaves none that looks whole."""
+    if checkpoint.is_symlink():
+        return
     (checkpoint / MARKER).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -74,8 +75,10 @@ def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """A folder to fill that takes its name only when the block ends well. What dead processes left aside is removed.
 
     An existing folder of that name is replaced or, without `replace`, wins (for content that has one name whoever
-    makes it).
+    makes it). A link of that name is refused with OSError: the folder behind it is not ours.
     """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link is in the place of a folder that is to be written", str(path))
     _sweep(path)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import azrecipe
 from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted, hint
-from azrecipe.parts import history, storage
+from azrecipe.parts import history, run_files, storage
 from azrecipe.parts.backend import asked as launched
 from azrecipe.parts.backend import nodes, share
 from azrecipe.parts.failures import explain
@@ -95,8 +95,8 @@ class RunDir:
 
     def need(self, size: int, what: str) -> None:
         """Refuse to start when the disk has less than `size` bytes free for `what`."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.path).free
+        there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        free = shutil.disk_usage(there).free
         if free < size:
             raise CannotRun(
                 f"{self.path}: {what} needs about {_gigabytes(size)} of disk and {_gigabytes(free)} are free. Free some, or use --runs-dir"
@@ -159,33 +159,37 @@ def opened(recipe: Recipe, run: RunDir, inputs: Mapping[str, str]) -> Iterator[N
         yield
         return
     try:
+        kept = run.path.is_dir()  # an empty folder that somebody made for this run stays when the run is refused
         run.path.mkdir(parents=True, exist_ok=True)
-        with (run.path / ".lock").open("a") as lock:
+        with (run.path / run_files.LOCK).open("a") as lock:
             _take(lock, run.path)
             status = run.status
             fresh = not (run.path / "recipe.yaml").exists()
+            run_files.check_folder(run.path)  # again, now that no other process can write here
             asked(recipe, run)
             write_json(run.path / "environment.json", environment())
             run.update(state="running", run_id=status.get("run_id") or uuid.uuid4().hex, inputs=dict(inputs), recipe=str(recipe.path),
                        started=status.get("started") or now(), resumed=status.get("resumed", -1) + 1, exit_code=None, message="", finished=None)  # fmt: skip
             history.started(run.path)
-            with _recorded(run, fresh):
+            with _recorded(run, fresh, kept):
                 yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise CannotRun(f"{error.filename}: cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
-def _recorded(run: RunDir, fresh: bool) -> Iterator[None]:
-    """Leave in status.json how the run ended if it ends by an exception; a recipe that is refused leaves nothing."""
+def _recorded(run: RunDir, fresh: bool, kept: bool) -> Iterator[None]:
+    """Leave in status.json how the run ended if it ends by an exception; a recipe that is refused leaves nothing.
+
+    `fresh`: this start made the run; `kept`: its folder was there before.
+    """
     try:
         yield
     except BaseException as error:
         told = explain(error)
-        made = any(True for pattern in ("*.safetensors", "candidate.json") for _ in run.path.rglob(pattern))
-        if fresh and told and told.exit_code == WRONG and not made:
-            _remove(run.path)  # or the recipe, once corrected, would find the run of another one in its way
-            raise
+        refused = fresh and told is not None and told.exit_code == WRONG
+        if refused and run_files.remove_notes(run.path, kept):
+            raise  # nothing is left: the recipe, once corrected, would find the run of another one in its way
         state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
         code = told.exit_code if told else SIGINT if isinstance(error, KeyboardInterrupt) else FAILED
         run.fail(state, code, str(told or f"{type(error).__name__}: {error}"))
@@ -195,6 +199,7 @@ def _recorded(run: RunDir, fresh: bool) -> Iterator[None]:
 def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
     """Whether this recipe's run is complete. Raises CommandError where the folder holds another recipe's, or a stale one."""
     run = locate(recipe, runs_dir)
+    run_files.check_folder(run.path)
     if not run.complete or not run.uploaded:
         return False
     check_same(recipe, run)
@@ -206,15 +211,6 @@ def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
                     f"{run.path} was made from an earlier {key.removeprefix('run of ')} than the one that is there now. Remove that folder to run it again"
                 )
     return True
-
-
-def _remove(path: Path) -> None:
-    """Remove a run directory; of one that stands elsewhere, behind a link, its content."""
-    for child in path.iterdir() if path.is_symlink() else [path]:
-        if child.is_dir():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
 
 
 def connect(run: RunDir, inputs: Mapping[str, str]) -> Any:
@@ -256,6 +252,12 @@ def _take(lock: IO[str], path: Path) -> None:
 
 def check_same(recipe: Recipe, run: RunDir, inputs: Mapping[str, str] | None = None) -> None:
     """Raise CommandError unless the folder is empty or holds this recipe's run, with these inputs."""
+    run_files.check_folder(run.path)
+    check_same_recipe(recipe, run, inputs)
+
+
+def check_same_recipe(recipe: Recipe, run: RunDir, inputs: Mapping[str, str] | None = None) -> None:
+    """`check_same` for a folder that may hold only some of a run's files."""
     file = run.path / "recipe.yaml"
     if not file.exists():
         return

@@ -19,7 +19,7 @@ from azrecipe.launch.sagemaker.bucket import Bucket
 from azrecipe.launch.sagemaker.jobs import Job
 from azrecipe.launch.sagemaker.settings import Settings, load
 from azrecipe.parts import hardware
-from azrecipe.parts.run_dir import RunDir, check_same, run_of
+from azrecipe.parts.run_dir import RunDir, check_same_recipe, run_of
 from azrecipe.recipe import resources
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
@@ -230,7 +230,7 @@ def _check_run(asked: request.Asked, bucket: Bucket) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "recipe.yaml").write_bytes(there)
         try:
-            check_same(asked.parcel.recipe, RunDir(Path(folder), False, Path(folder)))
+            check_same_recipe(asked.parcel.recipe, RunDir(Path(folder), False, Path(folder)))
         except CommandError as error:
             raise CommandError(str(error).replace(folder, asked.run_uri)) from None
 
