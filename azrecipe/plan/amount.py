@@ -106,7 +106,7 @@ def _size(recipe: Recipe, source: Any) -> int | None:
         files = corpus.files(corpus.Located(source, recipe.place("data", "datasets")))
     except RecipeError:
         return None
-    size = sum(Path(file.name).stat().st_size * _PACKED.get(Path(file.name).suffix, 1.0) for file in files if Path(file.name).exists())
+    size = sum(Path(file.path).stat().st_size * _PACKED.get(Path(file.path).suffix, 1.0) for file in files if Path(file.path).exists())
     limit = getattr(source, "max_bytes", None)
     return int(min(size, limit) if limit else size)
 
@@ -119,7 +119,7 @@ def _rows(recipe: Recipe, source: Any) -> int | None:
             files = corpus.files(corpus.Located(source, recipe.place("data", "datasets")))
         except RecipeError:
             return limit
-        paths = [Path(file.name) for file in files]
+        paths = [Path(file.path) for file in files]
         if all(path.suffix == ".jsonl" and path.is_file() for path in paths):
             count = sum(sum(1 for line in path.open("rb") if line.strip()) for path in paths)
             return min(count, limit) if limit else count
