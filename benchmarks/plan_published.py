@@ -3,7 +3,7 @@
     python benchmarks/plan_published.py
 
 Published: 8 × H100 (p5.48xlarge) and 16 × A100 40 GB (two p4d.24xlarge), sequences of 2,048, bfloat16, AdamW. What was not published is said
-beside each figure. Nothing here is tuned to agree: memory has no constant of ours but those in parts/room.py, and each time is predicted
+beside each figure. Nothing here is tuned to agree: memory has no constant of ours but those in planning/memory_budget.py, and each time is predicted
 from the others' efficiency (leave one out).
 """
 
@@ -15,11 +15,13 @@ import statistics
 import sys
 from dataclasses import dataclass, replace
 
-from azrecipe.parts import estimates, hardware, room, step_time
-from azrecipe.parts.model_shape import configuration
-from azrecipe.parts.step_cost import Cost
-from azrecipe.parts.step_shape import Asked
-from azrecipe.parts.step_time import Cluster
+from azrecipe import hardware
+from azrecipe.planning import memory_budget, step_time
+from azrecipe.planning.model_config import configuration
+from azrecipe.planning.simulation import cost_cache
+from azrecipe.planning.simulation.step_cost import Cost
+from azrecipe.planning.simulation.step_spec import Asked
+from azrecipe.planning.step_time import Cluster
 from azrecipe.recipe.types import ModelSource
 
 LENGTH = 2048
@@ -58,13 +60,20 @@ def memory(fsdp: Cost, liger: Cost) -> None:
     line(*["---"] * 6)
     for name, cost, published in (("FSDP", fsdp, 64), ("FSDP + Liger", liger, 27)):
         peak = sum(cost.memory(10, 8).values())
-        line(name, f"{peak / room.GIB:.1f}", f"{peak / GB:.1f}", published, error(peak / room.GIB, published), error(peak / GB, published))
+        line(
+            name,
+            f"{peak / hardware.GIB:.1f}",
+            f"{peak / GB:.1f}",
+            published,
+            error(peak / hardware.GIB, published),
+            error(peak / GB, published),
+        )
     states = 4 * 2 * fsdp.parameters.total  # weights, gradients and two moments in bfloat16
     print("\n## Model states (weights, gradients, two moments, bfloat16)\n")
     line("case", "predicted GiB", "published", "error")
     line(*["---"] * 4)
-    line("whole", f"{states / room.GIB:.2f}", 9.23, error(states / room.GIB, 9.23))
-    line("on each of 8", f"{states / 8 / room.GIB:.2f}", 1.17, error(states / 8 / room.GIB, 1.17))
+    line("whole", f"{states / hardware.GIB:.2f}", 9.23, error(states / hardware.GIB, 9.23))
+    line("on each of 8", f"{states / 8 / hardware.GIB:.2f}", 1.17, error(states / 8 / hardware.GIB, 1.17))
 
 
 def batches(found: dict[str, tuple[Cost, Asked]]) -> None:
@@ -75,8 +84,8 @@ def batches(found: dict[str, tuple[Cost, Asked]]) -> None:
     for name, (cost, asked) in found.items():
         cells = []
         for card, said in zip(("a100-40g", "h100-80g"), published[name], strict=True):
-            total = hardware.find(card).card.total_memory_gib * room.GIB
-            cells += ["{} – {}".format(*room.largest_batch(cost, asked, total, 8)), said]
+            total = hardware.find(card).card.total_memory_gib * hardware.GIB
+            cells += ["{} – {}".format(*memory_budget.largest_batch(cost, asked, total, 8)), said]
         line(name, *cells)
 
 
@@ -84,7 +93,7 @@ def times(timed: list[Timed]) -> None:
     print("\n## Time (one efficiency of cards and one of the network; each predicted from the other three)\n")
     line("case", "predicted s a step", "published s a step", "error", "share of roofline", "assumed")
     line(*["---"] * 6)
-    costs = estimates.costs([(t.asked, LENGTH) for t in timed])
+    costs = cost_cache.costs([(t.asked, LENGTH) for t in timed])
     rooflines = [_alone(cost, t) for cost, t in zip(costs, timed, strict=True)]
     for i, (cost, t) in enumerate(zip(costs, timed, strict=True)):
         others = [j for j in range(len(timed)) if j != i]
@@ -126,7 +135,7 @@ def calibration() -> None:
     line("card", "run", "there", "now")
     line(*["---"] * 4)
     runs = step_time.published()
-    for run, cost in zip(runs, estimates.costs([(run.asked, run.length) for run in runs]), strict=True):
+    for run, cost in zip(runs, cost_cache.costs([(run.asked, run.length) for run in runs]), strict=True):
         line(run.card, run.what, f"{run.efficiency:.3f}", f"{run.reckoned(cost):.3f}")
 
 
@@ -140,7 +149,7 @@ def main() -> int:
     print(
         f"azrecipe plan beside the published figures. {platform.machine()}, Python {platform.python_version()}, {versions}; no GPU was used."
     )
-    known = dict(zip(cases, estimates.costs([(asked, LENGTH) for asked in cases.values()]), strict=True))
+    known = dict(zip(cases, cost_cache.costs([(asked, LENGTH) for asked in cases.values()]), strict=True))
     memory(known["FSDP"], known["FSDP + Liger"])
     batches({name: (known[name], asked) for name, asked in cases.items()})
     p5 = Cluster(hardware.find("p5.48xlarge"), 1, "fsdp2")

@@ -53,11 +53,11 @@ def theirs(file: str, tokenizer_folder: str, work: str, processes: int) -> int:
 
 def ours(file: str, tokenizer_folder: str, work: str, processes: int) -> int:
     """What `azrecipe prepare` does with one source; returns the tokens."""
+    from azrecipe.data.readers import Located
+    from azrecipe.data.tokenized_cache import Making, store
     from azrecipe.errors import Place
-    from azrecipe.parts.corpus import Located
-    from azrecipe.parts.storing import Making, store
-    from azrecipe.parts.vocabulary import load_tokenizer
     from azrecipe.recipe.types import TextSource
+    from azrecipe.tokenization.tokenizer import load_tokenizer
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:processes])  # as many workers as it may use cores
     source = Located(TextSource(file, "train"), Place("benchmark"))
@@ -93,8 +93,8 @@ def run(way: str, *arguments: Any) -> None:
     import datasets  # noqa: F401
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
-    import azrecipe.parts.storing
-    import azrecipe.parts.vocabulary  # noqa: F401
+    import azrecipe.data.tokenized_cache
+    import azrecipe.tokenization.tokenizer  # noqa: F401
 
     began = time.perf_counter()
     tokens = {"theirs": theirs, "ours": ours}[way](*arguments)
@@ -136,7 +136,8 @@ def main() -> None:
         return
     from tokenizer import SEED, make_text, read
 
-    from azrecipe.parts.vocabulary import save_tokenizer, train_llama3
+    from azrecipe.tokenization.bpe_training import train_llama3
+    from azrecipe.tokenization.tokenizer import save_tokenizer
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "datasets", "transformers", "pyarrow"))
     print(f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}, seed {SEED}", flush=True)

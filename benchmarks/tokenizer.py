@@ -59,7 +59,7 @@ def bare(file: Path, vocab_size: int) -> None:
     """The library by itself, as its documentation trains a byte-level BPE."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    from azrecipe.parts.vocabulary import LLAMA3_SPLIT
+    from azrecipe.tokenization.tokenizer import LLAMA3_SPLIT
 
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated")
@@ -70,14 +70,15 @@ def bare(file: Path, vocab_size: int) -> None:
 
 def ours(file: Path, sizes: tuple[int, ...], kind: str = "custom") -> None:
     """The stage's own way: mixed, hashed against the held-out documents, special tokens cut out."""
+    from azrecipe.data import tokenizer_corpus
+    from azrecipe.data.readers import Located
     from azrecipe.errors import Place
-    from azrecipe.parts import candidates, vocabulary
-    from azrecipe.parts.corpus import Located
     from azrecipe.recipe.types import TextSource
+    from azrecipe.tokenization import bpe_training, candidates, tokenizer
 
-    base = vocabulary.train_llama3((text for text, _ in zip(read(file), range(500), strict=False)), 2_000)
-    text = candidates.Text(
-        [Located(TextSource(str(file), "train"), Place("benchmark"))], None, frozenset([b""]), vocabulary.added_names(base)
+    base = bpe_training.train_llama3((text for text, _ in zip(read(file), range(500), strict=False)), 2_000)
+    text = tokenizer_corpus.Text(
+        [Located(TextSource(str(file), "train"), Place("benchmark"))], None, frozenset([b""]), tokenizer.added_names(base)
     )
     made = candidates.make(base, candidates.Family(kind, "base", None, {str(size): size for size in sizes}), text)
     print("  sizes reached:", ", ".join(f"{len(tokenizer):,}" for tokenizer, _ in made.values()))
@@ -85,12 +86,12 @@ def ours(file: Path, sizes: tuple[int, ...], kind: str = "custom") -> None:
 
 def measuring(file: Path, processes: int) -> None:
     """Counting, without the time that processes take to start."""
-    from azrecipe.parts import vocabulary
-    from azrecipe.parts.measures import count
-    from azrecipe.parts.processes import Workers
+    from azrecipe.tokenization import bpe_training
+    from azrecipe.tokenization.tokenizer_metrics import count
+    from azrecipe.utils.process_pool import Workers
 
     texts = list(read(file))
-    tokenizer = vocabulary.train_llama3(texts[:5000], 20_000)
+    tokenizer = bpe_training.train_llama3(texts[:5000], 20_000)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with Workers(processes, alone=0) as workers:
         count(workers, tokenizer, {"warm": texts[:2000]})
@@ -111,7 +112,7 @@ def alone(function: str, *arguments: Any) -> tuple[float, int]:
 
 
 def run(function: str, file: str, *rest: str) -> None:
-    import azrecipe.parts.candidates  # noqa: F401 (imports are not what is measured)
+    import azrecipe.tokenization.candidates  # noqa: F401 (imports are not what is measured)
 
     calls = {
         "bare": lambda: bare(Path(file), int(rest[0])),

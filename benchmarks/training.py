@@ -48,7 +48,8 @@ def project(folder: Path, asked: argparse.Namespace) -> None:
     """text.jsonl, held.jsonl and ./model, a Llama of random weights with a tokenizer of this text."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from azrecipe.parts.vocabulary import save_tokenizer, train_llama3
+    from azrecipe.tokenization.bpe_training import train_llama3
+    from azrecipe.tokenization.tokenizer import save_tokenizer
 
     make_text(folder / "text.jsonl", asked.megabytes)
     lines = (folder / "text.jsonl").read_text(encoding="utf-8").splitlines()
@@ -86,11 +87,11 @@ def bare(folder: Path, asked: argparse.Namespace) -> Iterator[None]:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
+    from azrecipe.data.mixture import Mix
+    from azrecipe.data.packing import PackedText, Packing, borders, collate, layout
+    from azrecipe.data.readers import Located
+    from azrecipe.data.tokenized_cache import Making, store
     from azrecipe.errors import Place
-    from azrecipe.parts.corpus import Located
-    from azrecipe.parts.mixing import Mix
-    from azrecipe.parts.packing import PackedText, Packing, borders, collate, layout
-    from azrecipe.parts.storing import Making, store
     from azrecipe.recipe.types import TextSource
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -180,21 +181,21 @@ def trl(folder: Path, asked: argparse.Namespace) -> list[float]:
 
 def azrecipe(folder: Path, asked: argparse.Namespace) -> list[float]:
     """A run as `azrecipe run` makes it, the clock its trainer's last callback."""
-    from azrecipe.launch import worker
-    from azrecipe.parts import backend
+    from azrecipe.distributed import backend
+    from azrecipe.pipeline import worker
 
     backend.set_up()
-    from azrecipe.parts import text_training
+    from azrecipe.training import pretraining
 
     clocks = []
 
-    class Clocked(text_training.TextTrainer):
+    class Clocked(pretraining.TextTrainer):
         def train(self, *given: Any, **more: Any) -> Any:
             clocks.append(pair(folder, asked))
             self.add_callback(clocks[0])
             return super().train(*given, **more)
 
-    text_training.TextTrainer = Clocked  # type: ignore[misc]
+    pretraining.TextTrainer = Clocked  # type: ignore[misc]
     os.chdir(folder)
     code = worker.start(recipe(folder, asked, f"step{time.monotonic_ns()}").name, [], Path("runs"))
     if code:

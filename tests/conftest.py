@@ -116,8 +116,8 @@ def run_cli(tmp_path: Path) -> Callable[..., Done]:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a very small Llama and its tokenizer, as a base model has it: no chat template."""
-    from azrecipe.parts.model import build_model, save_model
-    from azrecipe.parts.vocabulary import train_llama3
+    from azrecipe.modeling.loading import build_model, save_model
+    from azrecipe.tokenization.bpe_training import train_llama3
 
     folder = tmp_path_factory.mktemp("model") / "llama"
     tokenizer = train_llama3([tale * 20 for tale in TALES], 320)

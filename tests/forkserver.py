@@ -36,14 +36,16 @@ LOADED = (
     "accelerate.commands.launch", "deepspeed", "matplotlib.backends.backend_svg", "matplotlib.figure", "torch.distributed.checkpoint",
     "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler", "torch.distributed.fsdp", "torch.distributed.run",
     "torch.profiler._cupti_monitor", "torch.utils.serialization.config", "transformers.models.llama.modeling_llama", "trl.trainer.dpo_trainer",
-    "trl.trainer.sft_trainer", "azrecipe.launch.launcher", "azrecipe.launch.worker", "azrecipe.pipeline", "azrecipe.stages.evaluate",
+    "trl.trainer.sft_trainer", "azrecipe.pipeline.accelerate_launcher", "azrecipe.pipeline.worker", "azrecipe.pipeline.runner", "azrecipe.stages.evaluate",
     "azrecipe.stages.pretrain", "azrecipe.stages.sft", "azrecipe.stages.tokenizer",
 )  # fmt: skip
 
 
 def preload() -> None:
     """Import what a run imports, and start no thread: forks of a process with threads can hang."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # as parts.cpu sets it; DeepSpeed looks when it is imported, and Accelerate imports it
+    os.environ["DS_ACCELERATOR"] = (
+        "cpu"  # as distributed.cpu_backend sets it; DeepSpeed looks when it is imported, and Accelerate imports it
+    )
     import torch
 
     torch.set_num_threads(1)
@@ -52,12 +54,12 @@ def preload() -> None:
             importlib.import_module(name)
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from azrecipe.recipe import resources
-    from azrecipe.recipe.steps import open_recipe
+    from azrecipe.recipe.pipeline_steps import open_recipe
+    from azrecipe.utils import shipped_files
 
     get_checkpoint_conversion_mapping("llama")  # the first question makes the table of all models
     for recipe in ("pipeline", "evaluate"):  # the schemas are read
-        open_recipe(resources.find(f"recipes/quickstart/{recipe}.yaml"), [])
+        open_recipe(shipped_files.find(f"recipes/quickstart/{recipe}.yaml"), [])
     gc.collect()
     gc.freeze()  # a run collects several times, and would walk and copy all of this each time
 
@@ -111,7 +113,7 @@ def _run(request: dict[str, Any]) -> NoReturn:
 def _python(words: Sequence[str], env: Mapping[str, str]) -> int:
     """What `python words…` does, in this process; returns its exit code."""
     from azrecipe import cli
-    from azrecipe.launch import command, launcher
+    from azrecipe.pipeline import accelerate_launcher, launch_command
 
     try:
         os.environ.clear()
@@ -119,14 +121,14 @@ def _python(words: Sequence[str], env: Mapping[str, str]) -> int:
         logging.disable(logging.NOTSET)  # the launcher's own choice
         random.seed()  # a process of its own would not begin where the others do
         np.random.seed()
-        command._stopped.clear()
+        launch_command._stopped.clear()
         while words[0] in ("-u", "-W"):
             words = words[1 if words[0] == "-u" else 2 :]
         sys.argv = [*words[1:]] if words[0] in ("-m", "-c") else [*words]
         if words[:2] == ["-m", "azrecipe"]:
             return int(cli.main([*words[2:]]))
-        if words[:2] == ["-m", "azrecipe.launch.launcher"]:
-            return int(launcher.main())
+        if words[:2] == ["-m", "azrecipe.pipeline.accelerate_launcher"]:
+            return int(accelerate_launcher.main())
         if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         elif words[0] == "-c":

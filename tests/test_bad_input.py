@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from azrecipe.recipe.to_yaml import to_yaml
 from azrecipe.recipe.validate import validate
-from azrecipe.recipe.write import to_yaml
 from azrecipe.recipe.yaml_tree import parse
 from tests.conftest import QUESTIONS, TALES, TOKENIZER, Done, jsonl, run_command, write
 
@@ -311,8 +311,8 @@ REFUSED_BY_THE_STAGE = [
 @pytest.fixture(scope="session")
 def models(llama: Path) -> Path:
     """The folder of llama; beside it torn, whose embeddings are too few; chatty and strict, whose templates will not do."""
-    from azrecipe.parts.model import load_model
-    from azrecipe.parts.vocabulary import load_tokenizer, save_tokenizer
+    from azrecipe.modeling.loading import load_model
+    from azrecipe.tokenization.tokenizer import load_tokenizer, save_tokenizer
 
     net, tokenizer = load_model(str(llama), "float32"), load_tokenizer(str(llama))
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"

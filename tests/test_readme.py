@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from azrecipe import cli
-from azrecipe.launch.command import config_file
-from azrecipe.launch.sagemaker import settings
-from azrecipe.parts.hardware import find
+from azrecipe.cli.main import _parser
+from azrecipe.hardware import find
+from azrecipe.pipeline.launch_command import config_file
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import open_recipe
+from azrecipe.recipe.pipeline_steps import open_recipe
+from azrecipe.sagemaker import settings
 from tests.conftest import ROOT
 
 TEXT = "".join(
@@ -44,7 +44,7 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
     if words[0] != "azrecipe":
         words = ["azrecipe", "run", *words[words.index("azrecipe") + 1 :]]
     words = [word for word in words if word != "\\"]
-    arguments = cli._parser().parse_args(words[1:])
+    arguments = _parser().parse_args(words[1:])
     if arguments.verb == "run":
         if arguments.accelerate_config:
             assert config_file(arguments.accelerate_config).is_file()

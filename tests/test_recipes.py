@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.parts import phases
-from azrecipe.parts.batches import split
-from azrecipe.parts.lora import lora_config
-from azrecipe.parts.model import count
+from azrecipe.distributed.batch_size import split
+from azrecipe.modeling import parameter_groups
+from azrecipe.modeling.loading import count
+from azrecipe.modeling.lora import lora_config
 from azrecipe.recipe.load import load
-from azrecipe.recipe.steps import load_pipeline, open_recipe
+from azrecipe.recipe.pipeline_steps import load_pipeline, open_recipe
 from azrecipe.recipe.validate import validate
 from tests.conftest import ROOT
 
@@ -129,9 +129,9 @@ def test_phases_and_adapters_fit_the_real_models(file: Path) -> None:
     vocabulary = by_name["tokenizer"].candidates[by_name["tokenizer"].select].vocab_size
     adapted = shape(name, vocab_size=vocabulary)
     matrices = 1 if SHAPES[name][0]["tie_word_embeddings"] else 2
-    first = phases.freeze(adapted, by_name["cpt_phase1"].phases[0].trainable_parameters)
+    first = parameter_groups.freeze(adapted, by_name["cpt_phase1"].phases[0].trainable_parameters)
     assert first.trainable == matrices * vocabulary * SHAPES[name][0]["hidden_size"]
-    assert phases.freeze(adapted, by_name["cpt_phase2"].phases[0].trainable_parameters).trainable == count(adapted)
+    assert parameter_groups.freeze(adapted, by_name["cpt_phase2"].phases[0].trainable_parameters).trainable == count(adapted)
     assert set(lora_config(by_name["sft"].lora, adapted).target_modules) == set(by_name["sft"].lora.target_modules)
 
 
@@ -175,7 +175,7 @@ def test_eeve_s_phases_fit_the_model_that_they_are_for() -> None:
     assert pretrain.tokenizer.candidate == tokenizer.select
     new = range(128_256, 128_256 + tokenizer.candidates[tokenizer.select].new_tokens)
     model = shape(name, vocab_size=new.stop)
-    trained = [phases.freeze(model, phase.trainable_parameters, new).trainable for phase in pretrain.phases]
+    trained = [parameter_groups.freeze(model, phase.trainable_parameters, new).trainable for phase in pretrain.phases]
     rows, matrix = len(new) * width, new.stop * width
     layers = count(model) - 2 * matrix - width  # the norm after the last layer is in none
     assert trained == [rows, rows, 2 * rows, matrix, rows + matrix, count(model), layers]

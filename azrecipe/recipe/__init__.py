@@ -1,1 +1,1 @@
-"""What the file says: YAML with positions, inheritance, overrides and schemas, down to frozen dataclasses."""
+"""What a YAML file says: parsed, inherited, validated and typed."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import Place, Problem, RecipeError, hint
-from azrecipe.recipe import rules, schema
-from azrecipe.recipe.building import build
+from azrecipe.recipe import schema
 from azrecipe.recipe.compose import Composed, compose, shown
+from azrecipe.recipe.dataclass_builder import build
 from azrecipe.recipe.overrides import Override
+from azrecipe.recipe.rules import common
 from azrecipe.recipe.types import STAGE_TYPES
 from azrecipe.recipe.yaml_tree import Key, Node, parse
+from azrecipe.utils.paths import LOCAL
 
 CELLS = "cells"  # the folder of a project that holds the runs of a matrix' cells, one folder a cell
-DATA_SUFFIXES = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def from_composed(path: Path, composed: Composed) -> Recipe:
         message = f"a recipe cannot be called {path.name}: a project keeps the runs of a matrix in a folder of that name. Rename the file"
         raise RecipeError([Problem(Place(shown(path)), message)])
     broken = {problem.place for problem in composed.problems}  # what the schema says of a value that is not there is no news
-    problems = [*composed.problems, *(p for p in schema.check(root, stage) + rules.check(root, stage) if p.place not in broken)]
+    problems = [*composed.problems, *(p for p in schema.check(root, stage) + common.check(root, stage) if p.place not in broken)]
     if problems:
         raise RecipeError(_unique(problems))
     tree = resolve_paths(root, schema.document(stage))
@@ -142,40 +143,6 @@ def stage_of(root: Node) -> str:
 
 def _unique(problems: Sequence[Problem]) -> list[Problem]:
     return sorted(dict.fromkeys(problems), key=lambda p: (p.place.file, p.place.line, p.place.column))
-
-
-def is_local_data(path: str) -> bool:
-    """Whether a dataset's path names files here rather than files on S3 or a dataset on the hub."""
-    return path.startswith(("./", "../", "/", "~")) or (path.endswith(DATA_SUFFIXES) and not is_s3(path))
-
-
-def is_s3(path: str) -> bool:
-    """Whether a dataset's path names files on S3."""
-    return path.startswith("s3://")
-
-
-def is_local_model(path: str) -> bool:
-    """Whether a model's name_or_path names a folder here rather than a model on the hub."""
-    return path.startswith(("./", "../", "/", "~")) or path in (".", "..")
-
-
-def is_template_file(chat_template: str) -> bool:
-    """Whether chat_template names a file rather than a template that ships."""
-    return chat_template.endswith(".jinja")
-
-
-def is_local_task(path: str) -> bool:
-    """Whether a benchmark task is a file here rather than one of lm-evaluation-harness' own."""
-    return path.startswith(("./", "../", "/", "~")) or path.endswith((".yaml", ".yml"))
-
-
-LOCAL: Mapping[str, Callable[[str], bool]] = {  # by a key's x-path: whether its value is a path here
-    "recipe": lambda _: True,
-    "data": is_local_data,
-    "model": is_local_model,
-    "template": is_template_file,
-    "task": is_local_task,
-}
 
 
 def resolve_paths(node: Node, definition: schema.Schema) -> Node:

@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any
 
 from azrecipe.errors import Problem, did_you_mean, hint
-from azrecipe.recipe import resources
 from azrecipe.recipe.overrides import dotted
 from azrecipe.recipe.yaml_tree import Key, Node
+from azrecipe.utils import shipped_files
 
 STAGES = ("tokenizer", "pretrain", "sft", "evaluate", "pipeline")
 SHOWN = 15  # a longer list of allowed words is cut in messages
@@ -20,7 +20,7 @@ Schema = Mapping[str, Any]
 @cache
 def document(name: str) -> Schema:
     """A schema file as it stands: document("pretrain"), document("common")."""
-    loaded: Schema = json.loads((resources.root() / "schema" / f"{name}.json").read_text(encoding="utf-8"))
+    loaded: Schema = json.loads((shipped_files.root() / "schema" / f"{name}.json").read_text(encoding="utf-8"))
     return loaded
 
 

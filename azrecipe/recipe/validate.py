@@ -10,7 +10,7 @@ from azrecipe.errors import Place, Problem, RecipeError
 from azrecipe.recipe.compose import compose, read, shown
 from azrecipe.recipe.load import from_composed
 from azrecipe.recipe.overrides import Override
-from azrecipe.recipe.steps import lone_candidate, resolve
+from azrecipe.recipe.pipeline_steps import lone_candidate, resolve
 
 
 @dataclass(frozen=True)

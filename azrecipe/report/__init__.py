@@ -1,1 +1,1 @@
-"""What happened, for people: run directories as terminal tables."""
+"""What happened in runs, as HTML pages and terminal tables."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from azrecipe.errors import CannotRun, CommandError
-from azrecipe.parts.files import write_text
-from azrecipe.report import chain, compared, happened, sections
-from azrecipe.report.markup import Html, joined, page, parts
-from azrecipe.report.runs import Run, opened
+from azrecipe.report import comparison_page, history_section, pipeline_page, sections
+from azrecipe.report.html import Html, joined, page, parts
+from azrecipe.runs.reader import Run, opened
+from azrecipe.utils.atomic_files import write_text
 
 NAME = "report.html"
 COMPARISON = "comparison.html"
@@ -24,8 +24,8 @@ def write(path: Path, output: Path | None = None) -> Path:
     run, file = opened(path), output or path / NAME
     try:
         if run.stage == "pipeline":
-            return _written(file, f"Pipeline: {run.name}", parts(chain.parts(run, file)))
-        found = [*sections.of_run(run), happened.environment([run])]
+            return _written(file, f"Pipeline: {run.name}", parts(pipeline_page.parts(run, file)))
+        found = [*sections.of_run(run), history_section.environment([run])]
         return _written(file, f"{sections.title(run)}: {run.name}", joined([sections.summary(run), parts(found)]))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
@@ -44,7 +44,7 @@ def compare(paths: Sequence[Path], output: Path | None = None) -> Path:
         runs += steps if run.stage == "pipeline" else [run]
     runs = list({run.path.resolve(): run for run in runs}.values())
     try:
-        return _written(file, f"Comparison of {len(runs)} runs", parts(compared.parts(runs, file)))
+        return _written(file, f"Comparison of {len(runs)} runs", parts(comparison_page.parts(runs, file)))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from None
 

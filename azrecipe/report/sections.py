@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from azrecipe.report import asked, evaluation, foretold, happened, pretraining, tokenizers, tuning
-from azrecipe.report.markup import Html, Part, definitions, facts, folded, joined
-from azrecipe.report.runs import Run
+from azrecipe.report import (
+    estimate_section,
+    evaluate_section,
+    history_section,
+    pretrain_section,
+    recipe_section,
+    sft_section,
+    tokenizer_section,
+)
+from azrecipe.report.html import Html, Part, definitions, facts, folded, joined
+from azrecipe.runs.reader import Run
 
 Facts = Callable[[Run], Mapping[str, str]]
 Parts = Callable[[Run], Iterable[Part]]
 STAGES: Mapping[str, tuple[str, Facts, Parts]] = {
-    "tokenizer": ("Tokenizers", tokenizers.facts, tokenizers.parts),
-    "pretrain": ("Pretraining", pretraining.facts, pretraining.parts),
-    "sft": ("Instruction tuning", tuning.facts, tuning.parts),
-    "evaluate": ("Evaluation", evaluation.facts, evaluation.parts),
+    "tokenizer": ("Tokenizers", tokenizer_section.facts, tokenizer_section.parts),
+    "pretrain": ("Pretraining", pretrain_section.facts, pretrain_section.parts),
+    "sft": ("Instruction tuning", sft_section.facts, sft_section.parts),
+    "evaluate": ("Evaluation", evaluate_section.facts, evaluate_section.parts),
 }
 
 
@@ -30,11 +38,11 @@ def headline(run: Run) -> Mapping[str, str]:
 
 def summary(run: Run) -> Html:
     """State, times and headline numbers, and why it stopped where it did."""
-    return joined([asked.described(run), facts({**headline(run), **happened.facts(run)}), happened.message(run)])
+    return joined([recipe_section.described(run), facts({**headline(run), **history_section.facts(run)}), history_section.message(run)])
 
 
 def of_run(run: Run) -> list[Part]:
     """All that a page tells of one run, but the machine."""
     found = STAGES[run.stage][2](run) if run.stage in STAGES else ()
     terms = folded("What the measures mean", definitions(run.result.get("definitions", {})))
-    return [asked.part(run), *found, foretold.part(run), happened.starts(run), Part("Definitions", terms)]
+    return [recipe_section.part(run), *found, estimate_section.part(run), history_section.starts(run), Part("Definitions", terms)]

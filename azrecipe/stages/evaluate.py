@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from azrecipe.data.inputs import Inputs
+from azrecipe.distributed.backend import Backend, has_accelerator
+from azrecipe.distributed.requirements import check_precision
 from azrecipe.errors import CommandError, RecipeError
-from azrecipe.parts import answers, fidelity, generation, harness, metrics, model, resampling, run_dir, subjects
-from azrecipe.parts.answers import Question
-from azrecipe.parts.backend import Backend, check_precision, has_accelerator
-from azrecipe.parts.fidelity import Expected
-from azrecipe.parts.files import read_json, write_json
-from azrecipe.parts.resampling import Resampling, compared
-from azrecipe.parts.sources import Inputs
-from azrecipe.parts.subjects import Subject
-from azrecipe.parts.watching import say
+from azrecipe.evaluation import answer_metrics, bits_per_byte, generation, lm_harness, models, output_metrics
+from azrecipe.evaluation.answer_metrics import Question
+from azrecipe.evaluation.models import Subject
+from azrecipe.evaluation.output_metrics import Expected
+from azrecipe.modeling import loading
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Evaluate
+from azrecipe.runs import run_dir
+from azrecipe.utils import bootstrap
+from azrecipe.utils.atomic_files import read_json, write_json
+from azrecipe.utils.bootstrap import Resampling, compared
+from azrecipe.utils.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,11 +42,11 @@ DEFINITIONS = {
     "bpb": "bits per byte: sum of -log2 p over all tokens of the held-out text / its UTF-8 bytes; comparable between tokenizers",
     "fertility": "tokens per white-space separated word, no special tokens",
     "bytes_per_token": "UTF-8 bytes per token, no special tokens",
-    "interval": f"{resampling.LEVEL} % of {resampling.RESAMPLES:,} resamples of documents (or their groups), prompts, conversations; null from a single one",
+    "interval": f"{bootstrap.LEVEL} % of {bootstrap.RESAMPLES:,} resamples of documents (or their groups), prompts, conversations; null from a single one",
     "difference": "a model's value minus the baseline's, its interval from the same resamples of both",
     "generations": "of what is written after the prompts: language: share of outputs that lingua says are in the expected language; "
     "language_characters: of their characters; script: share of letters in the expected script; "
-    f"repetition: share of {fidelity.GRAM}-grams of words that have occurred before in the output; "
+    f"repetition: share of {output_metrics.GRAM}-grams of words that have occurred before in the output; "
     "ended: share of outputs that the model ended itself; tokens, words, bytes: mean length of an output",
     "answers": "of answers to held-out conversations: chrf and chrf++ of all together (sacrebleu), rouge_l: mean F measure (rouge_score, Unicode words), "
     "all 0 to 100; and the measures of generations",
@@ -75,10 +79,10 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
                 "validation": {k: _size(texts) for k, texts in checked.held_out.items()},
                 "prompts": [generation.title(prompt) for prompt in checked.asked],
                 "generation": asdict(config.generation),
-                "expected": {"language": config.language, "script": config.script, "decided_between": fidelity.languages(config)},
+                "expected": {"language": config.language, "script": config.script, "decided_between": output_metrics.languages(config)},
                 **({"answers": _asked(checked.questions, checked.of, checked.too_long)} if config.answers else {}),
-                **({"harness": harness.version(), "tasks": _about(job, found)} if config.tasks else {}),
-                "resamples": {"seed": config.seed, "count": resampling.RESAMPLES, "level": resampling.LEVEL},
+                **({"harness": lm_harness.version(), "tasks": _about(job, found)} if config.tasks else {}),
+                "resamples": {"seed": config.seed, "count": bootstrap.RESAMPLES, "level": bootstrap.LEVEL},
                 "definitions": DEFINITIONS,
             }
         )
@@ -99,7 +103,7 @@ class Checked:
     questions: Sequence[Question]
     of: int
     too_long: int
-    tasks: harness.Harness
+    tasks: lm_harness.Harness
 
 
 def check(recipe: Recipe, inputs: Inputs) -> Checked:
@@ -107,16 +111,16 @@ def check(recipe: Recipe, inputs: Inputs) -> Checked:
     config: Evaluate = recipe.config
     warning = check_precision("bf16_pure" if config.precision == "bfloat16" else "float32", use_liger_kernel=False)
     say(warning, bool(warning))
-    fidelity.check(config)
-    harness.needed(config)
-    found, tokenizers = subjects.find(inputs, config.models)
-    nets = {name: model.skeleton(subject.path, revision=subject.revision) for name, subject in found.items()}
+    output_metrics.check(config)
+    lm_harness.needed(config)
+    found, tokenizers = models.find(inputs, config.models)
+    nets = {name: loading.skeleton(subject.path, revision=subject.revision) for name, subject in found.items()}
     held_out = inputs.validation(config.data.validation)
     asked = [generation.asked(prompt) for prompt in config.prompts]
     limits = {name: getattr(net.config, "max_position_embeddings", None) for name, net in nets.items()}
     _check_prompts(recipe, asked, tokenizers, limits)
     questions, of, too_long = _questions(inputs, config, tokenizers, limits)
-    tasks = harness.Harness(recipe)
+    tasks = lm_harness.Harness(recipe)
     if config.tasks:
         _check_tasks(recipe, tasks, tokenizers)
         inputs.found |= tasks.inputs()
@@ -132,13 +136,13 @@ class Job:
     held_out: Mapping[str, list[str]]
     asked: Sequence[generation.Asked]
     questions: Sequence[Question]
-    tasks: harness.Harness
+    tasks: lm_harness.Harness
 
     @cached_property
-    def detector(self) -> fidelity.Detector | None:
+    def detector(self) -> output_metrics.Detector | None:
         """Opened for the first outputs that a language is expected of."""
-        codes = fidelity.languages(self.config)
-        return fidelity.Detector(codes) if codes else None
+        codes = output_metrics.languages(self.config)
+        return output_metrics.Detector(codes) if codes else None
 
     def text(self, name: str, dataset: str) -> Path:
         return self.folder / name / "text" / f"{dataset}.json"
@@ -180,7 +184,7 @@ def _questions(
     """The questions that every model has room to answer, how many conversations are held out, and how many were left out as too long."""
     if config.answers is None:
         return [], 0, 0
-    every, of = answers.questions(inputs, config.answers)
+    every, of = answer_metrics.questions(inputs, config.answers)
     most = config.generation.max_new_tokens
 
     def fits(question: Question) -> bool:
@@ -196,10 +200,10 @@ def _questions(
     return kept, of, len(every) - len(kept)
 
 
-def _check_tasks(recipe: Recipe, tasks: harness.Harness, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+def _check_tasks(recipe: Recipe, tasks: lm_harness.Harness, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
     """Refuse tasks that are not there, whose data are not, or that ask for a chat template which a model has not."""
     bare = [name for name, tokenizer in tokenizers.items() if tokenizer.chat_template is None]
-    for i, task in enumerate(harness.asked(recipe.config)):
+    for i, task in enumerate(lm_harness.asked(recipe.config)):
         if task.apply_chat_template and bare:
             raise recipe.problem(f"apply_chat_template: models without a chat template: {', '.join(bare)}", "tasks", i)
     say("  opening benchmark tasks")
@@ -216,9 +220,9 @@ def _measure(job: Job, name: str, subject: Subject, tokenizer: PreTrainedTokeniz
     if not (sets or writing or tasks) and about.exists():
         return
     net = _loaded(subject, config.precision)
-    write_json(about, {"parameters": model.count(net), "vocab_size": len(tokenizer)})
+    write_json(about, {"parameters": loading.count(net), "vocab_size": len(tokenizer)})
     for key in sets:
-        found = metrics.bits(net, tokenizer, job.held_out[key], config.data.max_length, config.per_device_eval_batch_size)
+        found = bits_per_byte.bits(net, tokenizer, job.held_out[key], config.data.max_length, config.per_device_eval_batch_size)
         nats, tokens = found.of_documents
         write_json(job.text(name, key), {"nats": nats.tolist(), "tokens": tokens.tolist()})
         say(f"  {name}: {key}: {found.per_byte:.3f} bits/byte")
@@ -266,7 +270,7 @@ def _models(
             for measure, value in differences.items():
                 models[name]["difference"].setdefault(measure, {})[key] = value
     wanted = {
-        "generations": fidelity.expected(job.config),
+        "generations": output_metrics.expected(job.config),
         "answers": [Expected(job.config.language, job.config.script)] * len(job.questions),
     }
     for what, file in (("generations", "prompts.jsonl"), ("answers", "answers.jsonl")):
@@ -277,7 +281,7 @@ def _models(
         for name, own in measured.items():
             models[name].setdefault("tasks", {}).update(own["metrics"])
             if name != baseline:
-                models[name]["difference"].setdefault("tasks", {}).update(harness.differences(own, measured[baseline], seed))
+                models[name]["difference"].setdefault("tasks", {}).update(lm_harness.differences(own, measured[baseline], seed))
     return {name: {key: value for key, value in line.items() if value != {}} for name, line in models.items()}
 
 
@@ -285,12 +289,12 @@ def _written(job: Job, models: dict[str, Any], which: tuple[str, str, Sequence[E
     """Put the measures of what the models wrote after the prompts, or as answers, into their lines."""
     what, file, wanted = which
     drawn = Resampling([str(i) for i in range(len(wanted))], job.config.seed)
-    told = {name: fidelity.tell(generation.read(job.folder / name / file), wanted, job.detector) for name in models}
-    estimates = {name: fidelity.estimates(lines, wanted, drawn) for name, lines in told.items()}
+    told = {name: output_metrics.tell(generation.read(job.folder / name / file), wanted, job.detector) for name in models}
+    estimates = {name: output_metrics.estimates(lines, wanted, drawn) for name, lines in told.items()}
     if what == "answers":
         references = [question.reference for question in job.questions]
         for name, lines in told.items():
-            estimates[name] = answers.estimates([line["output"] for line in lines], references, drawn) | estimates[name]
+            estimates[name] = answer_metrics.estimates([line["output"] for line in lines], references, drawn) | estimates[name]
     for name, (values, differences) in compared(drawn, estimates, baseline).items():
         models[name][what] = values
         if name != baseline:

@@ -12,38 +12,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from azrecipe.data import preparation, readers
+from azrecipe.data import sources as data_sources
+from azrecipe.data.inputs import Inputs
+from azrecipe.data.mixture import Mix, temperature_weights
+from azrecipe.data.packing import borders, layout, packing
+from azrecipe.data.phase_schedule import Position, Schedule, TextEnds, plan
+from azrecipe.distributed import local_storage, requirements
+from azrecipe.distributed.backend import Backend
+from azrecipe.distributed.requirements import check_context
 from azrecipe.errors import CommandError, Problem, RecipeError
-from azrecipe.parts import (
-    auxiliary,
-    checkpoint,
-    corpus,
-    foreseen,
-    liger,
-    losses,
-    model,
-    new_tokens,
-    optimizers,
-    phases,
-    prepared,
-    profiling,
-    run_dir,
-    storage,
-    training,
-    vocabulary,
-)
-from azrecipe.parts.backend import Backend, check_context
-from azrecipe.parts.embeddings import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
-from azrecipe.parts.files import locked, read_json, whole_folder
-from azrecipe.parts.mixing import Mix, temperature_weights
-from azrecipe.parts.model_shape import ModelShape
-from azrecipe.parts.packing import borders, layout, packing
-from azrecipe.parts.run_dir import connect
-from azrecipe.parts.schedule import Position, Schedule, TextEnds, plan
-from azrecipe.parts.sources import Inputs
-from azrecipe.parts.text_training import Job, Record, clear, release, train_phase
-from azrecipe.parts.watching import say
+from azrecipe.modeling import chunked_loss, liger_kernels, loading, new_tokens, parameter_groups, word_vectors
+from azrecipe.modeling.vocabulary_swap import Start, Swap, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
+from azrecipe.planning import run_estimate
+from azrecipe.planning.model_config import ModelShape
+from azrecipe.recipe import extras, optimizer_settings
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Pretrain
+from azrecipe.runs import run_dir
+from azrecipe.runs.run_dir import connect
+from azrecipe.tokenization import bpe_training
+from azrecipe.tokenization.tokenizer import load_tokenizer, rows_needed, same_vocabulary, save_tokenizer
+from azrecipe.training import checkpoints, profiling, trainer
+from azrecipe.training.pretraining import Job, Record, clear, release, train_phase
+from azrecipe.utils.atomic_files import locked, read_json, whole_folder
+from azrecipe.utils.console import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,14 +51,14 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     inputs = Inputs(recipe, runs_dir)
 
     # Load and check: everything that can be refused is refused here.
-    training.check(config.training, backend)
+    trainer.check(config.training, backend)
     check_context(backend.context, recipe)
-    checkpoint.check_readable(place.checkpoints, backend)
+    checkpoints.check_readable(place.checkpoints, backend)
     if backend.zero and config.training.on_bad_loss == "skip":
         message = "DeepSpeed changes the weights within its backward pass, so a bad step can stop the run and cannot be skipped: on_bad_loss: stop"
         raise recipe.problem(message, "training", "on_bad_loss")
-    optimizers.check(optimizers.named(config))
-    optimizers.check_sharded(config, backend.fsdp, backend.readers)
+    extras.check_optimizers(optimizer_settings.named(config))
+    requirements.check_sharded(config, backend.fsdp, backend.readers)
     model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
     before = _continued(recipe, inputs)
     sources = inputs.datasets(list(config.data.datasets))
@@ -73,15 +66,15 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     tokenizer = _tokenizer(config, inputs, sources, place.cache, model_path)
     run_dir.check_same(recipe, place, inputs.found)
     own, new, _, shape = _check_model(recipe, model_path, tokenizer, backend.context)
-    mix = _mix(config, prepared.Text(sources, held_out, frozenset(inputs.came)), tokenizer, place.cache)
+    mix = _mix(config, preparation.Text(sources, held_out, frozenset(inputs.came)), tokenizer, place.cache)
     schedule = _schedule(recipe, mix, tokenizer, (before, place.cache))
     profiling.check(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
-    with run_dir.opened(recipe, place, inputs.found), foreseen.explained(place):
+    with run_dir.opened(recipe, place, inputs.found), run_estimate.explained(place):
         record = Record(place)  # read by every process before any trains, so that all agree
         job = Job(config, place, backend, tokenizer, held_out, schedule, record, new)
         _describe(job, sources)
-        foreseen.foresee(recipe, shape, place, backend)
+        run_estimate.foresee(recipe, shape, place, backend)
         record.forget_torn([(phase.name, job.folder(i)) for i, phase in enumerate(schedule.phases)])
         todo = [i for i, phase in enumerate(schedule.phases) if not record.done(phase.name)]
         start = _start(job, own) if len(todo) == len(schedule.phases) else None
@@ -91,8 +84,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         net = _begin(job, model_path, own, start) if start is not None else None
         for i in todo:
             if net is None:
-                with storage.everywhere(job.folder(i - 1), place.cache, backend.main) as there:
-                    net = model.load_model(str(there), config.training.precision, config.model.attn_implementation)
+                with local_storage.everywhere(job.folder(i - 1), place.cache, backend.main) as there:
+                    net = loading.load_model(str(there), config.training.precision, config.model.attn_implementation)
             train_phase(job, net, i)
             net = None
             release()
@@ -100,28 +93,28 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     return read_json(place.path / "result.json") or {}
 
 
-def check(recipe: Recipe, runs_dir: Path) -> tuple[PreTrainedTokenizerBase, list[phases.Trained], list[str]]:
+def check(recipe: Recipe, runs_dir: Path) -> tuple[PreTrainedTokenizerBase, list[parameter_groups.Trained], list[str]]:
     """Refuse what a run would refuse before it reads its text; needs no weights and no GPU.
 
     Returns the tokenizer, what each phase trains, and how the text of each source begins.
     """
     config: Pretrain = recipe.config
     inputs = Inputs(recipe, runs_dir)
-    optimizers.check(optimizers.named(config))
+    extras.check_optimizers(optimizer_settings.named(config))
     model_path = None if config.model.config is not None else inputs.folder(config.model, "model")
     _continued(recipe, inputs)
     sources = inputs.datasets(list(config.data.datasets))
     inputs.validation(config.data.validation)
     tokenizer = _tokenizer(config, inputs, sources, run_dir.locate(recipe, runs_dir).cache, model_path)
     _, _, trained, _ = _check_model(recipe, model_path, tokenizer, 1)
-    begins = [next(corpus.texts(source), None) for source in sources]
+    begins = [next(data_sources.texts(source), None) for source in sources]
     for source, text in zip(sources, begins, strict=True):
         if text is None:
             raise source.wrong(f"{source.title} holds no text")
     return tokenizer, trained, [text for text in begins if text is not None]
 
 
-def prepare(recipe: Recipe, runs_dir: Path) -> tuple[prepared.Prepared, Callable[[], Schedule]]:
+def prepare(recipe: Recipe, runs_dir: Path) -> tuple[preparation.Prepared, Callable[[], Schedule]]:
     """Fill the cache with what a run of this recipe reads, as that run does; and what lays its phases over the data.
 
     Needs no model weights and no GPU. Raises what the run would raise for its tokenizer and its data.
@@ -134,8 +127,8 @@ def prepare(recipe: Recipe, runs_dir: Path) -> tuple[prepared.Prepared, Callable
     sources = inputs.datasets(list(config.data.datasets))
     held_out = inputs.validation(config.data.validation)
     tokenizer = _tokenizer(config, inputs, sources, cache, model_path)
-    mix = _mix(config, prepared.Text(sources, held_out, frozenset(inputs.came)), tokenizer, cache)
-    return prepared.Prepared(sources, mix.stores, config.data.max_length), lambda: _schedule(recipe, mix, tokenizer, (before, cache))
+    mix = _mix(config, preparation.Text(sources, held_out, frozenset(inputs.came)), tokenizer, cache)
+    return preparation.Prepared(sources, mix.stores, config.data.max_length), lambda: _schedule(recipe, mix, tokenizer, (before, cache))
 
 
 def _continued(recipe: Recipe, inputs: Inputs) -> Position | None:
@@ -152,7 +145,7 @@ def _continued(recipe: Recipe, inputs: Inputs) -> Position | None:
 
 
 def _tokenizer(
-    config: Pretrain, inputs: Inputs, sources: list[corpus.Located], cache: Path, model_path: str | None
+    config: Pretrain, inputs: Inputs, sources: list[readers.Located], cache: Path, model_path: str | None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer to train with: the one asked for, a new one trained on this recipe's text, or the model's own."""
     asked = config.tokenizer
@@ -160,21 +153,21 @@ def _tokenizer(
         own = asked.name_or_path is None and asked.output_of is None
         path = model_path if own else inputs.folder(asked, "tokenizer")
         assert path is not None
-        return vocabulary.load_tokenizer(path, config.model.revision if own else asked.revision)
+        return load_tokenizer(path, config.model.revision if own else asked.revision)
     assert asked.vocab_size is not None
-    what = [asked.family, asked.vocab_size, [[corpus.identity(s), s.source.weight] for s in sources]]  # type: ignore[attr-defined]
+    what = [asked.family, asked.vocab_size, [[data_sources.identity(s), s.source.weight] for s in sources]]  # type: ignore[attr-defined]
     folder = cache / f"tokenizer-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}"
     with locked(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
-            trained = vocabulary.train_llama3((text for _, text in corpus.mixed(sources, None)), asked.vocab_size)
+            trained = bpe_training.train_llama3((text for _, text in data_sources.mixed(sources, None)), asked.vocab_size)
             with whole_folder(folder, replace=False) as aside:
-                vocabulary.save_tokenizer(trained, aside)
-    return vocabulary.load_tokenizer(str(folder))
+                save_tokenizer(trained, aside)
+    return load_tokenizer(str(folder))
 
 
 def _check_model(
     recipe: Recipe, model_path: str | None, tokenizer: PreTrainedTokenizerBase, context: int
-) -> tuple[PreTrainedTokenizerBase, list[int], list[phases.Trained], ModelShape]:
+) -> tuple[PreTrainedTokenizerBase, list[int], list[parameter_groups.Trained], ModelShape]:
     """Refuse a model that cannot be built, take this vocabulary or be split over `context` processes, and phases that would train what it has not.
 
     Returns the model's own tokenizer, the ids of the tokens that are new to it, what each phase trains, and the model as it will be.
@@ -186,24 +179,24 @@ def _check_model(
         assert asked.config is not None
         try:
             with torch.device("meta"):
-                net = model.build_model(asked.config, tokenizer, config.training.precision, asked.attn_implementation, config.seed)
+                net = loading.build_model(asked.config, tokenizer, config.training.precision, asked.attn_implementation, config.seed)
         except CommandError as error:
             raise recipe.problem(str(error), "model", "config") from None
     else:
-        net = model.skeleton(model_path, asked.attn_implementation, asked.revision)
-        own = vocabulary.load_tokenizer(model_path, asked.revision)
-        model.check_sizes(net, own, model_path)
-        if not vocabulary.same_vocabulary(own, tokenizer):
+        net = loading.skeleton(model_path, asked.attn_implementation, asked.revision)
+        own = load_tokenizer(model_path, asked.revision)
+        loading.check_sizes(net, own, model_path)
+        if not same_vocabulary(own, tokenizer):
             check_swap(own, tokenizer, config.tokenizer.new_embeddings)
-            auxiliary.check(config.tokenizer.new_embeddings)
+            extras.check_word_vectors(config.tokenizer.new_embeddings)
     if config.training.use_liger_kernel:
-        liger.check(recipe, net.config.model_type)
+        liger_kernels.check(recipe, net.config.model_type)
     if config.training.fused_linear_cross_entropy == "torch":
         try:
-            losses.check(net)
+            chunked_loss.check(net)
         except CommandError as error:
             raise recipe.problem(f"PyTorch's chunked loss: {error}", "training", "fused_linear_cross_entropy") from None
-    if context > 1 and (why := model.unsplittable(net)):
+    if context > 1 and (why := loading.unsplittable(net)):
         raise recipe.problem(f"the accelerate config splits sequences over processes, and this model {why}", "model")
     limit = getattr(net.config, "max_position_embeddings", None)
     if limit is not None and config.data.max_length > limit:
@@ -214,23 +207,23 @@ def _check_model(
     trained = []
     for i, phase in enumerate(config.phases):
         try:
-            trained.append(phases.freeze(net, phase.trainable_parameters, new))
+            trained.append(parameter_groups.freeze(net, phase.trainable_parameters, new))
         except CommandError as error:
             raise recipe.problem(str(error), "phases", i, "trainable_parameters") from None
-    return own, new, trained, foreseen.shape(net.config, _rows(config, net, own, tokenizer), len(new))
+    return own, new, trained, run_estimate.shape(net.config, _rows(config, net, own, tokenizer), len(new))
 
 
 def _rows(config: Pretrain, net: PreTrainedModel, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> int:
     """The rows that the embeddings will have."""
-    kept = vocabulary.same_vocabulary(own, tokenizer)
-    rows = net.get_input_embeddings().weight.shape[0] if kept else vocabulary.rows_needed(tokenizer)
+    kept = same_vocabulary(own, tokenizer)
+    rows = net.get_input_embeddings().weight.shape[0] if kept else rows_needed(tokenizer)
     multiple = config.tokenizer.pad_to_multiple_of or 1
     return -(-int(rows) // multiple) * multiple
 
 
-def _mix(config: Pretrain, text: prepared.Text, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
+def _mix(config: Pretrain, text: preparation.Text, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Mix:
     """The sources, tokenised (once, into the cache), without duplicates, and mixed by weight or temperature."""
-    data, stores = config.data, prepared.stores(config, text, tokenizer, cache)
+    data, stores = config.data, preparation.stores(config, text, tokenizer, cache)
     weights = [source.weight for source in data.datasets]
     if data.sampling_temperature is not None:
         weights = temperature_weights(stores, data.sampling_temperature)
@@ -268,19 +261,19 @@ def _schedule(recipe: Recipe, mix: Mix, tokenizer: PreTrainedTokenizerBase, give
     return schedule
 
 
-def _describe(job: Job, sources: list[corpus.Located]) -> None:
+def _describe(job: Job, sources: list[readers.Located]) -> None:
     schedule = job.schedule
     for source, data, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.epochs, strict=True):
         size = f"{data.documents:,} documents, {data.bytes:,} bytes, {data.count:,} tokens"
-        out = prepared.left_out(data)
+        out = preparation.left_out(data)
         say(f"  {source.title}: {size}; {share:.0%} of the text, {epochs:.2f} epochs{out}", job.backend.main)
 
 
 def _start(job: Job, own: PreTrainedTokenizerBase) -> Start:
     """How new embeddings start. What that takes to find out is found out once and cached: a process may wait for another here."""
     method, composed = job.config.tokenizer.new_embeddings, None
-    if method in auxiliary.METHODS and not vocabulary.same_vocabulary(own, job.tokenizer):
-        composed = auxiliary.compose(job.schedule.mix, job.place.cache, method, shared_tokens(own, job.tokenizer))
+    if method in extras.WORD_VECTOR_METHODS and not same_vocabulary(own, job.tokenizer):
+        composed = word_vectors.compose(job.schedule.mix, job.place.cache, method, shared_tokens(own, job.tokenizer))
     return Start(method, job.config.seed, composed)
 
 
@@ -289,23 +282,23 @@ def _begin(job: Job, model_path: str | None, own: PreTrainedTokenizerBase, start
     config, asked = job.config, job.config.model
     if model_path is None:
         assert asked.config is not None
-        net = model.build_model(asked.config, job.tokenizer, config.training.precision, asked.attn_implementation, config.seed)
+        net = loading.build_model(asked.config, job.tokenizer, config.training.precision, asked.attn_implementation, config.seed)
         swap = _padded(job, net, None)
-        job.record.note(vocabulary=asdict(swap) if swap else None, parameters=model.count(net))
+        job.record.note(vocabulary=asdict(swap) if swap else None, parameters=loading.count(net))
         return net
-    net = model.load_model(model_path, config.training.precision, asked.attn_implementation, asked.revision)
+    net = loading.load_model(model_path, config.training.precision, asked.attn_implementation, asked.revision)
     if config.training.fused_linear_cross_entropy == "torch":
-        losses.chunk(net)
+        chunked_loss.chunk(net)
     job.measure("base", net.to(PartialState().device), own)
-    same = vocabulary.same_vocabulary(own, job.tokenizer)
+    same = same_vocabulary(own, job.tokenizer)
     swap = _padded(job, net, None if same else swap_vocabulary(net, own, job.tokenizer, start))
     if config.training.fused_linear_cross_entropy == "torch":
-        losses.chunk(net)  # the head is another one now
+        chunked_loss.chunk(net)  # the head is another one now
     if swap is not None:
         say(f"  vocabulary {swap}", job.backend.main)
     if not same:
         job.measure("new_vocabulary", net, job.tokenizer)
-    job.record.note(vocabulary=asdict(swap) if swap else None, parameters=model.count(net))
+    job.record.note(vocabulary=asdict(swap) if swap else None, parameters=loading.count(net))
     return net
 
 
@@ -314,15 +307,15 @@ def _padded(job: Job, net: PreTrainedModel, swap: Swap | None) -> Swap | None:
     asked, tokens = job.config.tokenizer, len(job.tokenizer)
     if asked.pad_to_multiple_of is None:
         return swap
-    padding = pad_vocabulary(net, vocabulary.rows_needed(job.tokenizer), asked.pad_to_multiple_of)
+    padding = pad_vocabulary(net, rows_needed(job.tokenizer), asked.pad_to_multiple_of)
     return replace(swap or Swap(tokens, tokens, tokens, 0, 0, 0, asked.new_embeddings), padding=padding)
 
 
-def _result(job: Job, sources: list[corpus.Located]) -> dict[str, Any]:
+def _result(job: Job, sources: list[readers.Located]) -> dict[str, Any]:
     schedule, record = job.schedule, job.record
     data = [
         {
-            **prepared.told(source, stored),
+            **preparation.told(source, stored),
             "share": round(share, 4),
             "epochs": round(epochs, 3),
         }

@@ -12,33 +12,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from azrecipe.data import finetuning_examples
+from azrecipe.data.finetuning_examples import Examples, Plan
+from azrecipe.data.inputs import Inputs
+from azrecipe.distributed import requirements
+from azrecipe.distributed.backend import Backend
+from azrecipe.distributed.requirements import check_context
 from azrecipe.errors import CommandError
-from azrecipe.parts import (
-    checkpoint,
-    examples,
-    foreseen,
-    liger,
-    lora,
-    model,
-    optimizers,
-    profiling,
-    run_dir,
-    templates,
-    training,
-    tuning,
-    vocabulary,
-)
-from azrecipe.parts.backend import Backend, check_context
-from azrecipe.parts.embeddings import add_rows
-from azrecipe.parts.examples import Examples, Plan
-from azrecipe.parts.files import read_json, whole_folder
-from azrecipe.parts.model_shape import ModelShape
-from azrecipe.parts.run_dir import connect
-from azrecipe.parts.sources import Inputs
-from azrecipe.parts.text_training import release
-from azrecipe.parts.watching import say
-from azrecipe.recipe.load import Recipe, is_template_file
+from azrecipe.evaluation import likelihood
+from azrecipe.modeling import liger_kernels, loading, lora
+from azrecipe.modeling.vocabulary_swap import add_rows
+from azrecipe.planning import run_estimate
+from azrecipe.planning.model_config import ModelShape
+from azrecipe.recipe import extras, optimizer_settings
+from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Sft
+from azrecipe.runs import run_dir
+from azrecipe.runs.run_dir import connect
+from azrecipe.tokenization import chat_templates
+from azrecipe.tokenization.tokenizer import load_tokenizer, rows_needed, save_tokenizer
+from azrecipe.training import checkpoints, finetuning, profiling
+from azrecipe.training import trainer as training_trainer
+from azrecipe.training.pretraining import release
+from azrecipe.utils.atomic_files import read_json, whole_folder
+from azrecipe.utils.console import say
+from azrecipe.utils.paths import is_template_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,33 +59,33 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     place = run_dir.locate(recipe, runs_dir, backend.main)
     inputs = Inputs(recipe, runs_dir)
 
-    training.check(config.training, backend)
+    training_trainer.check(config.training, backend)
     check_context(backend.context, recipe)
-    checkpoint.check_readable(place.checkpoints, backend)
-    lora.check_backend(config.adapter, backend)
-    optimizers.check(optimizers.named(config))
-    optimizers.check_sharded(config, backend.fsdp, backend.readers)
+    checkpoints.check_readable(place.checkpoints, backend)
+    requirements.check_backend(config.adapter, backend)
+    extras.check_optimizers(optimizer_settings.named(config))
+    requirements.check_sharded(config, backend.fsdp, backend.readers)
     checked = check(recipe, inputs)
-    lora.check_rows(backend, checked.new_tokens if config.adapter != "none" else [], config.lora)
+    requirements.check_rows(backend, checked.new_tokens if config.adapter != "none" else [], config.lora)
     run_dir.check_same(recipe, place, inputs.found)
     profiling.check(recipe, {config.method: checked.plan.steps}, backend.main)
 
-    with run_dir.opened(recipe, place, inputs.found), foreseen.explained(place):
+    with run_dir.opened(recipe, place, inputs.found), run_estimate.explained(place):
         _describe(config, checked, backend)
-        foreseen.foresee(recipe, checked.shape, place, backend)
+        run_estimate.foresee(recipe, checked.shape, place, backend)
         device = connect(place, inputs.found)
         base = checked.base
         net = base.load_quantized(config.training.precision) if config.adapter == "qlora" else base.load(config.training.precision)
-        place.need(3 * 4 * model.count(net), "the tuned model")
+        place.need(3 * 4 * loading.count(net), "the tuned model")
         before = _measured(config, net, checked, device) if backend.main else {}
         subject = _subject(config, base, net, checked.new_tokens, backend)
-        trainer, happened = tuning.tune(config, (place, backend), subject, checked.examples, checked.plan)
+        trainer, happened = finetuning.tune(config, (place, backend), subject, checked.examples, checked.plan)
         whole = _save(config, place, (trainer, backend), base)
         del trainer, subject, net
         release()  # before a second model goes to the device
         if whole is not None:
             after = _measured(config, whole, checked, device)
-            place.finish(_result(config, model.count(whole), checked, happened, {"before": before, "after": after}))
+            place.finish(_result(config, loading.count(whole), checked, happened, {"before": before, "after": after}))
         PartialState().wait_for_everyone()
     return read_json(place.path / "result.json") or {}
 
@@ -96,21 +94,21 @@ def check(recipe: Recipe, inputs: Inputs) -> Checked:
     """Read every row and refuse what cannot be trained. Needs no weights and no GPU."""
     config: Sft = recipe.config
     path = inputs.folder(config.model, "model")
-    net = model.skeleton(path, config.model.attn_implementation, config.model.revision)
-    tokenizer = vocabulary.load_tokenizer(path, config.model.revision)
-    model.check_sizes(net, tokenizer, path)
+    net = loading.skeleton(path, config.model.attn_implementation, config.model.revision)
+    tokenizer = load_tokenizer(path, config.model.revision)
+    loading.check_sizes(net, tokenizer, path)
     if config.training.use_liger_kernel:
-        liger.check(recipe, net.config.model_type)
+        liger_kernels.check(recipe, net.config.model_type)
     if is_template_file(config.chat_template):
         inputs.found["chat_template"] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()
     sources = [inputs.located(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
-    rows = examples.read(config, sources)
+    rows = finetuning_examples.read(config, sources)
     try:
-        new = templates.apply_template(
+        new = chat_templates.apply_template(
             tokenizer,
             config.chat_template,
             config.training.assistant_only_loss and config.method == "sft",  # a preference is its answers, whatever is marked
-            examples.messages_of(rows[0][0]),
+            finetuning_examples.messages_of(rows[0][0]),
         )
     except CommandError as error:
         raise recipe.problem(str(error), "chat_template") from None
@@ -118,11 +116,11 @@ def check(recipe: Recipe, inputs: Inputs) -> Checked:
     if limit is not None and config.data.max_length > limit:
         message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
         raise recipe.problem(message, "data", "max_length")
-    wide = max(int(net.get_input_embeddings().weight.shape[0]), vocabulary.rows_needed(tokenizer))
-    shape = foreseen.shape(net.config, wide, len(new))
+    wide = max(int(net.get_input_embeddings().weight.shape[0]), rows_needed(tokenizer))
+    shape = run_estimate.shape(net.config, wide, len(new))
     _check_parts(recipe, net, new if config.lora.train_new_tokens else [], tokenizer)
-    made = examples.examples(config, tokenizer, rows)
-    return Checked(lora.Base(path, config.model, tokenizer), made, examples.plan(config, made.train), new, shape)
+    made = finetuning_examples.examples(config, tokenizer, rows)
+    return Checked(lora.Base(path, config.model, tokenizer), made, finetuning_examples.plan(config, made.train), new, shape)
 
 
 def _check_parts(recipe: Recipe, net: PreTrainedModel, new: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -134,14 +132,14 @@ def _check_parts(recipe: Recipe, net: PreTrainedModel, new: Sequence[int], token
 
         try:
             with torch.device("meta"):
-                add_rows(net, vocabulary.rows_needed(tokenizer))
+                add_rows(net, rows_needed(tokenizer))
             adapter = lora.lora_config(config.lora, net, new)
         except CommandError as error:
             raise recipe.problem(str(error), "lora") from None
         with torch.device("meta"):
             adapted = get_peft_model(net, adapter, low_cpu_mem_usage=True)
     try:
-        tuning.part_rates(adapted, config.training.learning_rates)
+        finetuning.part_rates(adapted, config.training.learning_rates)
     except CommandError as error:
         raise recipe.problem(str(error), "training", "learning_rates") from None
 
@@ -158,12 +156,12 @@ def _describe(config: Sft, checked: Checked, backend: Backend) -> None:
         say(f"  new tokens: {names}", backend.main)
 
 
-def _subject(config: Sft, base: lora.Base, net: PreTrainedModel, new: Sequence[int], backend: Backend) -> tuning.Subject:
+def _subject(config: Sft, base: lora.Base, net: PreTrainedModel, new: Sequence[int], backend: Backend) -> finetuning.Subject:
     """The model with what trains of it; token rows that no training has touched train beside an adapter."""
     if config.adapter == "none":
         reference = base.load(config.training.precision) if config.method == "dpo" else None
-        return tuning.Subject(net, base.tokenizer, None, reference)
-    shipped = templates.SHIPPED.get(config.chat_template)
+        return finetuning.Subject(net, base.tokenizer, None, reference)
+    shipped = chat_templates.SHIPPED.get(config.chat_template)
     ids = [i for i in base.tokenizer.convert_tokens_to_ids(list(shipped.tokens)) if i not in new] if shipped else []
     rows = [*new, *(lora.untrained(net, ids) if ids else [])]
     if rows and (backend.sharded or not config.lora.train_new_tokens):
@@ -174,29 +172,29 @@ def _subject(config: Sft, base: lora.Base, net: PreTrainedModel, new: Sequence[i
             backend.main,
         )
         rows = []
-    return tuning.Subject(net, base.tokenizer, lora.lora_config(config.lora, net, rows))
+    return finetuning.Subject(net, base.tokenizer, lora.lora_config(config.lora, net, rows))
 
 
 def _save(config: Sft, place: run_dir.RunDir, ran: tuple[Any, Backend], base: lora.Base) -> PreTrainedModel | None:
     """Write final/, and adapter/ where there is one; the plain model on the main process, None on the others."""
     trainer, backend = ran
-    state = training.whole_state(trainer, backend)
-    net = training.unwrapped(trainer)
+    state = training_trainer.whole_state(trainer, backend)
+    net = training_trainer.unwrapped(trainer)
     if not backend.main:
         trainer.accelerator.wait_for_everyone()
         return None
     if config.adapter == "none":
         _stop_at_end_of_turn(net, base.tokenizer)
         net.config.use_cache = True
-        model.save_model(net, base.tokenizer, place.final, state)
+        loading.save_model(net, base.tokenizer, place.final, state)
         whole = net if state is None else base.reopened(place.final, config.training.precision)
     else:
         with whole_folder(place.path / "adapter") as aside:
             net.save_pretrained(aside, state_dict=state)
-            vocabulary.save_tokenizer(base.tokenizer, aside)
+            save_tokenizer(base.tokenizer, aside)
         whole = lora.merged(base, place.path / "adapter", config.training.precision)
         _stop_at_end_of_turn(whole, base.tokenizer)
-        model.save_model(whole, base.tokenizer, place.final)
+        loading.save_model(whole, base.tokenizer, place.final)
     trainer.accelerator.wait_for_everyone()
     return whole
 
@@ -211,8 +209,8 @@ def _measured(config: Sft, net: PreTrainedModel, checked: Checked, device: torch
         net.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             if config.method == "sft":
-                return {"loss": round(examples.loss(net, held, size) or 0.0, 5)}
-            found = examples.preferences(net, held, size)
+                return {"loss": round(likelihood.loss(net, held, size) or 0.0, 5)}
+            found = likelihood.preferences(net, held, size)
     except torch.OutOfMemoryError:
         say("  warning: the held-out rows are not measured: the whole model has no room on one GPU")
         net.to("cpu")

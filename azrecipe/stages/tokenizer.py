@@ -5,36 +5,44 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from azrecipe.data import tokenizer_corpus
+from azrecipe.data.cleaning_report import Tally, nothing_left
+from azrecipe.data.inputs import Inputs
+from azrecipe.data.readers import Located, rows
+from azrecipe.data.sources import text_hash, texts
+from azrecipe.data.token_store import held_out_hashes
+from azrecipe.distributed.backend import Backend
 from azrecipe.errors import Problem, RecipeError
-from azrecipe.parts import candidates, measures, model, resampling, run_dir, vocabulary
-from azrecipe.parts.backend import Backend
-from azrecipe.parts.corpus import Located, rows, texts
-from azrecipe.parts.files import whole_folder
-from azrecipe.parts.measures import Counts, Held
-from azrecipe.parts.processes import Workers
-from azrecipe.parts.resampling import Resampling
-from azrecipe.parts.sources import Inputs
-from azrecipe.parts.tokens import held_out_hashes, text_hash, tokenizer_hash
-from azrecipe.parts.watching import say
-from azrecipe.parts.writing import Tally, nothing_left
+from azrecipe.modeling import loading
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import ParallelSource, Tokenizer
+from azrecipe.runs import run_dir
+from azrecipe.tokenization import candidates, tokenizer_metrics
+from azrecipe.tokenization.encoding import tokenizer_hash
+from azrecipe.tokenization.tokenizer import SPLITS, added_names, is_byte_level_bpe, load_tokenizer, rows_needed, same_vocabulary
+from azrecipe.tokenization.tokenizer_metrics import Counts, Held
+from azrecipe.utils import bootstrap
+from azrecipe.utils.atomic_files import whole_folder
+from azrecipe.utils.bootstrap import Resampling
+from azrecipe.utils.console import say
+from azrecipe.utils.process_pool import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFINITIONS = {
-    "interval": f"{resampling.LEVEL} % of {resampling.RESAMPLES:,} resamples of the held-out documents (or groups of them); null from a single one",
+    "interval": f"{bootstrap.LEVEL} % of {bootstrap.RESAMPLES:,} resamples of the held-out documents (or groups of them); null from a single one",
     "fertility": "tokens per white-space separated word, no special tokens, summed over the held-out documents",
     "bytes_per_token": "bytes of UTF-8 text per token",
     "characters_per_token": "characters (code points) per token",
     "words_in_window": "white-space separated words in data.max_length tokens",
     "strr": "share of the words of letters that are one token, by occurrence",
     "continued_words": "share of the white-space separated words that are two or more tokens, by occurrence",
-    "renyi_efficiency": f"Rényi entropy (α = {measures.ALPHA}) of the tokens / log of the vocabulary's size",
+    "renyi_efficiency": f"Rényi entropy (α = {tokenizer_metrics.ALPHA}) of the tokens / log of the vocabulary's size",
     "partial_character_tokens": "share of the tokens that are only part of a character",
     "tokens_vs_baseline": "tokens / tokens of the base tokenizer on the same documents, resampled in pairs",
     "parity": "tokens of the language's sentences / tokens of their English",
@@ -56,9 +64,9 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     base_path = inputs.folder(config.tokenizer, "tokenizer")
     sources = inputs.datasets(list(config.data.datasets))
     held_out = inputs.validation(config.data.validation)
-    base = vocabulary.load_tokenizer(base_path, config.tokenizer.revision)
+    base = load_tokenizer(base_path, config.tokenizer.revision)
     _check_candidates(recipe, base, base_path)
-    shape = model.embedding_shape(base_path, config.tokenizer.revision)
+    shape = loading.embedding_shape(base_path, config.tokenizer.revision)
     pairs = _pairs(recipe, inputs)
     known = held_out_hashes(held_out)
     for source in sources:
@@ -70,8 +78,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     place.need((len(config.candidates) + 2) * len(base.backend_tokenizer.to_str()) * 2, "writing the candidates")
 
     with run_dir.opened(recipe, place, inputs.found):
-        text = candidates.Text(sources, config.training_bytes, known, vocabulary.added_names(base))
-        for family in candidates.families(config.candidates, {name: located for name, (located, _) in protected.items()}):
+        text = tokenizer_corpus.Text(sources, config.training_bytes, known, added_names(base))
+        for family in candidates.families(config.candidates, {name: partial(texts, located) for name, (located, _) in protected.items()}):
             _train(base, family, text, place.path / "candidates")
         sets = {name: Held(texts, inputs.groups[name]) for name, texts in held_out.items()}
         table = []
@@ -81,7 +89,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
                 folder = place.path / "candidates" / name
                 if candidate.kind == "baseline" and candidates.saved(folder) is None:
                     candidates.save(folder, base, {})
-                tokenizer = vocabulary.load_tokenizer(str(folder))
+                tokenizer = load_tokenizer(str(folder))
                 line = {"name": name, "kind": candidate.kind, "vocab_size": len(tokenizer), **(candidates.saved(folder) or {})}
                 line |= {"protect": protected[name][1]} if name in protected else {}
                 line |= laboratory.measure(tokenizer) | _rows_added(shape, tokenizer, base)
@@ -102,7 +110,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             "candidates": table,
             "show_words": config.show_words,
             "window": config.data.max_length,
-            "resamples": {"seed": config.seed, "count": resampling.RESAMPLES, "level": resampling.LEVEL},
+            "resamples": {"seed": config.seed, "count": bootstrap.RESAMPLES, "level": bootstrap.LEVEL},
             "definitions": DEFINITIONS,
             "validation": {key: _size(held, inputs, key) for key, held in sets.items()},
         }
@@ -113,7 +121,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 def _check_candidates(recipe: Recipe, base: PreTrainedTokenizerBase, path: str) -> None:
     """Refuse, all at once, candidates that this base cannot give."""
     config: Tokenizer = recipe.config
-    native = vocabulary.is_byte_level_bpe(base)
+    native = is_byte_level_bpe(base)
     least = candidates.least_size(base)
     problems: list[Problem] = []
     for name, candidate in config.candidates.items():
@@ -121,7 +129,7 @@ def _check_candidates(recipe: Recipe, base: PreTrainedTokenizerBase, path: str) 
         if candidate.kind != "baseline" and not native and not own_rules:
             message = (
                 f"the tokenizer of {path} is not a byte-level BPE (its model is {candidates.describe(base)}): kind: extension and pre_tokenizer: base "
-                f"need one. What still works: kind: baseline, and kind: custom with pre_tokenizer: {', '.join(vocabulary.SPLITS)}"
+                f"need one. What still works: kind: baseline, and kind: custom with pre_tokenizer: {', '.join(SPLITS)}"
             )
             problems.append(Problem(recipe.place("candidates", name), message))
         if candidate.vocab_size is not None and candidate.vocab_size < least:
@@ -195,7 +203,7 @@ def _inside(row: Any, column: str) -> Any:
     return row
 
 
-def _train(base: PreTrainedTokenizerBase, family: candidates.Family, text: candidates.Text, folder: Path) -> None:
+def _train(base: PreTrainedTokenizerBase, family: candidates.Family, text: tokenizer_corpus.Text, folder: Path) -> None:
     """Make a family's candidates; those that an interrupted run has saved are not made again."""
     if all(candidates.saved(folder / name) is not None for name in family.sizes):
         return
@@ -221,7 +229,7 @@ class Laboratory:
         self.baseline = self._count(self.base)
 
     def _count(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Counts]:
-        return measures.count(self.workers, tokenizer, {name: held.texts for name, held in self.sets.items()})
+        return tokenizer_metrics.count(self.workers, tokenizer, {name: held.texts for name, held in self.sets.items()})
 
     def measure(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """All measures of one tokenizer, those of sets as {measure: {set: {"value", "interval"}}}."""
@@ -229,16 +237,18 @@ class Laboratory:
         same = tokenizer_hash(tokenizer) == self.base_hash
         counts = self.baseline if same else self._count(tokenizer)
         by_set = {
-            name: measures.measures(counts[name], self.baseline[name], len(tokenizer), config.data.max_length, self.resamplings[name])
+            name: tokenizer_metrics.measures(
+                counts[name], self.baseline[name], len(tokenizer), config.data.max_length, self.resamplings[name]
+            )
             for name in self.sets
         }
         found: dict[str, Any] = {key: {name: by_set[name][key] for name in by_set} for key in next(iter(by_set.values()))}
         if self.pairs and self.pair_resampling:
-            found["parity"] = measures.parity(tokenizer, self.pairs[0], self.pair_resampling)
+            found["parity"] = tokenizer_metrics.parity(tokenizer, self.pairs[0], self.pair_resampling)
         found["changed_documents"] = {name: int(c.changed.sum()) for name, c in counts.items()}
-        found["unused_tokens"] = measures.never_used(tokenizer, counts)
-        found["encoding"] = measures.speed(tokenizer, next(iter(self.sets.values())).texts)
-        found["words"] = [measures.cut(tokenizer, word) for word in config.show_words]
+        found["unused_tokens"] = tokenizer_metrics.never_used(tokenizer, counts)
+        found["encoding"] = tokenizer_metrics.speed(tokenizer, next(iter(self.sets.values())).texts)
+        found["words"] = [tokenizer_metrics.cut(tokenizer, word) for word in config.show_words]
         return found
 
 
@@ -246,11 +256,11 @@ def _rows_added(
     shape: tuple[int, int, int] | None, tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase
 ) -> dict[str, int | None]:
     """What the vocabulary costs the model: rows of its embeddings against now, and parameters where its configuration is known."""
-    needed = vocabulary.rows_needed(tokenizer)
+    needed = rows_needed(tokenizer)
     if shape is None:
-        return {"embedding_rows_added": needed - vocabulary.rows_needed(base), "embedding_parameters_added": None}
+        return {"embedding_rows_added": needed - rows_needed(base), "embedding_parameters_added": None}
     rows_now, width, matrices = shape
-    added = 0 if vocabulary.same_vocabulary(tokenizer, base) else needed - rows_now
+    added = 0 if same_vocabulary(tokenizer, base) else needed - rows_now
     return {"embedding_rows_added": added, "embedding_parameters_added": added * width * matrices}
 
 

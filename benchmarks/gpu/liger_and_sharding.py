@@ -46,7 +46,7 @@ phases: [{name: all, trainable_parameters: [all], learning_rate: 1e-4, max_steps
 
 def worker(asked: dict[str, Any]) -> None:
     """One process of one row: batch after batch; the main process prints a line of JSON for each."""
-    from azrecipe.parts import backend as backends
+    from azrecipe.distributed import backend as backends
 
     backend = backends.set_up()
     import torch
@@ -54,9 +54,9 @@ def worker(asked: dict[str, Any]) -> None:
     from torch.utils.data import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from azrecipe.parts import training
     from azrecipe.recipe.overrides import parse_overrides
-    from azrecipe.recipe.steps import open_recipe
+    from azrecipe.recipe.pipeline_steps import open_recipe
+    from azrecipe.training import trainer as training_trainer
 
     cuda = torch.cuda.is_available()
 
@@ -90,8 +90,12 @@ def worker(asked: dict[str, Any]) -> None:
         sets = [f"training.{key}={value}" for key, value in asked["training"].items()]
         sets += [f"training.global_batch_size={batch * backend.world}", f"training.per_device_train_batch_size={batch}"]
         config = open_recipe(file, parse_overrides(sets))[0].config.training
-        loop = training.Loop("all", Path(asked["folder"]), Path(asked["folder"], "out"), WARM + TIMED, 1e-4, SEED)
-        given = training.arguments(config, loop, backend) | {"save_strategy": "no", "logging_steps": 1000, "logging_first_step": False}
+        loop = training_trainer.Loop("all", Path(asked["folder"]), Path(asked["folder"], "out"), WARM + TIMED, 1e-4, SEED)
+        given = training_trainer.arguments(config, loop, backend) | {
+            "save_strategy": "no",
+            "logging_steps": 1000,
+            "logging_first_step": False,
+        }
         clock = Clock()
         try:
             set_seed(SEED)

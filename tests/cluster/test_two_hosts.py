@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from azrecipe.launch import sagemaker
-from azrecipe.launch.sagemaker import metrics
-from azrecipe.launch.sagemaker.jobs import Job
+from azrecipe import sagemaker
 from azrecipe.recipe.load import load
 from azrecipe.recipe.overrides import parse_overrides
+from azrecipe.sagemaker import cloudwatch_metrics
+from azrecipe.sagemaker.jobs import Job
 from tests import aws
 from tests.cluster.hosts import Running, why_not
 from tests.conftest import ROOT, write
@@ -91,7 +91,7 @@ def test_two_hosts_train_one_model_and_leave_it_where_sagemaker_takes_it(whole: 
     run_directory = Path((whole / "fetched").read_text())
     lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, list[float]] = {}
-    for each in metrics.definitions(load(RECIPE, parse_overrides(SHORT))):
+    for each in cloudwatch_metrics.definitions(load(RECIPE, parse_overrides(SHORT))):
         found[each["Name"]] = [float(match.group(1)) for line in log.splitlines() if (match := re.search(each["Regex"], line))]
     assert found["train:loss"] == [line["loss"] for line in lines if "loss" in line] and len(found["train:loss"]) >= 12
     assert found["train:peak_memory_gib"] and found["train:tokens_per_second"] and found["eval:bits_per_byte_english"]

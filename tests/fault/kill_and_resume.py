@@ -68,7 +68,7 @@ def started(recipe: str, runs: Path, worlds: Sequence[Mapping[str, str]]) -> lis
             log = os.open(runs.parent / f"log{world.get('RANK', '0')}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            from azrecipe.launch import worker
+            from azrecipe.pipeline import worker
 
             code = worker.start(recipe, [], runs)
         finally:

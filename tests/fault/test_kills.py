@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from azrecipe.parts.checkpoint import MARKER, complete
+from azrecipe.training.checkpoints import MARKER, complete
 from tests.small import Project, assert_same_weights, in_small_disk
 
 

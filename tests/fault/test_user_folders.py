@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from azrecipe.parts.checkpoint import MARKER, remove_after, remove_torn, rotate
-from azrecipe.parts.files import whole_folder
+from azrecipe.training.checkpoints import MARKER, remove_after, remove_torn, rotate
+from azrecipe.utils.atomic_files import whole_folder
 from tests.conftest import TOKENIZER, Done, write
 
 Cli = Callable[..., Done]
@@ -68,7 +68,7 @@ def test_a_folder_that_a_pipeline_would_take_is_refused_and_kept(recipe: Path, c
 @pytest.mark.usefixtures("project")
 def test_a_refused_recipe_keeps_an_empty_folder_and_what_was_put_into_it(recipe: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's file comes while the run is under way; the run is refused after that."""
-    from azrecipe.parts import foreseen
+    from azrecipe.planning import run_estimate
 
     def put(*_: object) -> None:
         write("thesis/chapters/notes.txt", "the only copy")
@@ -76,7 +76,7 @@ def test_a_refused_recipe_keeps_an_empty_folder_and_what_was_put_into_it(recipe:
     Path("thesis/chapters").mkdir(parents=True)
     assert cli("run", recipe, "--runs-dir", ".", *LATE).code == 2
     assert list(Path("thesis/chapters").iterdir()) == []
-    monkeypatch.setattr(foreseen, "foresee", put)  # a moment between the opening and the refusal
+    monkeypatch.setattr(run_estimate, "foresee", put)  # a moment between the opening and the refusal
     assert cli("run", recipe, "--runs-dir", ".", *LATE).code == 2
     assert Path("thesis/chapters/notes.txt").read_text(encoding="utf-8") == "the only copy"
 

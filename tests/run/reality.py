@@ -128,9 +128,10 @@ def fill(folder: Path, cases: list[Case]) -> None:
     """Text, tokenizers, the models that some recipes begin with, and the recipes."""
     import torch
 
-    from azrecipe.parts.embeddings import pad_vocabulary
-    from azrecipe.parts.model import build_model, save_model
-    from azrecipe.parts.vocabulary import rows_needed, save_tokenizer, train_llama3
+    from azrecipe.modeling.loading import build_model, save_model
+    from azrecipe.modeling.vocabulary_swap import pad_vocabulary
+    from azrecipe.tokenization.bpe_training import train_llama3
+    from azrecipe.tokenization.tokenizer import rows_needed, save_tokenizer
     from tests.conftest import TALES, jsonl, write
 
     torch.set_num_threads(1)
@@ -195,7 +196,7 @@ def formulas() -> dict[Any, Any]:
     import torch
     import torch.nn.modules.linear_cross_entropy  # it makes the operators
 
-    from azrecipe.parts.tracker import MORE_FLOPS
+    from azrecipe.planning.simulation.memory_tracker import MORE_FLOPS
 
     def loss(x: Any, weight: Any, *_: Any, out_shape: Any = None) -> int:
         return int(2 * x[0] * x[1] * weight[0])
@@ -286,8 +287,8 @@ def measure(case: Case, folder: Path, backend: Any) -> dict[str, Any]:
 
 def main(folder: Path, seed: int) -> None:
     """Measure each case of this process' backend."""
-    from azrecipe.launch.worker import _quiet
-    from azrecipe.parts import backend as backends
+    from azrecipe.distributed import backend as backends
+    from azrecipe.pipeline.worker import _quiet
 
     backend = backends.set_up()
     _quiet()

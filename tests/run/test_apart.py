@@ -16,9 +16,9 @@ import psutil
 import pytest
 import torch
 
-from azrecipe.launch.command import config_file
-from azrecipe.parts.checkpoint import MARKER, complete, step_of
-from azrecipe.parts.files import file_sizes, read_json
+from azrecipe.pipeline.launch_command import config_file
+from azrecipe.training.checkpoints import MARKER, complete, step_of
+from azrecipe.utils.atomic_files import file_sizes, read_json
 from tests.conftest import write
 from tests.run.test_backends import assert_same_training
 from tests.small import Project, Started, assert_same_weights, copied
@@ -61,7 +61,7 @@ class Machines:
         for rank, folder in enumerate(self.folders):
             for name in ("base", "tokenizer"):
                 shutil.copytree(self.project.path(name), folder / "runs" / "small" / name, dirs_exist_ok=True)
-            launcher = ("-m", "azrecipe.launch.launcher", "--config_file", str(config_file(config)), "--num_machines", "2",
+            launcher = ("-m", "azrecipe.pipeline.accelerate_launcher", "--config_file", str(config_file(config)), "--num_machines", "2",
                         "--num_processes", str(2 * processes), "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
                         "--main_process_port", port)  # fmt: skip
             command = self.project.command("cpt", *KEPT, *arguments, runs=str(folder / "runs"), launcher=launcher)
@@ -257,12 +257,12 @@ BRING = """
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
-from azrecipe.parts import storage
-from azrecipe.parts.files import file_sizes
+from azrecipe.distributed import local_storage
+from azrecipe.utils.atomic_files import file_sizes
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 cache = Path(f"{folder}_cache")
 dist.init_process_group("gloo")
-with storage.everywhere(folder, cache, rank == 0) as here:
+with local_storage.everywhere(folder, cache, rank == 0) as here:
     print(here == folder, sorted(file_sizes(here).items()), {path.read_bytes()[-3:] for path in here.rglob("*.bin")})
 print(list(cache.glob("*")))
 """

@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 
+from azrecipe.distributed.backend import Backend, asked
 from azrecipe.errors import CommandError
-from azrecipe.parts import checkpoint
-from azrecipe.parts.backend import Backend, asked
-from azrecipe.parts.files import read_json, write_json
+from azrecipe.training import checkpoints
+from azrecipe.utils.atomic_files import read_json, write_json
 from tests.conftest import write
 from tests.small import Project, copied, weights
 
@@ -114,7 +114,7 @@ def resumable(stopped: Project, tmp_path: Path) -> Project:
 
 
 def newest(project: Project) -> Path:
-    found = checkpoint.last_complete(project.path("cpt") / "checkpoints" / "full")
+    found = checkpoints.last_complete(project.path("cpt") / "checkpoints" / "full")
     assert found is not None
     return found
 
@@ -128,7 +128,7 @@ def test_a_signal_to_one_process_saves_once_together_and_writes_no_final_model(s
     assert "Traceback" not in printed
     assert "fsdp2, 2 processes" in printed
     done = lines(stopped)
-    assert checkpoint.step_of(newest(stopped)) == done[-1]["step"]
+    assert checkpoints.step_of(newest(stopped)) == done[-1]["step"]
     for a, b in zip(done, lines(finished), strict=False):
         assert a["loss"] == pytest.approx(b["loss"], abs=CLOSE)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -140,7 +140,7 @@ def test_weights_and_optimizer_state_lie_in_the_checkpoint_in_two_parts(stopped:
     moments = {name: found for name, found in states.items() if "exp_avg" in name}
     assert len(moments) >= 2 * len(parameters) - 2  # two moments a weight; the tied matrix is named twice among the weights
     assert {pieces for pieces, _ in moments.values()} == {2}
-    assert read_json(newest(stopped) / checkpoint.WRITTEN_BY) == {"kind": "fsdp2", "processes": 2, "format": "SHARDED_STATE_DICT"}
+    assert read_json(newest(stopped) / checkpoints.WRITTEN_BY) == {"kind": "fsdp2", "processes": 2, "format": "SHARDED_STATE_DICT"}
 
 
 @pytest.mark.parametrize(("config", "processes"), [("hsdp", 4), ("fsdp", 1)])
@@ -196,21 +196,21 @@ def test_zero_trains_the_model_that_one_process_trains(small: Project, finished:
 def test_who_can_go_on_from_a_checkpoint(tmp_path: Path, written: Backend, reads: list[Backend], refuses: list[Backend]) -> None:
     folder = tmp_path / "full" / "checkpoint-4"
     write(folder / "weights", "w")
-    checkpoint.seal(folder, written)
+    checkpoints.seal(folder, written)
     for backend in reads:
-        checkpoint.check_readable(tmp_path, backend)
+        checkpoints.check_readable(tmp_path, backend)
     for backend in refuses:
         with pytest.raises(CommandError, match=f"written by {written.kind} with {written.world} process"):
-            checkpoint.check_readable(tmp_path, backend)
+            checkpoints.check_readable(tmp_path, backend)
 
 
 def test_a_checkpoint_from_before_backends_were_written_down_is_one_process_or_ddp(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-4"
     write(folder / "weights", "w")
-    write_json(folder / checkpoint.MARKER, {"weights": 1})
-    checkpoint.check_readable(tmp_path, Backend("ddp", 2, 0))
+    write_json(folder / checkpoints.MARKER, {"weights": 1})
+    checkpoints.check_readable(tmp_path, Backend("ddp", 2, 0))
     with pytest.raises(CommandError):
-        checkpoint.check_readable(tmp_path, Backend("fsdp2", 2, 0))
+        checkpoints.check_readable(tmp_path, Backend("fsdp2", 2, 0))
 
 
 def test_a_ddp_checkpoint_goes_on_in_one_process(small: Project, finished: Project) -> None:
@@ -240,9 +240,9 @@ def test_pure_bfloat16_is_pure_when_sharded_and_trains_alike(small: Project) -> 
 def test_a_compiled_model_trains_alike_and_its_checkpoint_is_a_plain_one(small: Project, finished: Project) -> None:
     """Stopped compiled and ended plain: the names in the checkpoint are the model's own."""
     compiled = ("--set", "training.torch_compile=true")
-    code = small.interrupt("phase1", lambda run: any(run.glob("checkpoints/*/*/" + checkpoint.MARKER)), signal.SIGTERM, *compiled)
+    code = small.interrupt("phase1", lambda run: any(run.glob("checkpoints/*/*/" + checkpoints.MARKER)), signal.SIGTERM, *compiled)
     assert code == 143
-    (found,) = checkpoint.complete(small.path("phase1") / "checkpoints" / "embeddings")[-1:]
+    (found,) = checkpoints.complete(small.path("phase1") / "checkpoints" / "embeddings")[-1:]
     assert "model.embed_tokens.weight" in weights(found)
     before = len(lines(small, "phase1"))
     assert before >= 4
@@ -258,7 +258,7 @@ def test_torch_compile_without_a_compiler_is_refused(small: Project, monkeypatch
 
 
 def test_accelerate_still_calls_processes_without_an_accelerator_undistributed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where this fails, azrecipe.parts.cpu._say_gloo may have become needless."""
+    """Where this fails, azrecipe.distributed.cpu_backend._say_gloo may have become needless."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -269,7 +269,7 @@ def test_accelerate_still_calls_processes_without_an_accelerator_undistributed(m
 
 @needs_deepspeed
 def test_deepspeed_still_builds_an_operator_when_it_starts_on_a_cpu() -> None:
-    """Where this fails, azrecipe.parts.cpu._build_nothing may have become needless."""
+    """Where this fails, azrecipe.distributed.cpu_backend._build_nothing may have become needless."""
     found = importlib.util.find_spec("deepspeed")
     assert found is not None and found.origin is not None
     source = (Path(found.origin).parent / "comm" / "torch.py").read_text()

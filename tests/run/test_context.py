@@ -71,7 +71,7 @@ def test_what_cannot_be_split_is_refused_before_anything_is_started(small: Proje
 
 
 def test_pytorch_still_splits_cuda_s_attention_only(tmp_path: Path) -> None:
-    """parts/cpu.py adds the CPU's operators to this table; the day they are in it, that is not needed."""
+    """distributed/cpu_backend.py adds the CPU's operators to this table; the day they are in it, that is not needed."""
     code = "from torch.distributed.tensor.experimental._context_parallel import _attention; print(*_attention.custom_ops)"
     done = called([sys.executable, "-c", code], tmp_path)
     named = done.out

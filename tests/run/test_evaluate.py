@@ -109,10 +109,10 @@ def test_an_adapter_on_its_base_is_the_merged_model(evaluated: Project) -> None:
 
 
 def test_what_is_answered_was_never_trained_on(evaluated: Project) -> None:
-    from azrecipe.parts import chat
+    from azrecipe.data import conversations
 
     rows = [json.loads(line)["messages"] for line in (evaluated.folder / "questions.jsonl").read_text().splitlines()]
-    train, held_out, _ = chat.split(rows, 0.2)
+    train, held_out, _ = conversations.split(rows, 0.2)
     result = evaluated.result("more")
     assert result["answers"]["conversations"] == result["answers"]["held_out"] == len(held_out)
     lines = [json.loads(line) for line in (evaluated.path("more") / "models/base/answers.jsonl").read_text().splitlines()]

@@ -58,7 +58,7 @@ def test_a_look_ahead_that_takes_too_long_is_said_in_a_line_and_the_run_goes_on(
 
 
 def test_tuning_foresees_the_rows_that_the_template_adds(small: Project, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from azrecipe.parts.sources import Inputs
+    from azrecipe.data.inputs import Inputs
     from azrecipe.recipe.load import load
     from azrecipe.stages import sft
 

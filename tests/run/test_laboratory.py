@@ -100,7 +100,7 @@ def test_sigterm_is_told_and_what_is_made_is_kept(small: Project) -> None:
 
 
 def test_a_run_made_before_a_key_was_there_is_still_this_recipes(small: Project) -> None:
-    from azrecipe.recipe.write import to_yaml
+    from azrecipe.recipe.to_yaml import to_yaml
     from azrecipe.recipe.yaml_tree import parse
 
     file = small.path("tokenizer") / "recipe.yaml"

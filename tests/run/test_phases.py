@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from azrecipe.parts.extension import extend
-from azrecipe.parts.model import build_model, save_model
-from azrecipe.parts.vocabulary import save_tokenizer, train_llama3
+from azrecipe.modeling.loading import build_model, save_model
 from azrecipe.recipe.load import load
+from azrecipe.tokenization.bpe_extension import extend
+from azrecipe.tokenization.bpe_training import train_llama3
+from azrecipe.tokenization.tokenizer import save_tokenizer
 from tests.conftest import ROOT, TALES, Done, write
 from tests.small import CPT, Project, assert_same_weights, fill, weights
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.parts.templates import SHIPPED
+from azrecipe.tokenization.chat_templates import SHIPPED
 from tests.conftest import write
 from tests.small import Project, weights
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from azrecipe.parts.hardware import find
-from azrecipe.parts.model_shape import ModelShape
-from azrecipe.parts.training_steps import loops
-from azrecipe.plan.levers import levers
-from azrecipe.plan.where import where
+from azrecipe.hardware import find
+from azrecipe.planning.alternatives import levers
+from azrecipe.planning.model_config import ModelShape
+from azrecipe.planning.placement import where
+from azrecipe.planning.training_loops import loops
 from azrecipe.recipe.load import load
 from tests.conftest import ROOT, write
 from tests.small import called, environment

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.parts.backend import Backend
-from azrecipe.parts.fake_step import measure
-from azrecipe.parts.model_shape import Around, shape_of
-from azrecipe.parts.training_steps import loops
+from azrecipe.distributed.backend import Backend
+from azrecipe.planning.model_config import Around, shape_of
+from azrecipe.planning.simulation.step_simulation import measure
+from azrecipe.planning.training_loops import loops
 from azrecipe.recipe.load import load
 from tests.conftest import ROOT
 from tests.run.reality import LITTLE, Case, draw, fill
@@ -58,7 +58,16 @@ def measured(folder: Path) -> dict[str, Any]:
     """Every case's real step; of two processes that which saw all that was let go of counts."""
     alone = [sys.executable, "-m", "tests.run.reality", str(folder), str(SEED)]
     config = ROOT / "accelerate_configs" / "fsdp.yaml"
-    launcher = ["-m", "azrecipe.launch.launcher", "--config_file", str(config), "--num_processes", "2", "--main_process_port", "0"]
+    launcher = [
+        "-m",
+        "azrecipe.pipeline.accelerate_launcher",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     for command in (alone, [sys.executable, *launcher, *alone[1:]]):
         done = subprocess.run(
             command, cwd=folder, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=600, check=False

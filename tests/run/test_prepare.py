@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from azrecipe.data import readers, tokenized_cache
+from azrecipe.data.readers import Located
+from azrecipe.data.sources import identity, texts
+from azrecipe.data.tokenized_cache import Making, store
 from azrecipe.errors import Place, RecipeError
-from azrecipe.parts import corpus, storing
-from azrecipe.parts.corpus import Located, identity, texts
-from azrecipe.parts.storing import Making, store
-from azrecipe.parts.vocabulary import load_tokenizer
 from azrecipe.recipe.types import Deduplication, TextSource
+from azrecipe.tokenization.tokenizer import load_tokenizer
 from tests import aws
 from tests.conftest import TALES, Done, jsonl, write
 from tests.small import Started, in_small_disk
@@ -122,8 +123,8 @@ def test_a_store_is_the_same_however_many_processes_make_it(
     source = located(large, max_bytes=300_000)
     made = []
     for alone in (10**9, 0):
-        monkeypatch.setattr(storing, "ALONE", alone)
-        monkeypatch.setattr(corpus, "PIECE", 40_000)
+        monkeypatch.setattr(tokenized_cache, "ALONE", alone)
+        monkeypatch.setattr(readers, "PIECE", 40_000)
         folder = tmp_path / f"cache{alone}"
         found = store(source, making, folder)
         made.append({file.name: file.read_bytes() for file in (folder / found.key).iterdir()})
@@ -140,15 +141,16 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from azrecipe.errors import Place
-from azrecipe.parts import corpus, storing
-from azrecipe.parts.corpus import Located
-from azrecipe.parts.vocabulary import load_tokenizer
+from azrecipe.data import readers
+from azrecipe.data import tokenized_cache
+from azrecipe.data.readers import Located
+from azrecipe.tokenization.tokenizer import load_tokenizer
 from azrecipe.recipe.types import TextSource
 
 if __name__ == "__main__":
-    storing.COMMIT, storing.ALONE, corpus.PIECE = 0.0, int(sys.argv[4]), 40_000
-    making = storing.Making(load_tokenizer(sys.argv[2]), frozenset())
-    print(storing.store(Located(TextSource(sys.argv[1], "train"), Place("r.yaml")), making, Path(sys.argv[3])).key)
+    tokenized_cache.COMMIT, tokenized_cache.ALONE, readers.PIECE = 0.0, int(sys.argv[4]), 40_000
+    making = tokenized_cache.Making(load_tokenizer(sys.argv[2]), frozenset())
+    print(tokenized_cache.store(Located(TextSource(sys.argv[1], "train"), Place("r.yaml")), making, Path(sys.argv[3])).key)
 """
 
 

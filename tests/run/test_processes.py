@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from azrecipe.recipe import resources
+from azrecipe.utils import shipped_files
 from tests.small import Project, pages, weights
 
-DDP = str(resources.root() / "accelerate_configs" / "ddp.yaml")
+DDP = str(shipped_files.root() / "accelerate_configs" / "ddp.yaml")
 
 
 def test_two_processes_train_the_model_that_one_trains(small: Project, finished: Project) -> None:

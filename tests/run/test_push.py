@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from azrecipe.parts.files import read_json, write_json
+from azrecipe.utils.atomic_files import read_json, write_json
 from tests.conftest import Done, run_command, write
 from tests.small import Project
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from azrecipe.report.plots import COLOURS
+from azrecipe.report.svg_plots import COLOURS
 from tests import browser
 from tests.conftest import Done, write
 from tests.small import Project, fill, pages
@@ -246,7 +246,7 @@ def test_the_browser_would_tell(tmp_path: Path) -> None:
     free = browser.see(tmp_path / "free.html", tmp_path)
     assert set(free.asked) == {"http://127.0.0.1:9/x.png"}
     assert "here" in free.console[0]
-    from azrecipe.report.markup import Html, page
+    from azrecipe.report.html import Html, page
 
     write(tmp_path / "held.html", page("held", Html('<img src="http://127.0.0.1:9/x.png">')))
     held = browser.see(tmp_path / "held.html", tmp_path)

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
+from azrecipe import sagemaker
 from azrecipe.errors import CannotRun, CommandError, RecipeError
-from azrecipe.launch import sagemaker
-from azrecipe.launch.sagemaker import load as load_settings
-from azrecipe.launch.sagemaker import metrics, parcel
 from azrecipe.recipe.load import load
-from azrecipe.recipe.steps import load_pipeline
+from azrecipe.recipe.pipeline_steps import load_pipeline
+from azrecipe.sagemaker import bundle, cloudwatch_metrics
+from azrecipe.sagemaker import load as load_settings
 from tests import aws
 from tests.conftest import ROOT, TALES, Done, write
 from tests.small import called
@@ -123,7 +123,7 @@ def test_the_recipe_in_the_container_is_the_recipe_here_with_other_paths(here: P
     assert packed.config.training == replace(own.config.training, report_to=["tensorboard"])  # SageMaker shows what it writes
     assert (packed.config.phases, packed.project, packed.name) == (own.config.phases, own.project, own.name)
     # The source folder is a whole azrecipe: what the container runs is what is here
-    found = python("-c", "import azrecipe.recipe.resources as r; print(r.root())")
+    found = python("-c", "import azrecipe.utils.shipped_files as r; print(r.root())")
     assert Path(found.stdout.strip()).samefile("source/azrecipe/_shipped"), found.stderr
 
 
@@ -147,7 +147,7 @@ def test_every_step_that_ships_can_be_read_in_the_container(recipe: str, monkeyp
     settings = load_settings("sagemaker/cpt.yaml", upload_data=True)
     for step in load_pipeline(recipe)[1]:
         try:
-            packed = parcel.pack(step.recipe, settings.of_step(step.key))
+            packed = bundle.pack(step.recipe, settings.of_step(step.key))
         except RecipeError as error:
             assert "there is nothing" in str(error), error  # text that the user is to lay beside it
             continue
@@ -375,9 +375,9 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_cloudwatchs_expressions_find_every_metric_in_the_log_of_a_real_run(small_run: Path) -> None:
     lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
-    log = [metrics.said(json.dumps(line)) for line in lines]
+    log = [cloudwatch_metrics.said(json.dumps(line)) for line in lines]
     found: dict[str, list[float]] = {}
-    for each in metrics.definitions(load(small_run.parent.parent.parent / "recipe.yaml")):
+    for each in cloudwatch_metrics.definitions(load(small_run.parent.parent.parent / "recipe.yaml")):
         found[each["Name"]] = [float(match.group(1)) for line in log if line and (match := re.search(each["Regex"], line))]
     trained = [line for line in lines if "loss" in line]
     for name, key in [
@@ -430,7 +430,7 @@ def test_a_pipeline_is_a_job_a_step_and_takes_what_the_last_one_left(here: Path,
 
 
 def test_the_hubs_token_comes_from_secrets_manager(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from azrecipe.launch.sagemaker import container
+    from azrecipe.sagemaker import container
 
     secrets = boto3.client("secretsmanager")
     secrets.create_secret(Name="plain", SecretString="hf_plain\n")

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.parts import throughput
-from azrecipe.parts.profiling import fused
-from azrecipe.parts.vocabulary import load_tokenizer
+from azrecipe.modeling.flops import flops_per_token
+from azrecipe.tokenization.tokenizer import load_tokenizer
+from azrecipe.training import throughput
+from azrecipe.training.profiling import fused
 from tests.conftest import Done, write
 from tests.small import BASE, SFT, Project, fill
 
@@ -165,7 +166,7 @@ def test_the_flops_of_a_token_follow_what_trains() -> None:
     def flops(*trains: str) -> float | None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in name for part in trains))
-        return throughput.flops_per_token(model, 2048)
+        return flops_per_token(model, 2048)
 
     assert flops("") == 6 * (layers + head) + 3 * attention
     assert flops("embed_tokens") == 4 * layers + 6 * head + 3 * attention

@@ -67,9 +67,9 @@ def test_packed_conversations_see_only_themselves(tuned: Project) -> None:
     assert f"in {result['training']['sequences']:,} sequences" in printed
     assert result["held_out_loss"]["after"] < result["held_out_loss"]["before"]
 
-    from azrecipe.parts.examples import joined
-    from azrecipe.parts.packing import Collate
-    from azrecipe.parts.templates import Example
+    from azrecipe.data.finetuning_examples import joined
+    from azrecipe.data.packing import Collate
+    from azrecipe.tokenization.chat_templates import Example
 
     model, tokenizer = opened(tuned.path("cpt") / "final")
     model.config.use_cache = False
@@ -212,7 +212,7 @@ def test_the_adapter_is_merged_in_float32_and_rounded_once(tuned: Project) -> No
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, exact[name].to(torch.bfloat16)), name
 
-    from azrecipe.parts import lora
+    from azrecipe.modeling import lora
     from azrecipe.recipe.types import Model
 
     saved = AutoModelForCausalLM.from_pretrained(tuned.path("half") / "final", dtype=torch.bfloat16)

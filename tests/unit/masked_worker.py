@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from azrecipe.parts.phases import decayed, freeze
-from azrecipe.parts.row_mask import mask_rows
+from azrecipe.modeling.parameter_groups import decayed, freeze
+from azrecipe.modeling.row_gradient_mask import mask_rows
 
 NEW = (3, *range(40, 51))  # of 53 rows, so that both processes hold old and new ones, and no two of them as many
 # Tied or not, what trains, the matrices that this means, and the layers.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from azrecipe.parts.backend import Backend
-from azrecipe.parts.model_shape import ModelShape
-from azrecipe.parts.training_steps import loops
-from azrecipe.plan.amount import BYTES_PER_TOKEN, amounts
+from azrecipe.distributed.backend import Backend
+from azrecipe.planning.model_config import ModelShape
+from azrecipe.planning.training_length import BYTES_PER_TOKEN, amounts
+from azrecipe.planning.training_loops import loops
 from azrecipe.recipe.load import load
 from tests.conftest import jsonl, write
 

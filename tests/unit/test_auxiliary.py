@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from azrecipe.data.mixture import Mix
+from azrecipe.data.token_store import Store
 from azrecipe.errors import CannotRun
-from azrecipe.launch import preflight
-from azrecipe.parts import auxiliary
-from azrecipe.parts.auxiliary import Text, check, compose
-from azrecipe.parts.mixing import Mix
-from azrecipe.parts.tokens import Store
+from azrecipe.modeling import word_vectors
+from azrecipe.modeling.word_vectors import Text, compose
+from azrecipe.pipeline import preflight
+from azrecipe.recipe import extras
+from azrecipe.recipe.extras import check_word_vectors
 from azrecipe.recipe.load import load
 from tests.conftest import ROOT, write
 from tests.small import fill
@@ -46,7 +48,7 @@ def planted(seed: int = 0) -> Mix:
 SAME = {new: new + 1000 for new in range(2 * TOPICS + COMMON * TOPICS) if not TOPICS <= new < 2 * TOPICS} | {900: 2000}
 
 
-@pytest.mark.parametrize("method", auxiliary.METHODS)
+@pytest.mark.parametrize("method", extras.WORD_VECTOR_METHODS)
 def test_a_token_that_is_used_like_an_old_one_becomes_that_one(method: str, tmp_path: Path) -> None:
     composed = compose(planted(), tmp_path, method, SAME)
     assert composed.tokens.tolist() == list(range(TOPICS, 2 * TOPICS))
@@ -82,7 +84,7 @@ def test_processes_that_hash_strings_differently_find_the_same(tmp_path: Path) -
     code = """
 import sys
 from pathlib import Path
-from azrecipe.parts.auxiliary import compose
+from azrecipe.modeling.word_vectors import compose
 from tests.unit.test_auxiliary import SAME, planted
 for method in ("focus", "omp"):
     compose(planted(), Path(sys.argv[1]), method, SAME)
@@ -108,7 +110,7 @@ def test_nothing_shared_and_nothing_frequent_compose_nothing(tmp_path: Path) -> 
 
 
 def test_the_text_is_the_beginning_of_the_mix_in_its_order_and_no_long_document_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auxiliary, "SENTENCE", 7)
+    monkeypatch.setattr(word_vectors, "SENTENCE", 7)
     first, second = store([[i] * 10 for i in range(50)], "a"), store([[100 + i] * 10 for i in range(50)], "b")
     mix = Mix([first, second], [3.0, 1.0], seed=5, extra=2)
     text = Text(mix, cap=240)
@@ -123,11 +125,11 @@ def test_the_text_is_the_beginning_of_the_mix_in_its_order_and_no_long_document_
 
 
 def test_without_gensim_the_methods_that_need_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check("focus")
+    check_word_vectors("focus")
     monkeypatch.setitem(sys.modules, "gensim", None)
-    check("subtoken_mean")
+    check_word_vectors("subtoken_mean")
     with pytest.raises(CannotRun, match=r"omp needs gensim: pip install 'azrecipe\[focus\]'"):
-        check("omp")
+        check_word_vectors("omp")
 
 
 def test_that_is_told_before_any_process_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
-from azrecipe.parts import calibration, estimates, hardware, run_dir, step_time
-from azrecipe.parts.backend import Backend
-from azrecipe.parts.model_shape import ModelShape
-from azrecipe.parts.training_steps import loops
+from azrecipe import hardware
+from azrecipe.distributed.backend import Backend
+from azrecipe.planning import calibration_file, step_time
+from azrecipe.planning.model_config import ModelShape
+from azrecipe.planning.simulation import cost_cache
+from azrecipe.planning.training_loops import loops
 from azrecipe.recipe.load import load
 from azrecipe.recipe.overrides import parse_overrides
+from azrecipe.runs import run_dir
 from tests.conftest import Done, jsonl, write
 from tests.small import fill
 
@@ -37,7 +40,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(autouse=True)
 def nothing_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calibration.file().unlink(missing_ok=True)
+    calibration_file.file().unlink(missing_ok=True)
     monkeypatch.chdir(tmp_path)
 
 
@@ -49,7 +52,7 @@ def config() -> dict[str, Any]:
 def seconds(*sets: str) -> float:
     """What the roofline of an A100 gives for a step of base.yaml."""
     (loop,) = loops(load("base.yaml", parse_overrides(sets)), ModelShape(config(), 0, ()), Backend("single", 1, 0))
-    (cost,) = estimates.costs([(loop.asked, loop.length)])
+    (cost,) = cost_cache.costs([(loop.asked, loop.length)])
     card = hardware.load().cards["a100-40g"]
     batch, optimizer = cost.seconds(loop.batch, card.fp32_tflops * 1e12, card.memory_gb_per_s * 1e9, loop.asked.accumulates)
     return batch * loop.accumulation + optimizer
@@ -86,7 +89,7 @@ def test_a_run_tells_the_share_of_the_roofline_that_it_reached_and_plans_count_w
     assert done.code == 0, done.err
     assert "english: 0.400 of the roofline" in done.out
     assert f"{TOKENS * 0.4 / roof:,.0f} tokens/s a card, median of 10 logged lines" in done.out
-    assert str(calibration.file()) in done.out
+    assert str(calibration_file.file()) in done.out
     after = json.loads(cli("plan", "base.yaml", "--hardware", "a100-40g", "--no-levers", "--json").out)["loops"][0]
     assert after["rests_on"] == "1 training loop of your own on a100-40g" != before["rests_on"]
     assert after["tokens_per_second"]["middle"] == pytest.approx(TOKENS * 0.4 / roof)
@@ -97,11 +100,11 @@ def test_a_run_tells_the_share_of_the_roofline_that_it_reached_and_plans_count_w
 def test_a_run_calibrated_again_takes_its_own_place_and_others_stay(tmp_path: Path, cli: Cli) -> None:
     fill(tmp_path)
     roof = seconds()
-    calibration.keep({"run_id": "other", "card": "a100-40g", "loops": [{"name": "x", "efficiency": 0.7}]})
+    calibration_file.keep({"run_id": "other", "card": "a100-40g", "loops": [{"name": "x", "efficiency": 0.7}]})
     for share in (0.4, 0.5):
         assert cli("plan", "--calibrate", ran(roof / share)).code == 0
-    assert [(run["run_id"], run["loops"][0]["efficiency"]) for run in calibration.runs()] == [("other", 0.7), ("abc", 0.5)]
-    span, rests_on = step_time.efficiency("a100-40g", calibration.efficiencies())
+    assert [(run["run_id"], run["loops"][0]["efficiency"]) for run in calibration_file.runs()] == [("other", 0.7), ("abc", 0.5)]
+    span, rests_on = step_time.efficiency("a100-40g", calibration_file.efficiencies())
     assert (span.low, span.middle, span.high) == pytest.approx((0.5, 0.6, 0.7))
     assert rests_on == "2 training loops of your own on a100-40g"
 
@@ -127,7 +130,7 @@ def test_a_run_that_waits_for_its_links_says_nothing_of_the_card(tmp_path: Path,
     )
     assert done.code == 2
     assert "it waits for the links between the cards" in done.err
-    assert not calibration.file().exists()
+    assert not calibration_file.file().exists()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_runs_that_tell_nothing_are_refused_with_the_reason(tmp_path: Path, cli:
     done = cli("plan", "--calibrate", ran(**{"step_seconds": 1.0, **changes}))
     assert done.code == 2
     assert said in done.err
-    assert not calibration.file().exists()
+    assert not calibration_file.file().exists()
 
 
 def test_what_is_no_training_run_or_a_damaged_file_is_named(tmp_path: Path, cli: Cli) -> None:
@@ -160,7 +163,7 @@ def test_what_is_no_training_run_or_a_damaged_file_is_named(tmp_path: Path, cli:
     run.path.mkdir(parents=True)
     run_dir.asked(recipe, run)
     assert "this one trains no model" in cli("plan", "--calibrate", run.path).err
-    write(calibration.file(), '{"runs": [{"card": "a100-40g"}]}')
+    write(calibration_file.file(), '{"runs": [{"card": "a100-40g"}]}')
     done = cli("plan", "base.yaml", "--hardware", "a100-40g", "--no-levers")
     assert (done.code, done.out) == (2, "")
-    assert f"{calibration.file()} is not what azrecipe plan --calibrate writes" in done.err
+    assert f"{calibration_file.file()} is not what azrecipe plan --calibrate writes" in done.err

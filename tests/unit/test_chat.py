@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from azrecipe.parts import chat, templates
-from azrecipe.parts.vocabulary import load_tokenizer
+from azrecipe.data import conversations as data_conversations
+from azrecipe.tokenization import chat_templates
+from azrecipe.tokenization.tokenizer import load_tokenizer
 
 TALK = [
     {"role": "system", "content": "Qısa cavab ver."},
@@ -22,12 +23,12 @@ TALK = [
 @pytest.fixture
 def tokenizer(llama: Path) -> Any:
     found = load_tokenizer(str(llama))
-    templates.apply_template(found, "llama3")
+    chat_templates.apply_template(found, "llama3")
     return found
 
 
 def test_the_loss_covers_the_answers_and_their_end_of_turn_and_nothing_else(tokenizer: Any) -> None:
-    example = templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
+    example = chat_templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     expected: list[tuple[int, bool]] = [(tokenizer.bos_token_id, False)]
     for message in TALK:
@@ -43,9 +44,9 @@ def test_the_loss_covers_the_answers_and_their_end_of_turn_and_nothing_else(toke
 def test_the_mask_is_the_one_that_trl_takes_from_its_own_llama3_template(tokenizer: Any) -> None:
     from importlib.resources import files
 
-    ours = templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
+    ours = chat_templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
     tokenizer.chat_template = (files("trl") / "chat_templates" / "llama3_training.jinja").read_text()
-    theirs = templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
+    theirs = chat_templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
     assert ours == theirs
 
 
@@ -57,17 +58,17 @@ def test_the_end_of_turn_is_where_generation_stops(tokenizer: Any) -> None:
 
 
 def test_a_conversation_cut_before_its_answer_has_nothing_to_train(tokenizer: Any) -> None:
-    assert templates.tokenize(tokenizer, TALK[1:3], 6, assistant_only=True).trained == 0
-    assert templates.tokenize(tokenizer, TALK[1:3], 512, assistant_only=False).trained > 0
+    assert chat_templates.tokenize(tokenizer, TALK[1:3], 6, assistant_only=True).trained == 0
+    assert chat_templates.tokenize(tokenizer, TALK[1:3], 512, assistant_only=False).trained > 0
 
 
 def test_equal_conversations_are_one_and_never_move_sides() -> None:
     talks = [[{"role": "user", "content": str(n)}, {"role": "assistant", "content": "a"}] for n in range(200)]
-    train, held, duplicates = chat.split([*talks, *talks[:7]], 0.2)
+    train, held, duplicates = data_conversations.split([*talks, *talks[:7]], 0.2)
     assert duplicates == 7
     assert len(train) + len(held) == 200
     assert 20 < len(held) < 60
-    again_train, again_held, _ = chat.split(talks[50:], 0.2)
+    again_train, again_held, _ = data_conversations.split(talks[50:], 0.2)
     assert all(talk in train for talk in again_train)
     assert all(talk in held for talk in again_held)
 
@@ -99,35 +100,35 @@ def test_masks_are_trls_own_on_a_thousand_conversations(llama: Path, name: str) 
     from trl.trainer.sft_trainer import _tokenize
 
     tokenizer = load_tokenizer(str(llama))
-    templates._own_ids(
+    chat_templates._own_ids(
         tokenizer, ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>")
     )
     tokenizer.chat_template = (files("trl") / "chat_templates" / f"{name}_training.jinja").read_text()
     ours, theirs, own = [], [], []
     talks = conversations(1000)
     for talk in talks:
-        example = templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
+        example = chat_templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
         ours.append((example.input_ids, [label != -100 for label in example.labels]))
         found = _tokenize(tokenizer, talk, return_assistant_tokens_mask=True)
         theirs.append((list(found["input_ids"]), [bool(on) for on in found["assistant_masks"]]))
     assert ours == theirs
     if name == "llama3":
-        templates.apply_template(tokenizer, "llama3")
+        chat_templates.apply_template(tokenizer, "llama3")
         for talk in talks:
-            example = templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
+            example = chat_templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
             own.append((example.input_ids, [label != -100 for label in example.labels]))
         assert own == theirs
 
 
-@pytest.mark.parametrize("name", list(templates.SHIPPED))
+@pytest.mark.parametrize("name", list(chat_templates.SHIPPED))
 def test_a_shipped_template_trains_the_answers_and_the_end_of_turn_and_nothing_else(llama: Path, name: str) -> None:
     tokenizer = load_tokenizer(str(llama))
-    new = templates.apply_template(tokenizer, name)
-    shipped = templates.SHIPPED[name]
+    new = chat_templates.apply_template(tokenizer, name)
+    shipped = chat_templates.SHIPPED[name]
     assert [tokenizer.convert_ids_to_tokens(i) for i in new] == [t for t in shipped.tokens if name != "llama3"]
-    assert tokenizer.eos_token == shipped.end_of_turn == templates.end_of_turn(tokenizer) != tokenizer.pad_token
+    assert tokenizer.eos_token == shipped.end_of_turn == chat_templates.end_of_turn(tokenizer) != tokenizer.pad_token
     for talk in conversations(50):
-        example = templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
+        example = chat_templates.tokenize(tokenizer, talk, 10_000, assistant_only=True)
         trained = tokenizer.decode([label for label in example.labels if label != -100])
         answers = [m["content"].strip() for m in talk if m["role"] == "assistant"]
         assert trained == "".join(answer + shipped.end_of_turn for answer in answers)
@@ -136,10 +137,10 @@ def test_a_shipped_template_trains_the_answers_and_the_end_of_turn_and_nothing_e
 
 
 def test_a_conversation_that_is_cut_ends_with_a_whole_turn(tokenizer: Any) -> None:
-    whole = templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
+    whole = chat_templates.tokenize(tokenizer, TALK, 512, assistant_only=True)
     eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     for length in range(1, len(whole.input_ids)):
-        cut = templates.tokenize(tokenizer, TALK, length, assistant_only=True)
+        cut = chat_templates.tokenize(tokenizer, TALK, length, assistant_only=True)
         assert cut.cut
         assert len(cut.input_ids) <= length
         assert not cut.trained or cut.labels[-1] == eot
@@ -159,18 +160,18 @@ def test_a_template_without_an_end_of_turn_in_its_marks_is_refused(tokenizer: An
     ):
         file.write_text(text)
         with pytest.raises(CommandError, match=words):
-            templates.apply_template(tokenizer, str(file))
+            chat_templates.apply_template(tokenizer, str(file))
     file.write_text(
         "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}<|end_header_id|>{% endgeneration %}\n{% endfor %}"
     )
-    templates.apply_template(tokenizer, str(file))
+    chat_templates.apply_template(tokenizer, str(file))
     assert tokenizer.eos_token == "<|end_header_id|>"
 
 
 def test_padding_is_never_the_end_of_turn(llama: Path) -> None:
     tokenizer = load_tokenizer(str(llama))
     tokenizer.pad_token = "<|eot_id|>"
-    templates.apply_template(tokenizer, "llama3")
+    chat_templates.apply_template(tokenizer, "llama3")
     assert tokenizer.pad_token == "<|finetune_right_pad_id|>"
 
 
@@ -180,8 +181,8 @@ def test_without_marks_the_end_of_turn_is_what_stands_behind_the_answer(tokenize
         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}\n{{ m.content }}<|eom_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
     )
-    templates.apply_template(tokenizer, str(file), marks=False)
+    chat_templates.apply_template(tokenizer, str(file), marks=False)
     assert tokenizer.eos_token == "<|eom_id|>"
-    cut = templates.tokenize(tokenizer, TALK, 40, assistant_only=False)
+    cut = chat_templates.tokenize(tokenizer, TALK, 40, assistant_only=False)
     assert cut.cut
     assert cut.labels[-1] == tokenizer.eos_token_id

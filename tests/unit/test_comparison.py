@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from azrecipe.parts.run_dir import locate
+from azrecipe.pipeline import matrix_ranking
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import load_pipeline, of_cells
-from azrecipe.recipe.write import to_yaml
-from azrecipe.report import comparison, tables
+from azrecipe.recipe.pipeline_steps import load_pipeline, of_cells
+from azrecipe.recipe.to_yaml import to_yaml
+from azrecipe.report import terminal_tables
+from azrecipe.runs.run_dir import locate
 from tests.conftest import jsonl, write
 
 FIRST = """\
@@ -76,7 +77,7 @@ def everything_made(found: dict[str, list[Recipe]]) -> None:
 
 def compared(*sets: str, failed: dict[str, int] | None = None) -> Any:
     pipeline, found = cells(*sets)
-    return comparison.compare(pipeline, found, RUNS, failed or {})
+    return matrix_ranking.compare(pipeline, found, RUNS, failed or {})
 
 
 @pytest.mark.usefixtures("study")
@@ -134,7 +135,7 @@ def test_cells_that_did_not_read_the_same_bytes_are_flagged(x: int, y: int, same
         made(found[cell][1], {"base": 1.0, "a": 1.0}, size=(x, 100 * x))
     result = compared()
     assert {row["cell"]: row["same_bytes"] for row in result["ranking"]} == {"x": True, "y": same}
-    tables.show_comparison(result, "bytes")
+    terminal_tables.show_comparison(result, "bytes")
     assert ("not the same bytes" in capsys.readouterr().out) is not same
 
 
@@ -147,13 +148,13 @@ def test_cells_that_are_not_finished_are_listed_with_their_state(capsys: pytest.
     everything_made({"z": found["z"]})
     other = found["y"][0]
     made(Recipe(other.path, other.stage, {**other.data, "seed": 7}, other.config, other.tree, cell=other.cell), {"base": 1.0, "a": 1.0})
-    result = comparison.compare(pipeline, found, RUNS, {})
+    result = matrix_ranking.compare(pipeline, found, RUNS, {})
     assert [row["cell"] for row in result["ranking"]] == ["z"]
     x, y = result["unfinished"]
     assert x == {"cell": "x", "state": "failed", "step": "second.yaml", "exit_code": 3, "message": "the disk is full"}
     assert (y["cell"], y["state"], y["step"]) == ("y", "refused", "first.yaml")
     assert "runs/p/cells/y/first holds the run of another recipe. Keys that differ: seed" in y["message"]
-    tables.show_comparison(result, "The study")
+    terminal_tables.show_comparison(result, "The study")
     shown = capsys.readouterr().out
     assert "x: failed (second.yaml, exit code 3) the disk is full" in shown
     assert "│ z " in shown
@@ -166,17 +167,17 @@ def test_no_cell_finished_is_no_table_and_a_failure_of_this_run_is_told() -> Non
     assert [(cell["cell"], cell["state"], cell["exit_code"]) for cell in result["unfinished"]] == [
         ("x", "not run", None), ("y", "failed", 2), ("z", "not run", None),
     ]  # fmt: skip
-    tables.show_comparison(result, "nothing yet")
+    terminal_tables.show_comparison(result, "nothing yet")
 
 
 @pytest.mark.usefixtures("study")
 def test_a_result_that_says_the_same_is_not_written_again() -> None:
     pipeline, found = cells()
     everything_made(found)
-    result = comparison.compare(pipeline, found, RUNS, {})
-    comparison.write(pipeline, RUNS, result)
+    result = matrix_ranking.compare(pipeline, found, RUNS, {})
+    matrix_ranking.write(pipeline, RUNS, result)
     file = RUNS / "p" / "study" / "result.json"
     before = file.stat().st_mtime_ns
-    comparison.write(pipeline, RUNS, comparison.compare(pipeline, found, RUNS, {}))
+    matrix_ranking.write(pipeline, RUNS, matrix_ranking.compare(pipeline, found, RUNS, {}))
     assert file.stat().st_mtime_ns == before
     assert json.loads(file.read_text()) == result

@@ -12,7 +12,7 @@ from azrecipe.errors import RecipeError
 from azrecipe.recipe.compose import compose
 from azrecipe.recipe.load import Recipe, load
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import Step, load_pipeline, open_recipe
+from azrecipe.recipe.pipeline_steps import Step, load_pipeline, open_recipe
 from tests.conftest import Done, write
 
 PRETRAIN = """\

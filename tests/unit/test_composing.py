@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azrecipe.parts import composing
-from azrecipe.parts.composing import Sums, pursuit_sums, sparsemax, sparsemax_sums
+from azrecipe.modeling import sparse_combinations
+from azrecipe.modeling.sparse_combinations import Sums, pursuit_sums, sparsemax, sparsemax_sums
 
 
 def projected(scores: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ def rebuilt(sums: Sums, atoms: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("picks", [1, 3, 12])
 def test_pursuit_picks_and_weighs_as_the_textbook_does(monkeypatch: pytest.MonkeyPatch, picks: int) -> None:
-    monkeypatch.setattr(composing, "BLOCK", 300)  # blocks of a few targets
+    monkeypatch.setattr(sparse_combinations, "BLOCK", 300)  # blocks of a few targets
     generator = np.random.default_rng(3)
     atoms, targets = unit(generator, 60, 24), unit(generator, 25, 24)
     sums = pursuit_sums(torch.from_numpy(targets), torch.from_numpy(atoms), picks)

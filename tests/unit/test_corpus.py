@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from azrecipe.data.readers import Located
+from azrecipe.data.sources import mixed, texts
 from azrecipe.errors import Place, RecipeError
-from azrecipe.parts.corpus import Located, mixed, texts
-from azrecipe.recipe.load import is_local_data, is_s3
 from azrecipe.recipe.types import HeldOut, TextSource
+from azrecipe.utils.paths import is_local_data, is_s3
 from tests.conftest import jsonl, write
 
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azrecipe.parts.cutting import Cutter
-from azrecipe.parts.duplicates import NONE, bands, near, signatures
-from azrecipe.parts.filters import Filter, repetitions
-from azrecipe.parts.vocabulary import load_tokenizer, train_llama3
-from azrecipe.parts.writing import Tally
+from azrecipe.data.cleaning_report import Tally
+from azrecipe.data.deduplication import NONE, bands, near, signatures
+from azrecipe.data.quality_filters import Filter, repetitions
 from azrecipe.recipe.types import Deduplication, Filters
+from azrecipe.tokenization.bpe_training import train_llama3
+from azrecipe.tokenization.fast_encoding import Cutter
+from azrecipe.tokenization.tokenizer import load_tokenizer
 from tests.conftest import TALES
 
 ASKED = Deduplication("minhash", 0.8, 3, 128)
@@ -139,10 +140,10 @@ def test_a_tokenizer_that_splits_in_another_way_is_given_whole_texts(llama: Path
 
 
 def test_what_was_forgotten_is_cut_again_alike(cutter: tuple[Cutter, Cutter], monkeypatch: pytest.MonkeyPatch) -> None:
-    from azrecipe.parts import cutting
+    from azrecipe.tokenization import fast_encoding
 
-    monkeypatch.setattr(cutting, "REMEMBERED", 8)
-    monkeypatch.setattr(cutting, "LONG", 6)
+    monkeypatch.setattr(fast_encoding, "REMEMBERED", 8)
+    monkeypatch.setattr(fast_encoding, "LONG", 6)
     by_parts, whole = cutter
     for turn in range(4):
         texts = [f"{tale} evlərimizdəkilər, ev. {turn}\n \n" for tale in TALES]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from azrecipe.errors import CannotRun
-from azrecipe.parts.auxiliary import Composed
-from azrecipe.parts.composing import Sums
-from azrecipe.parts.embeddings import Start, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
-from azrecipe.parts.model import build_model, save_model
-from azrecipe.parts.vocabulary import train_like, train_llama3
+from azrecipe.modeling.loading import build_model, save_model
+from azrecipe.modeling.sparse_combinations import Sums
+from azrecipe.modeling.vocabulary_swap import Start, check_swap, pad_vocabulary, shared_tokens, swap_vocabulary
+from azrecipe.modeling.word_vectors import Composed
+from azrecipe.tokenization.bpe_training import train_like, train_llama3
 from tests.conftest import TALES
 
 CONFIG = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from azrecipe.parts.files import read_json, write_json
-from azrecipe.using import export
+from azrecipe.publishing import gguf_export
+from azrecipe.utils.atomic_files import read_json, write_json
 from tests.conftest import Done, write
 
 ARGUMENTS = "import sys\nfrom pathlib import Path\nout = Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
@@ -60,7 +60,7 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     """Put a converter on PATH; a text without a first line of its own is Python."""
 
     def put(text: str) -> Path:
-        file = write(tmp_path / "bin" / export.SCRIPT, text if text.startswith("#!") else f"#!/usr/bin/env python3\n{text}")
+        file = write(tmp_path / "bin" / gguf_export.SCRIPT, text if text.startswith("#!") else f"#!/usr/bin/env python3\n{text}")
         file.chmod(0o755)
         monkeypatch.setenv("PATH", f"{file.parent}:/usr/bin:/bin")
         return file
@@ -96,7 +96,7 @@ def test_a_checkout_is_taken_where_it_is_named(
     exported: Callable[..., tuple[Done, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    write(tmp_path / "llama.cpp" / export.SCRIPT, WORKS)  # no first line and not executable
+    write(tmp_path / "llama.cpp" / gguf_export.SCRIPT, WORKS)  # no first line and not executable
     done, output = exported("--llama-cpp", tmp_path / "llama.cpp")
     assert done.code == 0 and output.is_file()
     done, _ = exported("--llama-cpp", tmp_path / "elsewhere", "--force")
@@ -122,7 +122,7 @@ def test_a_custom_vocabulary_with_llama_3s_rule_is_told_to_the_converter(
 def test_another_split_rule_is_refused_with_the_rule(
     exported: Callable[..., tuple[Done, Path]], converter: Callable[[str], Path], model: Path
 ) -> None:
-    from azrecipe.parts.vocabulary import SPLITS
+    from azrecipe.tokenization.tokenizer import SPLITS
 
     tokenizer = read_json(model / "tokenizer.json")
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = SPLITS["keep_apostrophe_suffixes"]
@@ -136,16 +136,16 @@ def test_another_split_rule_is_refused_with_the_rule(
 def test_words_that_llama_cpp_would_cut_otherwise_are_counted(model: Path) -> None:
     from tokenizers import Tokenizer
 
-    from azrecipe.using.finished import Finished
+    from azrecipe.runs.finished_model import Finished
 
-    found = export._split(Finished(str(model)))
+    found = gguf_export._split(Finished(str(model)))
     assert found.name == "llama-bpe" and found.warning == ""  # every token of this vocabulary is what its own merges give
     tokenizer = read_json(model / "tokenizer.json")
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["zzqx"] = max(vocabulary.values()) + 1
     write_json(model / "tokenizer.json", tokenizer)
     assert len(Tokenizer.from_file(str(model / "tokenizer.json")).encode("zzqx", add_special_tokens=False).ids) > 1
-    assert "cuts 1 such words" in export._split(Finished(str(model))).warning
+    assert "cuts 1 such words" in gguf_export._split(Finished(str(model))).warning
 
 
 @pytest.mark.parametrize(

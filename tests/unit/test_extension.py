@@ -16,9 +16,10 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from azrecipe.errors import CannotRun
-from azrecipe.parts.extension import extend, extensions
-from azrecipe.parts.tokens import encode
-from azrecipe.parts.vocabulary import LLAMA3_SPECIALS, load_tokenizer, save_tokenizer, train_llama3
+from azrecipe.tokenization.bpe_extension import extend, extensions
+from azrecipe.tokenization.bpe_training import LLAMA3_SPECIALS, train_llama3
+from azrecipe.tokenization.encoding import encode
+from azrecipe.tokenization.tokenizer import load_tokenizer, save_tokenizer
 from tests.conftest import TALES
 
 ENGLISH = [TALES[0] * 5, TALES[2] * 5, "The cat had a mill; the fox had three stones. " * 3]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from azrecipe.errors import CannotRun
-from azrecipe.parts import answers, fidelity
-from azrecipe.parts.fidelity import Detector, Expected
-from azrecipe.parts.resampling import Estimate, Resampling, compared
-from azrecipe.recipe.evaluation import LANGUAGES
+from azrecipe.evaluation import answer_metrics, output_metrics
+from azrecipe.evaluation.output_metrics import Detector, Expected
+from azrecipe.recipe.rules.evaluate import LANGUAGES
+from azrecipe.utils.bootstrap import Estimate, Resampling, compared
 
 OUTPUTS = ["Kənddə bir qoca yaşayırdı və hər səhər bağa gedərdi.", "The old man went to the river.", "", "su su su su su su"]
 REFERENCES = [
@@ -35,9 +35,9 @@ def test_the_languages_are_lingua_s() -> None:
 
 def test_fidelity_is_the_share_of_outputs_and_of_their_characters() -> None:
     wanted = [Expected("az", "Latin")] * 3 + [Expected("en", None)]
-    told = fidelity.tell([line(text) for text in OUTPUTS], wanted, Detector(["az", "en", "ru", "tr"]))
+    told = output_metrics.tell([line(text) for text in OUTPUTS], wanted, Detector(["az", "en", "ru", "tr"]))
     assert [each["language"] for each in told[:3]] == ["az", "en", None]
-    found = fidelity.estimates(told, wanted, Resampling(list("abcd"), 1))
+    found = output_metrics.estimates(told, wanted, Resampling(list("abcd"), 1))
     right = told[3]["language"] == "en"
     assert found["language"].value == (1 + right) / 4
     assert found["language_characters"].value == (len(OUTPUTS[0]) + right * len(OUTPUTS[3])) / sum(map(len, OUTPUTS))
@@ -46,13 +46,13 @@ def test_fidelity_is_the_share_of_outputs_and_of_their_characters() -> None:
 
 
 def test_letters_of_another_script_are_counted() -> None:
-    assert fidelity.in_script("Kənd село, 12!", "Latin") == (4, 8)
-    assert fidelity.in_script("١٢٣ !", "Latin") == (0, 0)
+    assert output_metrics.in_script("Kənd село, 12!", "Latin") == (4, 8)
+    assert output_metrics.in_script("١٢٣ !", "Latin") == (0, 0)
 
 
 @pytest.mark.parametrize(("text", "found"), [("a b c", (0, 0)), ("a b c d e", (0, 2)), ("a b c d a b c d", (1, 5)), ("su " * 7, (3, 4))])
 def test_repetition_is_the_share_of_n_grams_that_were_there_before(text: str, found: tuple[int, int]) -> None:
-    assert fidelity.repeated(text) == found
+    assert output_metrics.repeated(text) == found
 
 
 def test_a_language_without_lingua_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_chrf_is_sacrebleu_s_and_its_resamples_are_of_whole_answers() -> None:
     from sacrebleu.metrics import CHRF
 
     drawn = Resampling(list("abcd"), 3)
-    found = answers.estimates(OUTPUTS, REFERENCES, drawn)
+    found = answer_metrics.estimates(OUTPUTS, REFERENCES, drawn)
     for name, order in (("chrf", 0), ("chrf++", 2)):
         metric = CHRF(word_order=order)
         assert found[name].value == pytest.approx(metric.corpus_score(OUTPUTS, [REFERENCES]).score, abs=1e-9)
@@ -79,14 +79,14 @@ def test_rouge_counts_words_of_any_alphabet() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     reference, output = "Kənddə qoca yaşayırdı", "kənddə QOCA yaşayırdı."
-    assert answers.rouge_l(reference, output) == 100
-    assert answers.rouge_l("Қазақстан — Отан", "қазақстан") == pytest.approx(100 * 2 / 3)
-    assert answers.words("İstanbul, 5-ci ev! Dağ’ın") == ["istanbul", "5", "ci", "ev", "dağ", "ın"]
+    assert answer_metrics.rouge_l(reference, output) == 100
+    assert answer_metrics.rouge_l("Қазақстан — Отан", "қазақстан") == pytest.approx(100 * 2 / 3)
+    assert answer_metrics.words("İstanbul, 5-ci ev! Dağ’ın") == ["istanbul", "5", "ci", "ev", "dağ", "ın"]
     own = RougeScorer(["rougeL"])
     assert own.score("şə öü", "çı ğə")["rougeL"].fmeasure == own.score("Қазақ", "Отан")["rougeL"].fmeasure == 0
-    assert own.score("ışıq", "şı")["rougeL"].fmeasure == 0 == answers.rouge_l("ışıq", "şı")
+    assert own.score("ışıq", "şı")["rougeL"].fmeasure == 0 == answer_metrics.rouge_l("ışıq", "şı")
     assert own.score("dəniz", "dənəz")["rougeL"].fmeasure > 0  # its own tokenizer takes ə for white space, and "d", "n", "z" for words
-    assert answers.rouge_l("dəniz", "dənəz") == 0
+    assert answer_metrics.rouge_l("dəniz", "dənəz") == 0
 
 
 def test_equal_models_differ_by_nothing_and_pairing_narrows_intervals() -> None:

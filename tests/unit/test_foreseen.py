@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from azrecipe import hardware
+from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CannotRun
-from azrecipe.parts import estimates, foreseen, hardware, room, training_steps
-from azrecipe.parts.backend import Backend
-from azrecipe.parts.foreseen import Here
-from azrecipe.parts.model_shape import ModelShape
-from azrecipe.parts.run_dir import RunDir
+from azrecipe.planning import memory_budget, run_estimate, training_loops
+from azrecipe.planning.model_config import ModelShape
+from azrecipe.planning.run_estimate import Here
+from azrecipe.planning.simulation import cost_cache
 from azrecipe.recipe.load import Recipe, load
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.report import foretold
-from azrecipe.report.markup import parts
-from azrecipe.report.runs import Run
+from azrecipe.report import estimate_section
+from azrecipe.report.html import parts
+from azrecipe.runs.reader import Run
+from azrecipe.runs.run_dir import RunDir
 from tests.conftest import jsonl, write
 from tests.small import fill
 
@@ -52,12 +54,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     changed = [recipe, *(with_(recipe, sets) for sets in (LIGER, {"activation_checkpointing": True}, BOTH))]
     asked = [(each, shape(each), ONE) for each in changed]
     asked += [(changed[-1], LARGE, backend) for backend in (Backend("ddp", 8, 0, 8), Backend("fsdp2", 8, 0))]
-    estimates.costs([(loop.asked, loop.length) for each in asked for loop in training_steps.loops(*each)])
+    cost_cache.costs([(loop.asked, loop.length) for each in asked for loop in training_loops.loops(*each)])
     return recipe
 
 
 def with_(recipe: Recipe, sets: dict[str, Any]) -> Recipe:
-    return foreseen._with(recipe, sets)
+    return run_estimate._with(recipe, sets)
 
 
 def shape(recipe: Recipe) -> ModelShape:
@@ -66,9 +68,9 @@ def shape(recipe: Recipe) -> ModelShape:
 
 def needed(recipe: Recipe, batch: int) -> int:
     """Bytes that a card must have for `batch` sequences to fit surely."""
-    (loop,) = training_steps.loops(recipe, shape(recipe), ONE)
-    (cost,) = estimates.costs([(loop.asked, loop.length)])
-    return int(room.room(cost, loop.asked, batch, 1).most) + 1
+    (loop,) = training_loops.loops(recipe, shape(recipe), ONE)
+    (cost,) = cost_cache.costs([(loop.asked, loop.length)])
+    return int(memory_budget.room(cost, loop.asked, batch, 1).most) + 1
 
 
 def a100(size: int) -> Here:
@@ -76,14 +78,14 @@ def a100(size: int) -> Here:
 
 
 def test_where_it_fits_memory_and_rate_are_said_and_nothing_is_warned_of(base: Recipe) -> None:
-    found = foreseen.foretell(base, shape(base), ONE, a100(40 * 2**30))
+    found = run_estimate.foretell(base, shape(base), ONE, a100(40 * 2**30))
     (loop,) = found["loops"]
     assert (loop["verdict"], loop["change"]) == ("fits", None)
     assert loop["memory"]["parts"]["weights"] == pytest.approx(4 * loop["parameters"]["total"], rel=0.05), "a GPU's allocator rounds up"
     assert loop["memory"]["peak"] == pytest.approx(sum(loop["memory"]["parts"].values()), abs=len(loop["memory"]["parts"]))
     rate = loop["tokens_per_second"]
     assert 0 < rate["low"] < rate["middle"] < rate["high"]
-    (line,) = foreseen.told(found)
+    (line,) = run_estimate.told(found)
     assert line.startswith("  foreseen, english: ")
     assert "of 40.0 GiB (a100-40g)" in line
     assert f"{rate['low']:,.0f}–{rate['high']:,.0f} tokens/s" in line
@@ -91,7 +93,7 @@ def test_where_it_fits_memory_and_rate_are_said_and_nothing_is_warned_of(base: R
 
 def test_the_smallest_change_that_fits_is_named(base: Recipe) -> None:
     def said(size: int) -> str:
-        return "\n".join(foreseen.told(foreseen.foretell(base, shape(base), ONE, a100(size))))
+        return "\n".join(run_estimate.told(run_estimate.foretell(base, shape(base), ONE, a100(size))))
 
     fewer = said(needed(base, 5))
     assert "warning: english does not fit on this card. What fits: --set training.per_device_train_batch_size=4" in fewer, (
@@ -106,35 +108,35 @@ def test_the_smallest_change_that_fits_is_named(base: Recipe) -> None:
 
 def test_whole_copies_that_do_not_fit_are_sharded(base: Recipe) -> None:
     backend, recipe = Backend("ddp", 8, 0, 8), with_(base, BOTH)
-    (loop,) = training_steps.loops(recipe, LARGE, backend)
-    (cost,) = estimates.costs([(loop.asked, loop.length)])
-    least = room.room(cost, loop.asked, 1, 8, 8).least
-    (found,) = foreseen.foretell(recipe, LARGE, backend, a100(int(least) - 1))["loops"]
+    (loop,) = training_loops.loops(recipe, LARGE, backend)
+    (cost,) = cost_cache.costs([(loop.asked, loop.length)])
+    least = memory_budget.room(cost, loop.asked, 1, 8, 8).least
+    (found,) = run_estimate.foretell(recipe, LARGE, backend, a100(int(least) - 1))["loops"]
     assert (found["verdict"], found["change"]) == ("does not fit", "--accelerate-config fsdp")
 
 
 def test_a_card_that_is_not_known_is_held_against_its_memory_alone(base: Recipe) -> None:
-    found = foreseen.foretell(base, shape(base), ONE, Here("Some Card", 2**29, None, 1))
+    found = run_estimate.foretell(base, shape(base), ONE, Here("Some Card", 2**29, None, 1))
     assert (found["loops"][0]["verdict"], found["loops"][0]["tokens_per_second"]) == ("does not fit", None)
-    assert "of 512.0 MiB (Some Card), no rate: this card is not known" in foreseen.told(found)[0]
+    assert "of 512.0 MiB (Some Card), no rate: this card is not known" in run_estimate.told(found)[0]
 
 
 def test_a_gpu_without_memory_is_told_with_what_was_foreseen_and_what_would_fit(base: Recipe, tmp_path: Path) -> None:
     place = RunDir(tmp_path, True, tmp_path)
 
     def told() -> str:
-        with pytest.raises(CannotRun) as caught, foreseen.explained(place):
+        with pytest.raises(CannotRun) as caught, run_estimate.explained(place):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
         return str(caught.value)
 
     assert told().startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.\n  Lower training")
     assert "Foreseen" not in told()
-    write(tmp_path / foreseen.FILE, json.dumps(foreseen.foretell(base, shape(base), ONE, a100(needed(base, 5)))))
+    write(tmp_path / run_estimate.FILE, json.dumps(run_estimate.foretell(base, shape(base), ONE, a100(needed(base, 5)))))
     write(tmp_path / "history.jsonl", jsonl({"event": "started"}))
     assert "Foreseen" not in told(), "it was measured, and no loop had begun"
     write(tmp_path / "history.jsonl", jsonl({"event": "started"}, {"event": "training", "phase": "english", "step": 0}))
     assert "(does not fit). What fits: --set training.per_device_train_batch_size=4" in told()
-    write(tmp_path / foreseen.FILE, json.dumps(foreseen.foretell(base, shape(base), ONE, a100(2**35))))
+    write(tmp_path / run_estimate.FILE, json.dumps(run_estimate.foretell(base, shape(base), ONE, a100(2**35))))
     assert (
         "(fits): the estimate was too low, or another process has memory of this card (nvidia-smi tells), or --set training.per_" in told()
     )
@@ -159,12 +161,12 @@ def test_the_page_of_a_run_on_gpus_shows_foreseen_against_measured_for_each_phas
     ]
     write(tmp_path / "metrics.jsonl", jsonl(*logged, {"phase": "a", "step": 4, "eval_x_bpb": 1.0}))
     run = Run(tmp_path, "r")
-    assert foretold.rows(run) == [
+    assert estimate_section.rows(run) == [
         ["a", "3.00 GiB", "4.00 GiB", "-25.0%", "900", "1,000", "-10.0%"],
         ["b", "1.00 GiB", "–", "–", "50", "–", "–"],
     ]
-    shown = parts([foretold.part(run)])
+    shown = parts([estimate_section.part(run)])
     assert "Foreseen and measured</h2>" in shown
     assert "on 4 × NVIDIA L4" in shown
-    assert foretold.notes(run) == []
-    assert foretold.part(Run(tmp_path / "none", "n")).body == ""
+    assert estimate_section.notes(run) == []
+    assert estimate_section.part(Run(tmp_path / "none", "n")).body == ""

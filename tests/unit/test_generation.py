@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.parts import generation
-from azrecipe.parts.files import append_lines, whole_lines
-from azrecipe.parts.generation import Drawn, Writer
-from azrecipe.parts.model import load_model
-from azrecipe.parts.vocabulary import load_tokenizer
+from azrecipe.evaluation import generation
+from azrecipe.evaluation.generation import Drawn, Writer
+from azrecipe.modeling.loading import load_model
 from azrecipe.recipe.types import Generation
+from azrecipe.tokenization.tokenizer import load_tokenizer
+from azrecipe.utils.atomic_files import append_lines, whole_lines
 
 PROMPTS = ["Kənddə bir qoca", "A fox", "Yay gələndə uşaqlar çayın qırağında oynayar, axşam", "The miller had three sons", "Ə"]
 
@@ -86,7 +86,7 @@ def test_writing_stops_at_every_end_of_turn_that_the_model_names(llama: Path) ->
 
 
 def test_a_conversation_goes_through_the_template_where_there_is_one(llama: Path) -> None:
-    from azrecipe.parts.templates import apply_template
+    from azrecipe.tokenization.chat_templates import apply_template
 
     tokenizer = load_tokenizer(str(llama))
     messages = [{"role": "user", "content": "Salam"}]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from azrecipe import hardware
 from azrecipe.errors import CommandError, RecipeError
-from azrecipe.parts import hardware
-from azrecipe.parts.hardware import Card, Link, Machine, Network, Price, find, of_device
+from azrecipe.hardware import Card, Link, Machine, Network, Price, find, of_device
 from azrecipe.recipe import schema
 from tests.conftest import ROOT, write
 

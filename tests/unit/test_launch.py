@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from azrecipe.errors import CannotRun, CommandError, RecipeError
-from azrecipe.launch import preflight
-from azrecipe.launch.command import _verdict, config_file
-from azrecipe.parts.files import whole_folder
+from azrecipe.pipeline import preflight
+from azrecipe.pipeline.launch_command import _verdict, config_file
 from azrecipe.recipe.load import load
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import load_pipeline
+from azrecipe.recipe.pipeline_steps import load_pipeline
+from azrecipe.utils.atomic_files import whole_folder
 from tests.conftest import ROOT, Done, write
 
 QUICK = ROOT / "recipes" / "quickstart"

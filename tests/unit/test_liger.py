@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from azrecipe.errors import CannotRun, RecipeError
-from azrecipe.parts import liger
+from azrecipe.modeling import liger_kernels
 from azrecipe.recipe.load import load
 from tests.conftest import ROOT, Done, write
 from tests.small import called, environment
@@ -43,7 +43,7 @@ EQUALITY = """
 import json, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
-from azrecipe.parts import liger
+from azrecipe.modeling import liger_kernels
 config = AutoConfig.for_model("llama", vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
                               num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=0)
 names = ("rms_norm", "swiglu", "fused_linear_cross_entropy", "rope")
@@ -58,7 +58,7 @@ def step(kernel):
         apply_liger_kernel(model, {name: name == kernel for name in names})
     loss = model(input_ids=ids, labels=labels, position_ids=places, use_cache=False, num_items_in_batch=torch.tensor(12)).loss
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, liger.patched(model)
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, liger_kernels.patched(model)
 
 loss, grads, _ = step(None)
 found = {}
@@ -72,18 +72,18 @@ LIVE = """
 import json
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
-from azrecipe.parts import liger
+from azrecipe.modeling import liger_kernels
 small = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 build = lambda kind: AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small))
 model = build("llama")
-found = {"before": [liger.patched(model), liger.missing(model, {"swiglu": False})]}
+found = {"before": [liger_kernels.patched(model), liger_kernels.missing(model, {"swiglu": False})]}
 apply_liger_kernel(model, {"swiglu": False, "fused_linear_cross_entropy": False})
-found["some"] = [liger.patched(model), liger.missing(model, {"swiglu": False, "fused_linear_cross_entropy": False}), liger.missing(model, None)]
+found["some"] = [liger_kernels.patched(model), liger_kernels.missing(model, {"swiglu": False, "fused_linear_cross_entropy": False}), liger_kernels.missing(model, None)]
 for kind in ("gemma3_text", "olmo2"):
     model = build(kind)
     apply_liger_kernel(model, None)
-    found[kind] = [liger.patched(model), liger.missing(model, None)]
+    found[kind] = [liger_kernels.patched(model), liger_kernels.missing(model, None)]
 print(json.dumps(found))
 """
 
@@ -102,13 +102,13 @@ def python(script: str, **changes: str) -> Any:
 
 def test_an_architecture_or_a_kernel_that_liger_has_not_is_refused(project: Path) -> None:
     recipe = load(write("r.yaml", LIGER))
-    liger.check(recipe, "llama")
+    liger_kernels.check(recipe, "llama")
     with pytest.raises(CannotRun, match=r"no kernels for a gpt2.*use_liger_kernel=false"):
-        liger.check(recipe, "gpt2")
+        liger_kernels.check(recipe, "gpt2")
     recipe = load(write("r.yaml", LIGER.replace("float32,", "float32, liger_kernel_config: {geglu: true, rope: false},")))
     with pytest.raises(RecipeError, match=r"r\.yaml:\d+:\d+: Liger has no geglu for a llama\. It has: rope, rms_norm, swiglu"):
-        liger.check(recipe, "llama")
-    liger.check(recipe, "gemma")
+        liger_kernels.check(recipe, "llama")
+    liger_kernels.check(recipe, "gemma")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_kernels_that_exclude_each_other_are_refused(project: Path, cli: Callabl
 
 def test_the_choice_that_reaches_transformers(project: Path) -> None:
     def chosen(keys: str) -> dict[str, bool] | None:
-        return liger.choice(load(write("r.yaml", LIGER.replace("float32,", f"float32, {keys}"))).config.training)
+        return liger_kernels.choice(load(write("r.yaml", LIGER.replace("float32,", f"float32, {keys}"))).config.training)
 
     assert chosen("") is None
     assert chosen("liger_kernel_config: {rope: false},") == {"rope": False}

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from azrecipe.errors import CommandError
-from azrecipe.parts import losses, metrics
+from azrecipe.evaluation import bits_per_byte
+from azrecipe.modeling import chunked_loss
 from tests.conftest import ROOT, TALES
 from tests.small import Project, called
 
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from azrecipe.parts import losses
+from azrecipe.modeling import chunked_loss
 from tests.unit.test_losses import batch, build, step
 dist.init_process_group("gloo")
 rank, found = dist.get_rank(), {}
@@ -46,7 +47,7 @@ def compare(kind, model):
 
 def chunked():
     model = build("llama", tie_word_embeddings=True)
-    losses.chunk(model)
+    chunked_loss.chunk(model)
     return model
 
 compare("ddp", DistributedDataParallel(chunked()))
@@ -91,7 +92,7 @@ def step(model: Any, inputs: dict[str, torch.Tensor], count: int | None = 77) ->
 def assert_equal(model: Any, count: int | None = 77) -> None:
     loss, grads = step(model, batch(), count)
     chunked = copy.deepcopy(model)
-    losses.chunk(chunked)
+    chunked_loss.chunk(chunked)
     its, its_grads = step(chunked, batch(), count)
     assert torch.allclose(its, loss, rtol=1e-6, atol=0)
     assert its_grads.keys() == grads.keys()
@@ -119,7 +120,7 @@ def test_a_sum_in_bfloat16_is_not_rounded_as_it_grows() -> None:
     """A bfloat16 model, and bfloat16 arithmetic on float32 weights: the loss lies as near to float32's as the plain one does."""
     model = build("llama", tie_word_embeddings=True)
     exact, _ = step(model, batch())
-    losses.chunk(model)
+    chunked_loss.chunk(model)
     with torch.autocast("cpu", torch.bfloat16):
         mixed, grads = step(model, batch())
     pure, _ = step(copy.deepcopy(model).to(torch.bfloat16), batch())
@@ -135,8 +136,8 @@ def test_without_labels_there_are_logits_and_a_saved_model_is_plain(tmp_path: Pa
     model = build("llama", tie_word_embeddings=True)
     ids = batch()["input_ids"]
     before = model(input_ids=ids).logits
-    losses.chunk(model)
-    losses.chunk(model)  # once is enough
+    chunked_loss.chunk(model)
+    chunked_loss.chunk(model)  # once is enough
     assert torch.equal(model(input_ids=ids).logits, before)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
@@ -160,7 +161,7 @@ def test_the_logits_of_a_batch_are_never_in_memory(tmp_path: Path) -> None:
 
     model = build("llama", vocab_size=4_096)
     plain = peak(model)
-    losses.chunk(model)
+    chunked_loss.chunk(model)
     assert plain > 2 * logits
     assert peak(model) < 0.5 * logits
 
@@ -180,13 +181,13 @@ def test_a_model_that_does_more_is_refused(kind: str, said: str) -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL), attn_implementation="eager")
     with pytest.raises(CommandError, match=said):
-        losses.check(skeleton)
+        chunked_loss.check(skeleton)
 
 
 def test_an_ordinary_model_is_not_refused() -> None:
     with torch.device("meta"):
         skeleton = build("llama", tie_word_embeddings=True)
-    losses.check(skeleton)
+    chunked_loss.check(skeleton)
     assert skeleton.loss_function.__name__ == "ForCausalLMLoss"
     assert skeleton.config._attn_implementation == "sdpa"
 
@@ -208,11 +209,11 @@ def test_bits_per_byte_are_those_of_the_plain_head_and_need_no_logits(finished: 
     folder = finished.path("base") / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = [TALES[0] * 12, TALES[1], TALES[2] * 3]  # the first is longer than a window
-    plain = metrics.bits(model, tokenizer, texts, 32, 2)
-    losses.chunk(model)
+    plain = bits_per_byte.bits(model, tokenizer, texts, 32, 2)
+    chunked_loss.chunk(model)
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda _module, _given, out: seen.append(out.dim()))
-    chunked = metrics.bits(model, tokenizer, texts, 32, 2)
+    chunked = bits_per_byte.bits(model, tokenizer, texts, 32, 2)
     assert set(seen) == {0}
     assert (chunked.bytes, chunked.tokens) == (plain.bytes, plain.tokens)
     assert chunked.nats == pytest.approx(plain.nats, rel=2e-6)
@@ -221,9 +222,9 @@ def test_bits_per_byte_are_those_of_the_plain_head_and_need_no_logits(finished: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_vocabulary_that_grows_keeps_the_chunked_loss(dtype: torch.dtype) -> None:
     model = build("llama", tie_word_embeddings=True).to(dtype).eval()
-    losses.chunk(model)
+    chunked_loss.chunk(model)
     model.resize_token_embeddings(96)
-    losses.chunk(model)
+    chunked_loss.chunk(model)
     inputs = batch()
     with torch.no_grad():
         total = model(**inputs, use_cache=False, num_items_in_batch=1).loss

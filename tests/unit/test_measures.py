@@ -17,24 +17,18 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from azrecipe.data import tokenizer_corpus
+from azrecipe.data.readers import Located
 from azrecipe.errors import CannotRun
-from azrecipe.parts import candidates, extension, measures, resampling, vocabulary
-from azrecipe.parts.corpus import Located
-from azrecipe.parts.model import embedding_shape
-from azrecipe.parts.processes import Workers, chunked
-from azrecipe.parts.resampling import Resampling
-from azrecipe.parts.tokens import encode
-from azrecipe.parts.vocabulary import (
-    LLAMA3_SPECIALS,
-    SPLITS,
-    load_tokenizer,
-    save_tokenizer,
-    shorter,
-    token_bytes,
-    train_like,
-    train_llama3,
-)
+from azrecipe.modeling.loading import embedding_shape
 from azrecipe.recipe.types import TextSource
+from azrecipe.tokenization import bpe_extension, bpe_training, candidates, tokenizer, tokenizer_metrics
+from azrecipe.tokenization.bpe_training import LLAMA3_SPECIALS, shorter, train_like, train_llama3
+from azrecipe.tokenization.encoding import encode
+from azrecipe.tokenization.tokenizer import SPLITS, load_tokenizer, save_tokenizer, token_bytes
+from azrecipe.utils import bootstrap
+from azrecipe.utils.bootstrap import Resampling
+from azrecipe.utils.process_pool import Workers, chunked
 from tests.conftest import TALES, jsonl, write
 from tests.small import environment
 from tests.unit.dying import dies
@@ -78,9 +72,9 @@ def _sentencepiece() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", clean_up_tokenization_spaces=False)
 
 
-def _count(tokenizer: Any, texts: list[str]) -> measures.Counts:
+def _count(tokenizer: Any, texts: list[str]) -> tokenizer_metrics.Counts:
     with Workers(1) as workers:
-        return measures.count(workers, tokenizer, {"a": texts})["a"]
+        return tokenizer_metrics.count(workers, tokenizer, {"a": texts})["a"]
 
 
 def test_counts_equal_a_slow_count(base: Any) -> None:
@@ -110,17 +104,17 @@ def test_words_kept_whole_are_words_of_letters_that_are_one_token(base: Any) -> 
 
 
 def test_processes_do_what_one_process_does(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measures, "chunked", lambda texts: chunked(texts, 100))
-    monkeypatch.setattr(extension, "chunked", lambda texts: chunked(texts, 100))
-    monkeypatch.setattr(extension, "Workers", lambda: Workers(2, alone=200))
+    monkeypatch.setattr(tokenizer_metrics, "chunked", lambda texts: chunked(texts, 100))
+    monkeypatch.setattr(bpe_extension, "chunked", lambda texts: chunked(texts, 100))
+    monkeypatch.setattr(bpe_extension, "Workers", lambda: Workers(2, alone=200))
     with Workers(2, alone=200) as workers:
-        together = measures.count(workers, base, {"a": TEXTS * 5})["a"]
+        together = tokenizer_metrics.count(workers, base, {"a": TEXTS * 5})["a"]
         assert workers.pool is not None
     alone = _count(base, TEXTS * 5)
     for name in ("tokens", "whole_words", "seen_document", "seen_token", "seen_times", "partial"):
         assert getattr(alone, name).tolist() == getattr(together, name).tolist()
-    cuts = extension._cuts(base, iter(TEXTS * 5), (False, True))
-    assert cuts == {cut: 5 * n for cut, n in extension._cuts(base, TEXTS, (False, True)).items()}
+    cuts = bpe_extension._cuts(base, iter(TEXTS * 5), (False, True))
+    assert cuts == {cut: 5 * n for cut, n in bpe_extension._cuts(base, TEXTS, (False, True)).items()}
 
 
 def test_text_is_read_no_faster_than_it_is_worked_on() -> None:
@@ -145,7 +139,7 @@ def test_a_process_that_is_killed_is_told_in_words() -> None:
 
 def test_measures_are_quotients_of_sums_inside_their_intervals(base: Any) -> None:
     counts = _count(base, TEXTS)
-    found = measures.measures(counts, counts, len(base), 2048, Resampling([str(i) for i in range(len(TEXTS))], 7))
+    found = tokenizer_metrics.measures(counts, counts, len(base), 2048, Resampling([str(i) for i in range(len(TEXTS))], 7))
     tokens, words = counts.tokens.sum(), counts.words.sum()
     assert found["fertility"]["value"] == pytest.approx(tokens / words, rel=1e-4)
     assert found["words_in_window"]["value"] == pytest.approx(2048 * words / tokens, rel=1e-4)
@@ -178,30 +172,30 @@ def test_documents_of_one_group_are_drawn_together() -> None:
 
 
 def test_very_many_documents_are_drawn_in_blocks(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resampling, "UNITS", 3)
+    monkeypatch.setattr(bootstrap, "UNITS", 3)
     drawn = Resampling(list("abcdef"), 1)
-    assert (drawn.units, drawn.drawn.shape) == (3, (resampling.RESAMPLES, 3))
+    assert (drawn.units, drawn.drawn.shape) == (3, (bootstrap.RESAMPLES, 3))
     assert drawn.unit.tolist() == [0, 1, 2, 0, 1, 2]
     assert drawn.ratio(np.array([1, 2, 3, 3, 2, 1]), np.array([1] * 6)) == {"value": 2.0, "interval": [2.0, 2.0]}
     counts = _count(base, TEXTS)
-    found = measures.measures(counts, counts, len(base), 64, Resampling(list("abcdef"), 1))
+    found = tokenizer_metrics.measures(counts, counts, len(base), 64, Resampling(list("abcdef"), 1))
     assert found["renyi_efficiency"]["interval"][0] <= found["renyi_efficiency"]["value"]
 
 
 def test_words_are_what_python_splits() -> None:
     text = "a\x1cb\x1fc\u2028d\u00a0e\u200bf g"
-    assert [match.group() for match in measures.WORD.finditer(text)] == text.split()
+    assert [match.group() for match in tokenizer_metrics.WORD.finditer(text)] == text.split()
 
 
 def test_a_word_of_nothing_is_cut_into_nothing() -> None:
-    assert measures.cut(_sentencepiece(), "") in ([], [["▁"]], [["_"]], [[" "]])
+    assert tokenizer_metrics.cut(_sentencepiece(), "") in ([], [["▁"]], [["_"]], [[" "]])
 
 
 def test_ids_that_are_left_out_need_rows_too(base: Any) -> None:
     backend = json.loads(base.backend_tokenizer.to_str())
     backend["model"]["vocab"]["zz"] = 500
     gap = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
-    assert (len(gap), vocabulary.rows_needed(gap)) == (331, 501)
+    assert (len(gap), tokenizer.rows_needed(gap)) == (331, 501)
 
 
 @pytest.mark.parametrize("config", ['{"model_type": "clip"}', "[]", '{"model_type": "llama", "vocab_size": "x"}', "{", None])
@@ -213,9 +207,9 @@ def test_a_tokenizer_beside_no_language_model_has_no_embeddings_to_count(base: A
 
 
 def test_a_long_text_is_read_in_parts_that_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "PORTION", 10)
+    monkeypatch.setattr(tokenizer_corpus, "PORTION", 10)
     text = "one line\nanother\n" + "a" * 25 + "\nend"
-    parts = list(candidates._portions(text))
+    parts = list(tokenizer_corpus._portions(text))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= 10
     assert parts[0] == "one line\n"
@@ -237,7 +231,7 @@ def test_processes_end_when_their_parent_is_killed(tmp_path: Any) -> None:
 
 PARENT = """
 import os, time
-from azrecipe.parts.processes import Workers
+from azrecipe.utils.process_pool import Workers
 def pid(chunk):
     time.sleep(0.2)
     return os.getpid()
@@ -258,8 +252,8 @@ def _alive(pid: int) -> bool:
 def test_parts_of_characters_are_counted_and_shown(base: Any) -> None:
     counts = _count(base, ["🙂"])
     assert counts.partial.tolist() == [4]
-    assert measures.cut(base, "Ə") == [["‹C6›", "‹8F›"]] or measures.cut(base, "Ə") == [["Ə"]]
-    assert measures.cut(base, "a🙂") == [["a"], ["‹F0›", "‹9F›", "‹99›", "‹82›"]]
+    assert tokenizer_metrics.cut(base, "Ə") == [["‹C6›", "‹8F›"]] or tokenizer_metrics.cut(base, "Ə") == [["Ə"]]
+    assert tokenizer_metrics.cut(base, "a🙂") == [["a"], ["‹F0›", "‹9F›", "‹99›", "‹82›"]]
 
 
 @pytest.mark.parametrize("kind", ["merges", "like_the_hub"])
@@ -298,14 +292,14 @@ def test_special_and_added_tokens_keep_working_in_a_custom_tokenizer(base: Any, 
 ])  # fmt: skip
 def test_a_pre_tokenizer_decides_where_a_suffix_is_cut(base: Any, pre_tokenizer: str, pieces: list[str]) -> None:
     trained = train_like(base, ["Azərbaycan'da " * 40, *TEXTS], 420, pre_tokenizer)
-    assert ["".join(piece) for piece in measures.cut(trained, "Azərbaycan'da")] == pieces
-    assert measures.cut(trained, "Azərbaycan'da")[0] == [pieces[0]]
+    assert ["".join(piece) for piece in tokenizer_metrics.cut(trained, "Azərbaycan'da")] == pieces
+    assert tokenizer_metrics.cut(trained, "Azərbaycan'da")[0] == [pieces[0]]
     for text in [*TEXTS, "don't  \n\n o'qidi oʻzbek ’da", "e\u0301 \u0301 हिन्दी 1234567"]:
         assert trained.decode(encode(trained, [text])[0]) == text
 
 
 def test_combining_marks_stay_in_their_word() -> None:
-    cut = vocabulary.byte_level(SPLITS["split_apostrophe_suffixes"]).pre_tokenize_str("ka\u0301ra")
+    cut = bpe_training.byte_level(SPLITS["split_apostrophe_suffixes"]).pre_tokenize_str("ka\u0301ra")
     assert len(cut) == 1
 
 
@@ -325,7 +319,7 @@ def test_a_base_that_is_not_byte_level_still_gives_custom_tokenizers(tmp_path: A
 def test_special_tokens_in_the_text_are_cut_out_and_counted(base: Any, tmp_path: Any) -> None:
     file = write(tmp_path / "t.jsonl", jsonl({"text": "bağ <|eot_id|>ev<|eot_id|> " * 20}, {"text": "ev bağ " * 5}))
     source = Located(TextSource(str(file), "train"), None)  # type: ignore[arg-type]
-    text = candidates.Text([source], None, frozenset(), vocabulary.added_names(base))
+    text = tokenizer_corpus.Text([source], None, frozenset(), tokenizer.added_names(base))
     pieces = list(text)
     assert text.report()["special_tokens_in_text"] == 40
     assert not any("eot" in piece for piece in pieces)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from azrecipe.parts.metrics import bits, windows
-from azrecipe.parts.model import load_model
-from azrecipe.parts.tokens import encode
-from azrecipe.parts.vocabulary import load_tokenizer, measure
+from azrecipe.evaluation.bits_per_byte import bits, windows
+from azrecipe.modeling.loading import load_model
+from azrecipe.tokenization.encoding import encode
+from azrecipe.tokenization.tokenizer import load_tokenizer, measure
 from tests.conftest import TALES
 from tests.unit.test_packing import one_thread  # noqa: F401
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azrecipe.parts import mixing
-from azrecipe.parts.mixing import BYTES, TOKENS, Mix, temperature_weights
-from azrecipe.parts.packing import Borders, PackedText, Packing, layout
-from azrecipe.parts.schedule import Schedule, TextEnds, plan
-from azrecipe.parts.tokens import Store
+from azrecipe.data import mixture
+from azrecipe.data.mixture import BYTES, TOKENS, Mix, temperature_weights
+from azrecipe.data.packing import Borders, PackedText, Packing, layout
+from azrecipe.data.phase_schedule import Schedule, TextEnds, plan
+from azrecipe.data.token_store import Store
 from azrecipe.recipe.types import Phase
 
 
@@ -85,7 +85,7 @@ def test_a_longer_order_begins_with_the_shorter_one_however_it_is_made(a: list[i
 
 
 def test_the_running_counts_are_those_of_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixing, "BLOCK", 4)
+    monkeypatch.setattr(mixture, "BLOCK", 4)
     mix = Mix([stored([5, 9, 2, 7], 0), stored([3, 8, 20], 10_000, 5)], [3, 1], 1, extra=2)
     mix.order(tokens=60)
     order = mix.order(tokens=500)

@@ -19,16 +19,18 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, _prepare_from_posids
 
-from azrecipe.parts import fitting
-from azrecipe.parts.fitting import Fitted, best_fit
-from azrecipe.parts.metrics import bits
-from azrecipe.parts.mixing import Mix
-from azrecipe.parts.model import load_model
-from azrecipe.parts.packing import IGNORED, Borders, Collate, PackedText, Packing, collate, layout
-from azrecipe.parts.schedule import Schedule, TextEnds, plan
-from azrecipe.parts.tokens import Store, encode
-from azrecipe.parts.vocabulary import load_tokenizer, train_llama3
+from azrecipe.data import best_fit_packing
+from azrecipe.data.best_fit_packing import Fitted, best_fit
+from azrecipe.data.mixture import Mix
+from azrecipe.data.packing import Borders, Collate, PackedText, Packing, collate, layout
+from azrecipe.data.phase_schedule import Schedule, TextEnds, plan
+from azrecipe.data.token_store import Store
+from azrecipe.evaluation.bits_per_byte import bits
+from azrecipe.modeling.loading import load_model
 from azrecipe.recipe.types import Phase
+from azrecipe.tokenization.bpe_training import train_llama3
+from azrecipe.tokenization.encoding import IGNORED, encode
+from azrecipe.tokenization.tokenizer import load_tokenizer
 from tests.conftest import ROOT, TALES
 from tests.unit.test_mixing import stored
 
@@ -115,8 +117,8 @@ def test_every_token_is_read_once_and_no_document_is_cut_that_fits(a: list[int],
 def test_sequences_are_found_by_their_number_in_any_process_and_do_not_depend_on_what_was_asked_before(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fitting, "WINDOW", 4)
-    monkeypatch.setattr(fitting, "SAVED", 2)
+    monkeypatch.setattr(best_fit_packing, "WINDOW", 4)
+    monkeypatch.setattr(best_fit_packing, "SAVED", 2)
     generator = np.random.default_rng(1)
     stores = [stored(generator.integers(1, 40, 60).tolist(), 100), stored(generator.integers(1, 9, 60).tolist(), 10_000)]
 
@@ -138,7 +140,7 @@ def test_sequences_are_found_by_their_number_in_any_process_and_do_not_depend_on
 
 
 def test_a_window_is_not_sorted_by_length_and_keeps_to_its_place_in_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "WINDOW", 64)
+    monkeypatch.setattr(best_fit_packing, "WINDOW", 64)
     sizes = np.random.default_rng(2).integers(1, 60, 4000).tolist()
     mix = Mix([stored(sizes, 100)], [1], 1, 2)
     sequences = Fitted(mix, 64, True)

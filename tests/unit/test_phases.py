@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from azrecipe.errors import CannotRun, CommandError, RecipeError
-from azrecipe.parts import new_tokens, optimizers, phases
-from azrecipe.parts.row_mask import RowMask
-from azrecipe.recipe import groups
+from azrecipe.modeling import new_tokens, parameter_groups
+from azrecipe.modeling.row_gradient_mask import RowMask
+from azrecipe.recipe import extras, optimizer_settings
+from azrecipe.recipe import parameter_groups as recipe_parameter_groups
 from azrecipe.recipe.load import load
+from azrecipe.training import optimizers
 from tests.conftest import ROOT, write
 from tests.small import called
 
@@ -59,7 +61,7 @@ def training_names(model: Any) -> set[str]:
 )  # fmt: skip
 def test_layers_are_counted_as_python_counts_them(group: str, layers: set[int]) -> None:
     model = small()
-    trained = phases.freeze(model, [group])
+    trained = parameter_groups.freeze(model, [group])
     assert {int(name.split(".")[2]) for name in training_names(model)} == layers
     assert all(name.startswith("model.layers.") for name in training_names(model))
     assert trained.trainable == sum(p.numel() for p in model.model.layers[0].parameters()) * len(layers)
@@ -69,7 +71,7 @@ def test_layers_are_counted_as_python_counts_them(group: str, layers: set[int]) 
 @pytest.mark.parametrize("group", ["layers[4]", "layers[-5]", "layers[2:2]", "layers[7:]"])
 def test_layers_that_the_model_lacks_are_refused_with_those_that_it_has(group: str) -> None:
     with pytest.raises(CommandError) as error:
-        phases.freeze(small(), ["head", group])
+        parameter_groups.freeze(small(), ["head", group])
     assert f"{group} matches no parameter of this model: it has 4 layers, layers[0] to layers[3]" in str(error.value)
 
 
@@ -77,18 +79,18 @@ def test_layers_that_the_model_lacks_are_refused_with_those_that_it_has(group: s
 def test_new_tokens_count_their_rows_once(tied: bool) -> None:
     model, both = small(tied), ["new_tokens", "new_tokens_head"]
     rows = len(NEW) * 16
-    trained = phases.freeze(model, both, NEW)
+    trained = parameter_groups.freeze(model, both, NEW)
     assert trained.by_pattern == {"new_tokens": rows, "new_tokens_head": rows}
     assert trained.trainable == (rows if tied else 2 * rows)
     assert training_names(model) == ({"model.embed_tokens.weight"} if tied else {"model.embed_tokens.weight", "lm_head.weight"})
-    whole = phases.freeze(model, ["embeddings", "new_tokens_head"], NEW)
+    whole = parameter_groups.freeze(model, ["embeddings", "new_tokens_head"], NEW)
     assert whole.trainable == 40 * 16 + (0 if tied else rows)
     assert whole.masked == (frozenset() if tied else {"head"})  # a matrix that trains as a whole is not masked
 
 
 def test_new_tokens_are_refused_where_none_is_known() -> None:
     with pytest.raises(CommandError, match="new_tokens matches nothing: no token is known to be new"):
-        phases.freeze(small(), ["new_tokens"])
+        parameter_groups.freeze(small(), ["new_tokens"])
 
 
 @pytest.mark.parametrize(
@@ -113,15 +115,15 @@ def test_a_misspelt_group_is_refused_without_a_model(project: Path, wrong: str, 
 
 def test_regular_expressions_stay_what_they_are() -> None:
     for pattern in (r"layers\.[0-3]\.", "q_proj[ab]?", "layers[.]0", r"embed_tokens\."):
-        assert groups.problem(pattern) is None
-    assert phases.freeze(small(), [r"layers\.[01]\.mlp\.up"]).trainable == 2 * 16 * 32
+        assert recipe_parameter_groups.problem(pattern) is None
+    assert parameter_groups.freeze(small(), [r"layers\.[01]\.mlp\.up"]).trainable == 2 * 16 * 32
 
 
 # New tokens beside a model
 
 
 def test_what_is_new_is_found_by_spelling_and_handed_on_beside_the_model(tmp_path: Path) -> None:
-    from azrecipe.parts.vocabulary import train_like, train_llama3
+    from azrecipe.tokenization.bpe_training import train_like, train_llama3
     from tests.conftest import TALES
 
     own = train_llama3([TALES[0] * 20, TALES[2] * 20], 300)
@@ -164,11 +166,11 @@ def trained_by(model: Any, patterns: list[str], folder: Path, data: Any, **argum
     """Two steps of two batches of `data` [4, tokens], by a Trainer as the stage makes it."""
     from transformers import Trainer, TrainingArguments
 
-    trained = phases.freeze(model, patterns, NEW)
+    trained = parameter_groups.freeze(model, patterns, NEW)
 
     class Decaying(Trainer):  # type: ignore[misc]
         def get_decay_parameter_names(self, model: Any) -> list[str]:
-            return phases.decayed(model, trained.masked)
+            return parameter_groups.decayed(model, trained.masked)
 
     given = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "weight_decay": 0.5,
              "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
@@ -281,12 +283,12 @@ def test_a_phase_has_its_own_settings_and_the_others_training_s() -> None:
         recipe("lr_scheduler_type: warmup_stable_decay, decay_ratio: 0.5, optim: adamw_torch, weight_decay: 0.3, max_grad_norm: 0"),
     )
     config = load("r.yaml").config
-    one, two = (optimizers.of_phase(config.training, phase) for phase in config.phases)
+    one, two = (optimizer_settings.of_phase(config.training, phase) for phase in config.phases)
     assert one == config.training
     assert (two.lr_scheduler_type, two.decay_ratio, two.optim, two.weight_decay, two.max_grad_norm) == (
         "warmup_stable_decay", 0.5, "adamw_torch", 0.3, 0.0)  # fmt: skip
-    assert replace(two, **{key: getattr(one, key) for key in optimizers.OWN}) == one
-    assert optimizers.named(config) == ["adamw_torch_fused", "adamw_torch"]
+    assert replace(two, **{key: getattr(one, key) for key in optimizer_settings.OWN}) == one
+    assert optimizer_settings.named(config) == ["adamw_torch_fused", "adamw_torch"]
 
 
 def test_an_optimizer_without_its_package_is_refused_before_the_start(project: Path, llama: Path, cli: Any) -> None:
@@ -296,7 +298,7 @@ def test_an_optimizer_without_its_package_is_refused_before_the_start(project: P
     assert done.code == 3
     assert "optim: adamw_8bit needs bitsandbytes, which is not installed" in done.text
     with pytest.raises(CannotRun):
-        optimizers.check(["lion_32bit"])
+        extras.check_optimizers(["lion_32bit"])
 
 
 @pytest.mark.parametrize(
@@ -320,7 +322,7 @@ def test_a_key_that_nothing_reads_is_refused_at_its_place(phase: str, training: 
 
 @pytest.mark.usefixtures("project")
 def test_a_key_that_one_phase_reads_and_a_resolved_recipe_are_taken() -> None:
-    from azrecipe.recipe.write import to_yaml
+    from azrecipe.recipe.to_yaml import to_yaml
 
     write("r.yaml", recipe("lr_scheduler_type: warmup_stable_decay", "decay_ratio: 0.3, lr_scheduler_type: linear"))
     resolved = load("r.yaml")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.parts import accumulating, fake_step, standins, tiles
-from azrecipe.parts.step_cost import Cost
-from azrecipe.parts.step_shape import Asked, Shape
-from azrecipe.parts.tracker import Tracker
+from azrecipe.planning.simulation import gradient_accumulation, kernel_stubs, loss_tiles, step_simulation
+from azrecipe.planning.simulation.memory_tracker import Tracker
+from azrecipe.planning.simulation.step_cost import Cost
+from azrecipe.planning.simulation.step_spec import Asked, Shape
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -36,8 +36,8 @@ def _no_group() -> Iterator[None]:
 def whole(asked: Asked, length: int, monkeypatch: pytest.MonkeyPatch) -> Cost:
     """With all layers run."""
     with monkeypatch.context() as patched:
-        patched.setattr(fake_step, "FEW", 1000)
-        return fake_step.measure(asked, length)
+        patched.setattr(step_simulation, "FEW", 1000)
+        return step_simulation.measure(asked, length)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def whole(asked: Asked, length: int, monkeypatch: pytest.MonkeyPatch) -> Cost:
     ids=["plain", "checkpointing and Liger", "FSDP mixed", "FSDP and checkpointing", "autocast and checkpointing"],
 )
 def test_four_layers_tell_what_six_take(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    few, all_ = fake_step.measure(asked, 128), whole(asked, 128, monkeypatch)
+    few, all_ = step_simulation.measure(asked, 128), whole(asked, 128, monkeypatch)
     for batch in (1, 3, 8):
         for after_others in (False, True):
             memory = [sum(cost.memory(batch, accumulates=after_others).values()) for cost in (few, all_)]
@@ -74,21 +74,21 @@ def test_four_layers_tell_what_six_take(asked: Asked, monkeypatch: pytest.Monkey
 )
 def test_a_batch_tells_what_it_would_take_after_another_one(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = asked.with_config({**asked.config, "num_hidden_layers": 2})
-    alone = fake_step.measure(asked, 128)
-    real = accumulating.follow
+    alone = step_simulation.measure(asked, 128)
+    real = gradient_accumulation.follow
 
     def after_another(model: Any, asked: Asked, tracker: Tracker) -> Any:
         if asked.fsdp:
             model.set_requires_gradient_sync(False)
         with tracker.watching():
-            model(**fake_step._inputs(asked, Shape(fake_step.BATCH, 128)))["loss"].backward()
+            model(**step_simulation._inputs(asked, Shape(step_simulation.BATCH, 128)))["loss"].backward()
         if asked.fsdp:
             model.set_requires_gradient_sync(True)
         tracker.events.clear()
         return real(model, asked, tracker)
 
-    monkeypatch.setattr(accumulating, "follow", after_another)
-    second = fake_step.measure(asked, 128)
+    monkeypatch.setattr(gradient_accumulation, "follow", after_another)
+    second = step_simulation.measure(asked, 128)
     for batch in (1, 3, 8):
         memory = alone.memory(batch, accumulates=True)
         assert sum(memory.values()) == pytest.approx(sum(second.memory(batch).values()), rel=1e-4)
@@ -108,14 +108,14 @@ def test_a_batch_tells_what_it_would_take_after_another_one(asked: Asked, monkey
 )
 def test_a_model_whose_layers_differ_is_run_with_all_of_them(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
-    real = fake_step.run
+    real = step_simulation.run
 
     def run(asked: Asked, shape: Any, few: int, trained: int) -> Any:
         ran.append(few)
         return real(asked, shape, few, trained)
 
-    monkeypatch.setattr(fake_step, "run", run)
-    fake_step.measure(asked, 16)
+    monkeypatch.setattr(step_simulation, "run", run)
+    step_simulation.measure(asked, 16)
     assert ran == [6]
 
 
@@ -127,7 +127,7 @@ def test_tiles_have_the_rows_that_pytorch_chooses(tokens: int, vocabulary: int, 
     options = torch.nn.LinearCrossEntropyOptions()
     for kind, dtype, device in (("torch", torch.float32, "cpu"), ("accurate", torch.bfloat16, "cpu")):
         chosen = options._adjust(tokens, width, vocabulary, dtype, torch.device(device))
-        assert tiles.rows(kind, tokens, vocabulary, width) == chosen.batch_chunk_size
+        assert loss_tiles.rows(kind, tokens, vocabulary, width) == chosen.batch_chunk_size
     from torch.nn.modules.linear_cross_entropy_options import _AUTO_DEFAULTS
 
     assert tuple(_AUTO_DEFAULTS["cuda", torch.bfloat16]) == ("compact", "aspect_ratio:2")  # float32's, which is looked at above
@@ -148,8 +148,8 @@ def constants(module: str) -> dict[str, Any]:
 
 
 def test_tiles_have_the_rows_and_columns_that_trl_chooses() -> None:
-    assert constants("trl.kernels.chunked_logprob")["TOKEN_CHUNK_SIZE"] == tiles.TRL_ROWS
-    assert constants("trl.trainer.utils")["_CHUNKED_LOGPROB_CHUNK_SIZE"] == tiles.TRL_COLUMNS
+    assert constants("trl.kernels.chunked_logprob")["TOKEN_CHUNK_SIZE"] == loss_tiles.TRL_ROWS
+    assert constants("trl.trainer.utils")["_CHUNKED_LOGPROB_CHUNK_SIZE"] == loss_tiles.TRL_COLUMNS
 
 
 @pytest.mark.parametrize(("tokens", "vocabulary", "width"), SIZES)
@@ -163,7 +163,7 @@ def test_tiles_have_the_rows_that_liger_chooses(tokens: int, vocabulary: int, wi
     names = {"triton": triton, "BT": tokens, "V": vocabulary, "H": width, "chunk_mem_const": liger._CHUNK_MEM_CONST}
     for line in [line for line in lines if line.startswith(("inc_factor =", "chunk_size ="))]:
         exec(line, {}, names)  # Liger's own lines
-    assert tiles.rows("liger", tokens, vocabulary, width) == names["chunk_size"]
+    assert loss_tiles.rows("liger", tokens, vocabulary, width) == names["chunk_size"]
 
 
 def kept(function: Any, *given: torch.Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -187,12 +187,12 @@ def saves(module: str, function: str) -> set[str]:
 def test_stand_ins_keep_what_ligers_kernels_keep() -> None:
     x, weight = torch.zeros(2, 5, 8, requires_grad=True), torch.ones(8, requires_grad=True)
     row, floats = (2, 5), torch.float32
-    assert kept(standins._RMSNorm, x, weight) == [((*row, 8), floats), ((8,), floats), (row, floats)]
+    assert kept(kernel_stubs._RMSNorm, x, weight) == [((*row, 8), floats), ((8,), floats), (row, floats)]
     assert {"X", "W", "RSTD"} <= saves("rms_norm", "LigerRMSNormFunction")
-    assert kept(standins._GatedProduct, x, x) == [((*row, 8), floats)] * 2
+    assert kept(kernel_stubs._GatedProduct, x, x) == [((*row, 8), floats)] * 2
     assert saves("swiglu", "LigerSiLUMulFunction") == {"a", "b", "a_local", "b_local"}  # the last two beside a DTensor
     assert saves("geglu", "LigerGELUMulFunction") == {"a", "b"}
-    assert kept(standins._LayerNorm, x, weight) == [((*row, 8), floats), ((8,), floats), ((2, *row), floats)]
+    assert kept(kernel_stubs._LayerNorm, x, weight) == [((*row, 8), floats), ((8,), floats), ((2, *row), floats)]
     assert {"X", "W", "Mean", "RSTD"} <= saves("layer_norm", "LigerLayerNormFunction")
 
 
@@ -201,10 +201,10 @@ def test_a_loss_by_tiles_does_the_whole_of_its_products(kind: str, tokens: int) 
     """Logits and both gradients; logits twice where the backward pass makes them again."""
     x = torch.zeros(tokens, 16, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.zeros(40_000 if kind == "trl" else 900, 16, dtype=torch.bfloat16, requires_grad=True)
-    function = {"liger": standins._Liger, "torch": standins._Torch, "trl": standins._TRL}[kind]
+    function = {"liger": kernel_stubs._Liger, "torch": kernel_stubs._Torch, "trl": kernel_stubs._TRL}[kind]
     tracker = Tracker()
-    with fake_step.FakeTensorMode(allow_non_fake_inputs=True), tracker.watching():
-        function.apply(x, weight, standins.Head(kind, tracker, cuda=True)).sum().backward()
+    with step_simulation.FakeTensorMode(allow_non_fake_inputs=True), tracker.watching():
+        function.apply(x, weight, kernel_stubs.Head(kind, tracker, cuda=True)).sum().backward()
     one = 2 * tokens * 16 * weight.shape[0]
     assert sum(sum(event.flops) for event in tracker.events) == pytest.approx(one * (3 if kind == "liger" else 4))
 
@@ -214,7 +214,7 @@ def test_a_loss_by_tiles_does_the_whole_of_its_products(kind: str, tokens: int) 
 )
 def test_the_state_of_bitsandbytes_optimizers_is_counted(optim: str, moments: int, each: float) -> None:
     """Embeddings are not in 8 bits, nor are norms."""
-    cost = fake_step.measure(replace(PLAIN, config={**LLAMA, "num_key_value_heads": 4}, optim=optim, cuda=False), 16)
+    cost = step_simulation.measure(replace(PLAIN, config={**LLAMA, "num_key_value_heads": 4}, optim=optim, cuda=False), 16)
     exact = cost.parameters.embeddings + 13 * 64
     expected = moments * (4 * exact + each * (cost.parameters.total - exact))
     assert cost.memory(1)["optimizer"] == pytest.approx(expected, rel=1e-6)
@@ -225,7 +225,7 @@ def test_a_base_in_four_bits_is_held_so_and_nothing_of_it_is_kept_unpacked() -> 
 
     lora = Lora(8, 16, 0.0, "all-linear", use_rslora=False, use_dora=False, modules_to_save=[], train_new_tokens=False)
     whole = replace(PLAIN, lora=lora, head="trl", config={**LLAMA, "vocab_size": 200}, cuda=False)
-    plain, packed = (fake_step.measure(replace(whole, quantized=quantized), 64) for quantized in (False, True))
+    plain, packed = (step_simulation.measure(replace(whole, quantized=quantized), 64) for quantized in (False, True))
     assert packed.parameters.total == plain.parameters.total
     linear = plain.parameters.total - plain.parameters.trainable - plain.parameters.embeddings - 13 * 64
     saved = plain.memory(4)["weights"] - packed.memory(4)["weights"]

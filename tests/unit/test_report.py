@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from azrecipe.parts import history
-from azrecipe.recipe.ancestry import differences
+from azrecipe.recipe.diff import differences
 from azrecipe.recipe.load import load
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import load_pipeline
-from azrecipe.report import curves, evaluation
-from azrecipe.report.markup import parts, table
-from azrecipe.report.runs import Run
+from azrecipe.recipe.pipeline_steps import load_pipeline
+from azrecipe.report import evaluate_section, training_curves
+from azrecipe.report.html import parts, table
+from azrecipe.runs import event_log
+from azrecipe.runs.reader import Run
 from tests.conftest import TOKENIZER, jsonl, write
 
 
@@ -32,7 +32,7 @@ def test_an_evaluation_is_shown_with_and_without_intervals_and_with_what_else_it
         "differences": {"bpb": {"az": {"value": -1.0, "interval": [-1.5, -0.5]}}},
     }
     write(tmp_path / "result.json", json.dumps({"stage": "evaluate", "models": {"base": base, "tuned": tuned}}))
-    shown = parts(evaluation.parts(Run(tmp_path, "e")))
+    shown = parts(evaluate_section.parts(Run(tmp_path, "e")))
     assert '<th scope="row">base</th><td class="n">3.000</td>' in shown
     assert '<td class="n">2.000<br><small>[1.750–2.250]</small></td>' in shown
     assert ">belebele: acc</th>" in shown
@@ -45,7 +45,7 @@ def test_an_evaluation_is_shown_with_and_without_intervals_and_with_what_else_it
         tmp_path / "beside" / "result.json",
         json.dumps({"models": {"base": base, "tuned": base}, "differences": {"tuned": {"bpb": {"az": -1.0}}}}),
     )
-    assert '<td class="n">-1.000</td>' in parts(evaluation.parts(Run(tmp_path / "beside", "e")))
+    assert '<td class="n">-1.000</td>' in parts(evaluate_section.parts(Run(tmp_path / "beside", "e")))
 
 
 def test_a_column_of_numbers_stands_to_the_right_and_text_is_escaped() -> None:
@@ -74,24 +74,24 @@ def test_curves_of_phases_stand_one_behind_the_other(tmp_path: Path) -> None:
         ),
     )
     run = Run(tmp_path, "r")
-    assert curves.values(run, "loss", "tokens") == [(10, 4.0), (20, 3.0), (60, 2.0)]
-    assert curves.borders(run, "bytes") == [(0, "a"), (120, "b")]
-    (bpb,) = curves.bpb([run], "x", "tokens")
+    assert training_curves.values(run, "loss", "tokens") == [(10, 4.0), (20, 3.0), (60, 2.0)]
+    assert training_curves.borders(run, "bytes") == [(0, "a"), (120, "b")]
+    (bpb,) = training_curves.bpb([run], "x", "tokens")
     assert (bpb.x, bpb.y) == ([0.0, 30, 45.0], [3.0, 2.0, 1.5])
 
 
 def test_a_thinned_curve_keeps_its_mean_and_its_extremes() -> None:
-    made = curves.curve("c", [(float(i), float(i % 10)) for i in range(1000)], 0, 100)
+    made = training_curves.curve("c", [(float(i), float(i % 10)) for i in range(1000)], 0, 100)
     assert (len(made.x), made.y[0], made.low, made.high) == (100, 4.5, [0.0] * 100, [9.0] * 100)
 
 
 def test_the_log_survives_a_torn_line_and_a_disk_that_takes_nothing(tmp_path: Path) -> None:
-    history.started(tmp_path)
-    with (tmp_path / history.NAME).open("a") as file:
+    event_log.started(tmp_path)
+    with (tmp_path / event_log.NAME).open("a") as file:
         file.write('{"time": "2026')
-    history.note(tmp_path, "complete")
-    assert [line["event"] for line in history.read(tmp_path)] == ["started", "complete"]
-    history.note(tmp_path / "not there", "complete")
+    event_log.note(tmp_path, "complete")
+    assert [line["event"] for line in event_log.read(tmp_path)] == ["started", "complete"]
+    event_log.note(tmp_path / "not there", "complete")
 
 
 @pytest.mark.usefixtures("project", "llama")

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from azrecipe.errors import CannotRun, CommandError
-from azrecipe.using import finished, serve
+from azrecipe.inference import serve
+from azrecipe.runs import finished_model
 from tests.conftest import ROOT, Done
 
 INSTALLED = all(importlib.util.find_spec(name) for name in serve.NEEDS["transformers"])
@@ -40,7 +41,7 @@ def asked(command: str) -> tuple[str, Any]:
 
 
 def test_the_servers_are_started_with_the_models_folder(llama: Path) -> None:
-    model = finished.find(str(llama))
+    model = finished_model.find(str(llama))
     command = serve.line(model, "transformers", "0.0.0.0", 8123)
     assert command == [sys.executable, "-m", "transformers.cli.transformers", "serve", str(llama), "--host", "0.0.0.0", "--port", "8123"]
     command = serve.line(model, "vllm", "localhost", 8123)
@@ -48,15 +49,15 @@ def test_the_servers_are_started_with_the_models_folder(llama: Path) -> None:
 
 
 def test_the_line_to_try_asks_what_the_model_can_answer(llama: Path) -> None:
-    address, body = asked(serve.curl(finished.find(str(llama)), "transformers", "0.0.0.0", 8123))
+    address, body = asked(serve.curl(finished_model.find(str(llama)), "transformers", "0.0.0.0", 8123))
     assert address == "http://localhost:8123/v1/completions"  # it has no chat template
     assert body["model"] == str(llama) and body["prompt"]
-    address, body = asked(serve.curl(finished.Finished("meta/model"), "vllm", "::1", 80))
+    address, body = asked(serve.curl(finished_model.Finished("meta/model"), "vllm", "::1", 80))
     assert address == "http://[::1]:80/v1/chat/completions" and body["messages"][0]["role"] == "user"
 
 
 def test_a_folder_that_transformers_serve_would_take_apart_is_refused(llama: Path, tmp_path: Path) -> None:
-    model = finished.find(str(shutil.copytree(llama, tmp_path / "model@2")))
+    model = finished_model.find(str(shutil.copytree(llama, tmp_path / "model@2")))
     with pytest.raises(CommandError, match="revision"):
         serve.line(model, "transformers", "localhost", 8000)
     assert str(tmp_path / "model@2") in serve.line(model, "vllm", "localhost", 8000)

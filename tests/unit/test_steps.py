@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from azrecipe.errors import RecipeError
-from azrecipe.parts.run_dir import locate, run_of
 from azrecipe.recipe.compose import compose
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.steps import load_pipeline, open_recipe
+from azrecipe.recipe.pipeline_steps import load_pipeline, open_recipe
+from azrecipe.runs.run_dir import locate, run_of
 from tests.conftest import TOKENIZER, Done, write
 
 CPT = """\

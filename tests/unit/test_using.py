@@ -15,21 +15,22 @@ from typing import Any
 
 import pytest
 
+from azrecipe.data import conversations
+from azrecipe.data.readers import Located
 from azrecipe.errors import Place
-from azrecipe.parts import chat as conversations
-from azrecipe.parts import templates
-from azrecipe.parts.corpus import Located
-from azrecipe.parts.files import read_json, write_json
+from azrecipe.inference import streaming
+from azrecipe.inference.chat import Conversation
 from azrecipe.recipe.types import ConversationSource
-from azrecipe.using import finished, writing
-from azrecipe.using.chat import Conversation
+from azrecipe.runs import finished_model
+from azrecipe.tokenization import chat_templates
+from azrecipe.utils.atomic_files import read_json, write_json
 from tests.conftest import Done, write
 from tests.small import Started
 
 # An untrained model with tied embeddings says its last token again, here a line break; the penalty makes it say other things.
 PENALTY = 3.0
-GREEDY = writing.Settings(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=PENALTY)
-SAMPLED = writing.Settings(max_new_tokens=24, temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+GREEDY = streaming.Settings(max_new_tokens=24, temperature=0.0, top_p=1.0, repetition_penalty=PENALTY)
+SAMPLED = streaming.Settings(max_new_tokens=24, temperature=1.0, top_p=0.9, repetition_penalty=1.1)
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +44,11 @@ def interruptible() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def speaker(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small Llama with Llama 3's chat template, as instruction tuning leaves one: EOS is the end of turn."""
-    from azrecipe.parts.vocabulary import load_tokenizer, save_tokenizer
+    from azrecipe.tokenization.tokenizer import load_tokenizer, save_tokenizer
 
     folder = shutil.copytree(llama, tmp_path_factory.mktemp("chat") / "speaker")
     tokenizer = load_tokenizer(str(folder))
-    templates.apply_template(tokenizer, "llama3")
+    chat_templates.apply_template(tokenizer, "llama3")
     save_tokenizer(tokenizer, folder)
     settings = read_json(folder / "generation_config.json")
     # do_sample and its kin as hub models have them: they must not make greedy writing sample
@@ -58,8 +59,8 @@ def speaker(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def writer(speaker: Path) -> writing.Writer:
-    return writing.reader(finished.find(str(speaker))).writer("float32")
+def writer(speaker: Path) -> streaming.Writer:
+    return streaming.reader(finished_model.find(str(speaker))).writer("float32")
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def talk(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, speaker: Pat
     return call
 
 
-def plain(writer: writing.Writer, ids: list[int], settings: writing.Settings, seed: int) -> str:
+def plain(writer: streaming.Writer, ids: list[int], settings: streaming.Settings, seed: int) -> str:
     """The same by transformers alone, in one piece."""
     import torch
 
@@ -92,46 +93,46 @@ def plain(writer: writing.Writer, ids: list[int], settings: writing.Settings, se
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_what_is_streamed_is_what_generate_writes(writer: writing.Writer, settings: writing.Settings) -> None:
+def test_what_is_streamed_is_what_generate_writes(writer: streaming.Writer, settings: streaming.Settings) -> None:
     ids = writer.reader.rendered([{"role": "user", "content": "Kənddə kim yaşayırdı?"}])
     pieces: list[str] = []
-    writing.seed(5)
+    streaming.seed(5)
     answer = writer.write(ids, settings, pieces.append)
     assert "".join(pieces) == answer.text == plain(writer, ids, settings, 5)
     assert len(pieces) > 1
 
 
-def test_characters_are_shown_whole(writer: writing.Writer) -> None:
+def test_characters_are_shown_whole(writer: streaming.Writer) -> None:
     import torch
 
     text = "Gəl, 😀 şəhərə! 木"
     ids = writer.reader.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) > len(text)  # characters of several tokens
     pieces: list[str] = []
-    stream = writing._Stream(writer.reader.tokenizer, pieces.append)
+    stream = streaming._Stream(writer.reader.tokenizer, pieces.append)
     stream.put(torch.tensor([[1, 2]]))
     for i in ids:
         stream.put(torch.tensor([i]))
     assert "".join(pieces) == text  # before the end: nothing waits for a space
-    assert not any(writing.BROKEN in piece for piece in pieces)
+    assert not any(streaming.BROKEN in piece for piece in pieces)
     stream.end()
     assert "".join(pieces) == text
 
 
-def test_a_character_that_is_never_finished_is_shown_at_the_end(writer: writing.Writer) -> None:
+def test_a_character_that_is_never_finished_is_shown_at_the_end(writer: streaming.Writer) -> None:
     import torch
 
     pieces: list[str] = []
-    stream = writing._Stream(writer.reader.tokenizer, pieces.append)
+    stream = streaming._Stream(writer.reader.tokenizer, pieces.append)
     stream.put(torch.tensor([[1]]))
     for i in writer.reader.tokenizer("a😀", add_special_tokens=False)["input_ids"][:-1]:
         stream.put(torch.tensor([i]))
     assert pieces == ["a"]
     stream.end()
-    assert stream.text.startswith("a") and set(stream.text[1:]) == {writing.BROKEN}
+    assert stream.text.startswith("a") and set(stream.text[1:]) == {streaming.BROKEN}
 
 
-def test_ctrl_c_ends_an_answer_and_keeps_what_was_written(writer: writing.Writer) -> None:
+def test_ctrl_c_ends_an_answer_and_keeps_what_was_written(writer: streaming.Writer) -> None:
     pieces: list[str] = []
 
     def shown(piece: str) -> None:
@@ -140,13 +141,13 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_written(writer: writing.Writer
             os.kill(os.getpid(), signal.SIGINT)
 
     ids = writer.reader.rendered([{"role": "user", "content": "Salam"}])
-    answer = writer.write(ids, writing.Settings(200, 0.0, 1.0, PENALTY), shown)
+    answer = writer.write(ids, streaming.Settings(200, 0.0, 1.0, PENALTY), shown)
     assert answer.why == "stopped"
     assert answer.tokens < 200
     assert answer.text == "".join(pieces)
 
 
-def test_an_answer_ends_at_the_end_of_turn(writer: writing.Writer) -> None:
+def test_an_answer_ends_at_the_end_of_turn(writer: streaming.Writer) -> None:
     import torch
 
     ids = writer.reader.rendered([{"role": "user", "content": "Salam"}])
@@ -206,7 +207,7 @@ def test_what_cannot_be_answered_is_refused_before_the_weights_are_read(cli: Cal
     assert cli("generate", speaker, "--prompt", "x", "--chat", "--text").code == 2
 
 
-def test_a_turn_is_asked_with_the_whole_conversation_before_it(writer: writing.Writer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_turn_is_asked_with_the_whole_conversation_before_it(writer: streaming.Writer, capsys: pytest.CaptureFixture[str]) -> None:
     talk = Conversation(writer, GREEDY, seed=1)
     talk.begin("Qısa danış.")
     for question in ("Salam", "Bəs sonra?"):
@@ -250,7 +251,7 @@ def test_save_leaves_another_file_alone(talk: Callable[..., Done], tmp_path: Pat
     assert "not saved" in done.err and "there is no command /sav" in done.err and "/reset" in done.err
 
 
-def test_a_long_conversation_loses_its_oldest_turns_and_says_so(writer: writing.Writer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_conversation_loses_its_oldest_turns_and_says_so(writer: streaming.Writer, capsys: pytest.CaptureFixture[str]) -> None:
     talk = Conversation(writer, GREEDY, seed=1)
     talk.begin("Qısa danış.")
     for n in range(8):

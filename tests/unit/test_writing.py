@@ -12,16 +12,18 @@ import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from azrecipe.data import unicode_scripts
+from azrecipe.data.cleaning import STEPS, Cleaner
+from azrecipe.data.cleaning_report import SAMPLES, Tally
+from azrecipe.data.inputs import Inputs
+from azrecipe.data.readers import Located
+from azrecipe.data.sources import documents, identity, mixed, texts
+from azrecipe.data.tokenized_cache import Making, store
 from azrecipe.errors import Place, RecipeError
-from azrecipe.parts import scripts
-from azrecipe.parts.corpus import Located, documents, identity, mixed, texts
-from azrecipe.parts.sources import Inputs
-from azrecipe.parts.storing import Making, store
-from azrecipe.parts.vocabulary import train_llama3
-from azrecipe.parts.writing import SAMPLES, STEPS, Cleaner, Tally
 from azrecipe.recipe.load import load
 from azrecipe.recipe.schema import document
 from azrecipe.recipe.types import HeldOut, Scripts, TextSource
+from azrecipe.tokenization.bpe_training import train_llama3
 from tests.conftest import jsonl, write
 
 ALL = ["nfc", "invisible", "dotted_i", "look_alikes"]
@@ -174,8 +176,8 @@ def test_the_filter_is_what_its_definition_says(text: str, least: float) -> None
 
 
 def test_every_script_of_the_schema_has_letters() -> None:
-    assert len(scripts.NAMES) < scripts.OTHER
-    assert set(range(1, len(scripts.NAMES) + 1)) <= {*scripts.table().tolist()}
+    assert len(unicode_scripts.NAMES) < unicode_scripts.OTHER
+    assert set(range(1, len(unicode_scripts.NAMES) + 1)) <= {*unicode_scripts.table().tolist()}
 
 
 def test_text_is_made_uniform_before_its_script_is_judged() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azrecipe.errors import RecipeError
-from azrecipe.recipe.write import to_yaml
+from azrecipe.recipe.to_yaml import to_yaml
 from azrecipe.recipe.yaml_tree import decode, parse
 
 

@@ -1,0 +1,158 @@
+"""Knows how the verbs of `azrecipe sagemaker` are spelled, and how what they find is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from azrecipe.errors import DONE
+
+CHANGES = ("instance_type", "instance_count", "region", "accelerate_config")
+
+
+def add(verbs: Any) -> None:
+    """`azrecipe sagemaker submit, pack, status, logs, stop, fetch`."""
+    parser = verbs.add_parser("sagemaker", help="a recipe as a SageMaker training job: submit, status, logs, stop, fetch, pack")
+    inner = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    submit = inner.add_parser("submit", help="validate, check, plan, ask, upload what is lacking, and start the job")
+    _recipe(submit)
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print the whole request, what would be uploaded, hours and price; send nothing"
+    )
+    submit.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+    submit.add_argument("--yes", action="store_true", help="do not ask before money is spent")
+    submit.add_argument("--wait", action="store_true", help="show progress until the job has ended; Ctrl-C leaves the job running")
+    submit.add_argument("--no-check", dest="check", action="store_false", help="without azrecipe check from this machine")
+    submit.add_argument("--no-plan", dest="plan", action="store_false", help="without azrecipe plan: what does not fit is not refused")
+    pack = inner.add_parser("pack", help="write the source folder of a job, for an estimator of your own (SDK 2's too)")
+    _recipe(pack)
+    pack.add_argument("folder", type=Path, help="where to; it must not be there yet")
+    status = inner.add_parser("status", help="what a job, or each of the newest, is doing")
+    status.add_argument("job", nargs="?", help="its name; without one, azrecipe's newest jobs")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    logs = inner.add_parser("logs", help="what a job's machines have written")
+    logs.add_argument("job", help="its name")
+    logs.add_argument("--follow", action="store_true", help="go on until the job has ended")
+    stop = inner.add_parser("stop", help="stop a job; it saves a checkpoint first, and the same submit goes on from it")
+    stop.add_argument("job", help="its name")
+    fetch = inner.add_parser("fetch", help="bring a job's run directory here, finished or not, for azrecipe report")
+    fetch.add_argument("job", help="its name")
+    fetch.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories go (default: runs)")
+    fetch.add_argument("--checkpoints", action="store_true", help="with its checkpoints")
+    for each in (status, logs, stop, fetch):
+        each.add_argument("--region", help="the AWS region, where it is not your profile's")
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe, or a pipeline (YAML)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the settings: sagemaker/cpt.yaml, sagemaker/sft.yaml, or your own")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe; STEP.yaml:KEY=VALUE in a pipeline"
+    )
+    parser.add_argument("--step", metavar="STEP", help="only this step of a pipeline")
+    parser.add_argument("--cell", metavar="CELL", help="only this cell of a pipeline's matrix, or with --step its step")
+    parser.add_argument("--instance-type", metavar="TYPE", help="other machines than the settings name: ml.p4d.24xlarge")
+    parser.add_argument("--instance-count", type=int, metavar="N", help="how many of them")
+    parser.add_argument("--spot", action="store_true", default=None, dest="enable_managed_spot_training", help="spot machines")
+    parser.add_argument("--upload-data", action="store_true", default=None, help="upload the recipe's local data and models to the bucket")
+    parser.add_argument("--accelerate-config", metavar="NAME", help="how the processes share the work: ddp, fsdp, hsdp, zero2, zero3")
+    parser.add_argument("--region", help="the AWS region, where it is not your profile's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One of the verbs."""
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "submit": _submit, "pack": _pack, "status": _status, "logs": _logs, "stop": _stop, "fetch": _fetch,
+    }  # fmt: skip
+    return actions[arguments.action](arguments)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    named = (*CHANGES, "enable_managed_spot_training", "upload_data")
+    changes = {key: value for key in named if (value := getattr(arguments, key)) is not None}
+    return {"set": arguments.set, "step": arguments.step, "cell": arguments.cell, **changes}
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from azrecipe.sagemaker import submission
+
+    given = {**_given(arguments), "check": arguments.check, "plan": arguments.plan}
+    if arguments.dry_run:
+        found = submission.requests(arguments.recipe, arguments.config, **given)
+        print(json.dumps(found, indent=2) if arguments.json else "\n".join(_described(each) for each in found))
+        return DONE
+    job = submission.submit(arguments.recipe, arguments.config, yes=arguments.yes, wait=arguments.wait, **given)
+    if job is not None:
+        print(job.name)
+    return DONE
+
+
+def _described(found: dict[str, Any]) -> str:
+    """A dry run for people."""
+    lines = [f"{found['run']}: the request (CreateTrainingJob)", json.dumps(found["request"], indent=2), "what would be uploaded"]
+    code = found["uploads"]["code"]
+    lines += [f"  {size / 1e3:9,.1f} kB  {name}{f' ({count} files)' if count > 1 else ''}" for name, (count, size) in code["files"].items()]
+    lines += [f"  {size / 1e3:9,.1f} kB  {key} (from {file})" for key, (file, size) in found["uploads"]["data"].items()]
+    lines.append(f"  as one file to {code['uri']}; nothing else leaves this machine: no .git, no caches, no runs, no credentials")
+    lines.append(found["cost"])
+    if not found["account"]:
+        lines.append(
+            "no AWS credentials: the account stands as 000000000000, and whether role, bucket and quota are there was not looked at"
+        )
+    lines.append("Nothing was sent.")
+    return "\n".join(lines)
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from azrecipe.sagemaker import submission
+
+    print(submission.write_source(arguments.recipe, arguments.config, arguments.folder, **_given(arguments)))
+    return DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from azrecipe.sagemaker import jobs
+
+    found = jobs.status(arguments.job, arguments.region)
+    if arguments.json:
+        print(json.dumps(found, indent=2, default=str))
+        return DONE
+    for each in found:
+        took = "" if each["seconds"] is None else f", {each['seconds'] / 3600:.2f} h trained"
+        billed = "" if each["billable_seconds"] is None else f", {each['billable_seconds'] / 3600:.2f} h billed"
+        print(f"{each['name']}  {each['state']} ({each['doing']})  {each['machines']}{' spot' if each['spot'] else ''}{took}{billed}")
+        for text in (each["message"], each["failure"]):
+            if text:
+                print(f"  {text}")
+        if arguments.job:
+            print(f"  run: {each['run']}")
+            print("".join(f"  {name}: {value:g}\n" for name, value in each["metrics"].items()), end="")
+    if not found:
+        print("no job of azrecipe's")
+    return DONE
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from azrecipe.sagemaker import jobs
+
+    for line in jobs.logs(arguments.job, arguments.follow, arguments.region):
+        print(line, flush=True)
+    return DONE
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from azrecipe.sagemaker import jobs
+
+    print(f"{arguments.job}: {jobs.stop(arguments.job, arguments.region)}")
+    return DONE
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from azrecipe.sagemaker import jobs
+
+    folder = jobs.fetch(arguments.job, arguments.runs_dir, arguments.checkpoints, arguments.region)
+    print(f"{folder}\nazrecipe report {folder}")
+    return DONE

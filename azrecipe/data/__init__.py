@@ -1,0 +1,1 @@
+"""Documents to batches: read, cleaned, deduplicated, tokenised, mixed and packed."""

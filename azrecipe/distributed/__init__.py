@@ -1,0 +1,1 @@
+"""How processes and machines share one run."""

@@ -1,0 +1,1 @@
+"""A finished model generates text, chats and serves."""

@@ -1,1 +1,0 @@
-"""Where a recipe runs: the command lines of launchers, and what a launched process does first."""

@@ -1,0 +1,1 @@
+"""A transformers model: opened, given a vocabulary, adapted, given kernels."""

@@ -1,1 +1,0 @@
-"""What a recipe will need before it runs: memory, time and price."""

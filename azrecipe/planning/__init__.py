@@ -1,0 +1,1 @@
+"""Memory, time and price of training on machines only named."""

@@ -1,0 +1,1 @@
+"""A training step, run on shapes to measure its cost."""

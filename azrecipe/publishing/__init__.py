@@ -1,0 +1,1 @@
+"""A finished model is exported to GGUF and pushed to the hub."""

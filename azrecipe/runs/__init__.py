@@ -1,0 +1,1 @@
+"""A run directory: its files, lock and status, and its readers."""

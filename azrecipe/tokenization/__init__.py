@@ -1,0 +1,1 @@
+"""Text to token ids: tokenizers opened, trained, extended and compared."""

@@ -1,0 +1,1 @@
+"""One resumable training loop: optimizer, precision, checkpoints and monitoring."""

@@ -1,1 +1,0 @@
-"""What a finished model is for: tried in a terminal, served, exported, pushed."""

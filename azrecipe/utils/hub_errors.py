@@ -1,0 +1,63 @@
+"""What can go wrong when a model is opened, and what to do about it: a folder that is none, a licence, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from azrecipe.errors import CannotRun, CommandError, did_you_mean
+from azrecipe.utils.paths import is_local_model
+
+
+@contextmanager
+def opening(what: str, path: str) -> Iterator[None]:
+    """Turn the exceptions of from_pretrained into a message that says what to do. `what`: "model" or "tokenizer"."""
+    if is_local_model(path) and not Path(path).is_dir():
+        parent = Path(path).parent
+        near = did_you_mean(Path(path).name, (p.name for p in parent.iterdir())) if parent.is_dir() else ""
+        raise CommandError(f"there is no folder {path} to take the {what} from{near}")
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
+    except ImportError as error:  # flash attention, a quantised model
+        raise CannotRun(f"the {what} of {path} needs a package that is not here: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
+        chain: list[BaseException] = []
+        link: BaseException | None = error
+        while link is not None and link not in chain:
+            chain.append(link)
+            link = link.__cause__ or link.__context__
+        if Path(path, "adapter_config.json").is_file():
+            raise CommandError(
+                f"{path} is an adapter, and no {what} by itself: the run that made it has the whole model in final/"
+            ) from None
+        if is_local_model(path) or Path(path).is_dir():  # the final/ of a run has no leading ./
+            raise CommandError(f"the folder {path} holds no {what} that transformers can open: {_first_line(error)}") from None
+        if any(isinstance(e, GatedRepoError) for e in chain):
+            raise CannotRun(
+                f"{path} is gated: accept its licence at https://huggingface.co/{path}, then run `hf auth login` "
+                "(or set HF_TOKEN) and start again"
+            ) from None
+        if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+            raise CannotRun(
+                f"the hub has no {path}, or hides it from you: check the name, or run `hf auth login`. A folder is written with a leading ./"
+            ) from None
+        offline = any(isinstance(e, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for e in chain)
+        reason = "the hub cannot be reached and the local cache does not hold it" if offline else _first_line(error)
+        raise CannotRun(
+            f"the {what} of {path} cannot be opened: {reason}\n"
+            f"  With a network: `hf download {path}` first. Without one: a folder, name_or_path: ./my_model"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
