@@ -1,4 +1,4 @@
-"""`python -m azrecipe`: the command line, or, under accelerate launch and torchrun, one worker of a run."""
+"""`python -m azrecipe`: the command line, or one worker of a launched run."""
 
 import sys
 

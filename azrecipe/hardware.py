@@ -1,6 +1,6 @@
-"""Knows the cards and machines that a run can be planned for, by the names that people give them.
+"""The GPUs and machines that a run can be planned for.
 
-hardware/hardware.yaml holds them, each figure with its source; a file of the same form (--hardware-file) is laid over it.
+hardware/hardware.yaml lists them, each figure with its source. A user's file of the same form (--hardware-file) overrides it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import CommandError, Place, Problem, RecipeError, allowed, did_you_mean
+from azrecipe.errors import CommandError, Problem, RecipeError, SourceLocation, did_you_mean, list_choices
 from azrecipe.recipe import schema
-from azrecipe.recipe.compose import shown
-from azrecipe.recipe.yaml_tree import Node, decode, parse
+from azrecipe.recipe.compose import display_path
+from azrecipe.recipe.yaml_tree import YamlNode, decode_utf8, parse_yaml
 from azrecipe.utils import shipped_files
 
-MAX_COUNT = 16  # cards of one machine, where only a card is named
+MAX_CARDS_PER_MACHINE = 16  # cards of one machine, where only a card is named
 GIB = 2**30
-# Words in a device's name that make it another chip than the one whose name it holds: a part of one, or a sibling.
-OTHERS = frozenset({"LAPTOP", "MIG", "TI", "SUPER", "D"})
+# With such a word, a device is another chip than the one that the rest of its name says: a slice of it, or a variant.
+VARIANT_WORDS = frozenset({"LAPTOP", "MIG", "TI", "SUPER", "D"})
 _MAKER = re.compile(r"\b(nvidia|geforce|tesla)\b")
 _TIMES = r"[x×*]"
 _COUNT_FIRST = re.compile(rf"(?P<count>\d{{1,3}})\s*{_TIMES}?\s+(?P<card>.*)|(?P<count2>\d{{1,3}}){_TIMES}(?P<card2>.*)")
@@ -31,7 +31,10 @@ _COUNT_LAST = re.compile(rf"(?P<card>.*?)(?<![rg]t)\s*{_TIMES}\s*(?P<count>\d+)"
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the cards of one machine: `nvlink` or `pcie`, and GB/s that one card can send, in one direction, at most."""
+    """The link between the cards of one machine.
+
+    kind: `nvlink` or `pcie`. gb_per_s: what one card can send at most, in one direction.
+    """
 
     kind: str
     gb_per_s: float
@@ -39,7 +42,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Network:
-    """What joins machines: Gbit/s of a whole machine in one direction, at most, and how cards reach it."""
+    """The network between machines.
+
+    gbit_per_s: what a whole machine can send at most, in one direction.
+    """
 
     gbit_per_s: float
     efa_interfaces: int = 0
@@ -48,7 +54,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Price:
-    """USD for an hour of the whole machine; where, when and by whom, as far as that is known."""
+    """The price of a whole machine for an hour."""
 
     usd_per_hour: float
     region: str | None = None
@@ -58,7 +64,10 @@ class Price:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU. Peaks are of dense matrices in TFLOP/s; `total_memory_gib` is what PyTorch reports, `memory_gb` what is sold."""
+    """A GPU.
+
+    Peaks are those of dense matrices. total_memory_gib: what PyTorch reports. memory_gb: what the seller says.
+    """
 
     name: str
     memory_gb: float
@@ -76,9 +85,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Machine:
-    """Some cards of one kind, and what is around them; None is what is not known.
+    """A machine: cards of one kind, its network, its prices.
 
-    `price` is the list price on demand, of SageMaker where the name began with `ml.`; `dataclasses.replace` puts in another.
+    None stands for an unknown value. price: the list price on demand; SageMaker's where the name begins with `ml.`.
     """
 
     name: str
@@ -95,145 +104,167 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Known:
-    """Everything that has a name: cards and machines by theirs, and SageMaker's price of a machine where it is known."""
+class HardwareCatalog:
+    """All cards and machines by name, and SageMaker's prices."""
 
     cards: Mapping[str, Card]
     machines: Mapping[str, Machine]
-    sagemaker: Mapping[str, Price]
+    sagemaker_prices: Mapping[str, Price]
 
 
-def find(text: str, own: Path | None = None) -> Machine:
-    """The machine that a user names: `p5.48xlarge`, `ml.p5.48xlarge`, `h100-80g x8`, `8x h100`, `RTX 4090`, a machine of `own`.
+def find_machine(text: str, user_file: Path | None = None) -> Machine:
+    """Find the machine that a user names.
 
-    Raises CommandError for a name that is unknown or means several cards, RecipeError with all that is wrong in `own`.
+    Examples: `p5.48xlarge`, `ml.p5.48xlarge`, `h100-80g x8`, `8x h100`, `RTX 4090`, or a machine of the user's file.
+
+    Raises:
+        CommandError: The name is unknown or fits several cards.
+        RecipeError: The user's file has problems; it lists all of them.
     """
-    known = load(own)
-    wanted = " ".join(text.split())
-    machine = _machine(wanted, known)
+    catalog = load_catalog(user_file)
+    name = " ".join(text.split())
+    machine = _match_machine(name, catalog)
     if machine is not None:
         return machine
-    names = _names(known.cards)
-    card, count = names.get(_plain(wanted)), 1
+    cards = _index_cards(catalog.cards)
+    card, count = cards.get(_normalize(name)), 1
     if card is None:
-        bare, count = _counted(wanted)
-        card = names.get(_plain(bare))
+        card_name, count = _split_count(name)
+        card = cards.get(_normalize(card_name))
         if card is None:
-            raise _unknown(text, bare, known)
-    if not 1 <= count <= MAX_COUNT:
-        raise CommandError(f"--hardware '{text}': one machine has 1 to {MAX_COUNT} cards; say how many machines with --nodes")
-    return _of_card(card, count)
+            raise _unknown_name_error(text, card_name, catalog)
+    if not 1 <= count <= MAX_CARDS_PER_MACHINE:
+        raise CommandError(f"--hardware '{text}': one machine has 1 to {MAX_CARDS_PER_MACHINE} cards; say how many machines with --nodes")
+    return _build_machine(card, count)
 
 
-def of_instance(name: str) -> Machine | None:
-    """The machine of an instance type of SageMaker's, ml.p4d.24xlarge; None for one that is not listed, as those without GPUs are."""
-    return load().machines.get(name.removeprefix("ml."))
+def find_instance_type(instance_type: str) -> Machine | None:
+    """Find the machine of a SageMaker instance type, such as ml.p4d.24xlarge.
 
-
-def of_device(name: str, count: int, total_memory: int) -> Machine | None:
-    """The cards that this machine has, as torch.cuda names them; None for a name that is not known.
-
-    `total_memory` is one card's memory in bytes, from torch.cuda.get_device_properties(): it counts instead of the listed one.
+    Returns None for a type that is not listed: those without GPUs are not.
     """
-    card = card_of(name)
-    return None if card is None else _of_card(replace(card, total_memory_gib=total_memory / GIB), count)
+    return load_catalog().machines.get(instance_type.removeprefix("ml."))
 
 
-def card_of(device: str) -> Card | None:
-    """The card whose device name stands, word for word, in what torch.cuda.get_device_name() gives; the longest such name."""
-    words = _words(device)
-    if OTHERS & set(words.split()):
+def build_machine_of_device(device: str, count: int, total_memory: int) -> Machine | None:
+    """Build a machine from the device name that torch.cuda reports.
+
+    total_memory: bytes of one card, from torch.cuda.get_device_properties(). It replaces the listed memory.
+    Returns None for an unknown name.
+    """
+    card = find_card(device)
+    return None if card is None else _build_machine(replace(card, total_memory_gib=total_memory / GIB), count)
+
+
+def find_card(device: str) -> Card | None:
+    """Find the card of a device name from torch.cuda.get_device_name().
+
+    The card's listed name must be in it, word for word. Of several, the longest counts.
+    """
+    words = _pad_words(device)
+    if VARIANT_WORDS & set(words.split()):
         return None
-    cards = load().cards.values()
-    fitting = [(len(_words(listed)), card) for card in cards for listed in card.devices if _words(listed) in words]
-    return max(fitting, key=lambda found: found[0])[1] if fitting else None
+    cards = load_catalog().cards.values()
+    matches = [(len(_pad_words(listed)), card) for card in cards for listed in card.devices if _pad_words(listed) in words]
+    return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
-def load(own: Path | None = None) -> Known:
-    """What ships, with a file of the user's own laid over it. Raises RecipeError with every problem of that file."""
-    return _shipped() if own is None else _read(_over(shipped("hardware.yaml"), _own(own)))
+def load_catalog(user_file: Path | None = None) -> HardwareCatalog:
+    """Load the shipped catalog, overridden by a user's file.
+
+    Raises RecipeError with every problem of that file.
+    """
+    return (
+        _load_shipped_catalog()
+        if user_file is None
+        else _validate_catalog(_merge(read_shipped_file("hardware.yaml"), _read_user_file(user_file)))
+    )
 
 
 @cache
-def _shipped() -> Known:
-    return _build(shipped("hardware.yaml").plain())  # a test checks the file; no process needs to do it again
+def _load_shipped_catalog() -> HardwareCatalog:
+    return _build_catalog(read_shipped_file("hardware.yaml").to_plain())  # a test validates this file, so no process has to
 
 
 @cache
-def shipped(name: str) -> Node:
-    """A file of the folder hardware/, read once."""
-    file = shipped_files.root() / "hardware" / name
-    return parse(file.read_text(encoding="utf-8"), shown(file))
+def read_shipped_file(name: str) -> YamlNode:
+    """Read a file of the folder hardware/, once."""
+    file = shipped_files.locate_root() / "hardware" / name
+    return parse_yaml(file.read_text(encoding="utf-8"), display_path(file))
 
 
-def _own(path: Path) -> Node:
-    file = shown(path)
+def _read_user_file(path: Path) -> YamlNode:
+    file = display_path(path)
     try:
-        root = parse(decode(path.read_bytes(), file), file)
+        root = parse_yaml(decode_utf8(path.read_bytes(), file), file)
     except OSError as error:
         raise CommandError(f"--hardware-file {file}: {error.strerror}") from None
     if not isinstance(root.value, dict):
-        raise RecipeError([Problem(root.place, "a hardware file is a mapping with the keys machines, cards, sources")])
+        raise RecipeError([Problem(root.location, "a hardware file is a mapping with the keys machines, cards, sources")])
     return root
 
 
-def _over(below: Node, above: Node, depth: int = 0) -> Node:
-    """One file laid over another: sections, the things in them and a machine's prices merge, all else replaces, null removes."""
-    if not isinstance(below.value, dict) or not isinstance(above.value, dict):
-        return above
-    entries = dict(below.value)
-    for key, node in above.value.items():
+def _merge(base: YamlNode, override: YamlNode, depth: int = 0) -> YamlNode:
+    """Merge a file into another one.
+
+    Sections, their entries and a machine's prices are merged. Other values are replaced. null removes a key.
+    """
+    if not isinstance(base.value, dict) or not isinstance(override.value, dict):
+        return override
+    entries = dict(base.value)
+    for key, node in override.value.items():
         if node.value is None:
             entries.pop(key, None)
         elif key in entries and (depth < 2 or key == "prices"):
-            entries[key] = _over(entries[key], node, depth + 1)
+            entries[key] = _merge(entries[key], node, depth + 1)
         else:
             entries[key] = node
-    return replace(above, value=entries)
+    return replace(override, value=entries)
 
 
-def _read(root: Node) -> Known:
-    problems = schema.check(root, "hardware")
-    problems = problems or [*_strangers(root), *_clashes(root)]
+def _validate_catalog(root: YamlNode) -> HardwareCatalog:
+    problems = schema.check_schema(root, "hardware")
+    problems = problems or [*_find_unknown_cards(root), *_find_duplicate_names(root)]
     if problems:
-        raise RecipeError(sorted(set(problems), key=lambda p: (p.place.file, p.place.line, p.place.column)))
-    return _build(root.plain())
+        raise RecipeError(sorted(set(problems), key=lambda p: (p.location.file, p.location.line, p.location.column)))
+    return _build_catalog(root.to_plain())
 
 
-def _entries(root: Node, section: str) -> dict[str, Node]:
-    found = root.get(section)
-    return found.value if found is not None and isinstance(found.value, dict) else {}
+def _section_entries(root: YamlNode, section: str) -> dict[str, YamlNode]:
+    node = root.get(section)
+    return node.value if node is not None and isinstance(node.value, dict) else {}
 
 
-def _strangers(root: Node) -> Iterator[Problem]:
-    """Machines whose card is not there."""
-    cards = _entries(root, "cards")
-    for name, machine in _entries(root, "machines").items():
+def _find_unknown_cards(root: YamlNode) -> Iterator[Problem]:
+    """Find machines whose card is not listed."""
+    cards = _section_entries(root, "cards")
+    for name, machine in _section_entries(root, "machines").items():
         card = machine.get("card")
         if card is not None and card.value not in cards:
-            near = did_you_mean(str(card.value), cards) or "."
-            yield Problem(card.place, f"machines.{name}.card: there is no card '{card.value}'{near} Cards: {allowed(cards)}")
+            suggestion = did_you_mean(str(card.value), cards) or "."
+            yield Problem(card.location, f"machines.{name}.card: there is no card '{card.value}'{suggestion} Cards: {list_choices(cards)}")
 
 
-def _clashes(root: Node) -> Iterator[Problem]:
-    """Names that mean two things."""
-    seen: dict[str, Place] = {}
+def _find_duplicate_names(root: YamlNode) -> Iterator[Problem]:
+    """Find names that stand for two entries."""
+    locations: dict[str, SourceLocation] = {}
     for section in ("cards", "machines"):
-        for name, entry in _entries(root, section).items():
+        for name, entry in _section_entries(root, section).items():
             aliases = entry.get("aliases")
             listed = aliases.value if aliases is not None and isinstance(aliases.value, list) else []
-            for text, at in [(name, entry.at), *((str(alias.value), alias.place) for alias in listed)]:
-                if _plain(text) in seen:
-                    yield Problem(at, f"the name '{text}' is taken: {seen[_plain(text)]}")
-                seen.setdefault(_plain(text), at)
+            for text, location in [(name, entry.entry_location), *((str(alias.value), alias.location) for alias in listed)]:
+                key = _normalize(text)
+                if key in locations:
+                    yield Problem(location, f"the name '{text}' is taken: {locations[key]}")
+                locations.setdefault(key, location)
 
 
-def _build(data: Mapping[str, Any]) -> Known:
+def _build_catalog(data: Mapping[str, Any]) -> HardwareCatalog:
     sources = data.get("sources", {})
-    cards = {name: _card(name, values, sources) for name, values in data.get("cards", {}).items()}
-    machines, sagemaker = {}, {}
+    cards = {name: _build_card(name, values, sources) for name, values in data.get("cards", {}).items()}
+    machines, sagemaker_prices = {}, {}
     for name, values in data.get("machines", {}).items():
-        prices = {kind: _price(value, sources) for kind, value in values.get("prices", {}).items()}
+        prices = {kind: _build_price(value, sources) for kind, value in values.get("prices", {}).items()}
         card = cards[values["card"]]
         machines[name] = Machine(
             name,
@@ -244,104 +275,114 @@ def _build(data: Mapping[str, Any]) -> Known:
             **{key: values.get(key) for key in ("vcpus", "memory_gib", "local_disk_gb")},
             price=prices.get("on_demand"),
             spot=prices.get("spot"),
-            source=_source(values, sources),
+            source=_get_source(values, sources),
         )
         if "sagemaker" in prices:
-            sagemaker[name] = prices["sagemaker"]
-    return Known(cards, machines, sagemaker)
+            sagemaker_prices[name] = prices["sagemaker"]
+    return HardwareCatalog(cards, machines, sagemaker_prices)
 
 
-def _card(name: str, values: Mapping[str, Any], sources: Mapping[str, str]) -> Card:
-    own = {
+def _build_card(name: str, values: Mapping[str, Any], sources: Mapping[str, str]) -> Card:
+    converted = {
         "link": Link(**values["link"]),
         "aliases": tuple(values.get("aliases", ())),
         "devices": tuple(values.get("devices", ())),
-        "source": _source(values, sources),
-        "memory_source": _source(values, sources, "memory_source") or _source(values, sources),
+        "source": _get_source(values, sources),
+        "memory_source": _get_source(values, sources, "memory_source") or _get_source(values, sources),
     }
-    return Card(name, **{**values, **own})
+    return Card(name, **{**values, **converted})
 
 
-def _price(value: Any, sources: Mapping[str, str]) -> Price:
+def _build_price(value: Any, sources: Mapping[str, str]) -> Price:
     if not isinstance(value, Mapping):
         return Price(float(value))
-    return Price(**{**value, "source": _source(value, sources)})
+    return Price(**{**value, "source": _get_source(value, sources)})
 
 
-def _source(values: Mapping[str, Any], sources: Mapping[str, str], key: str = "source") -> str | None:
-    given = values.get(key)
-    return None if given is None else sources.get(given, given)
+def _get_source(values: Mapping[str, Any], sources: Mapping[str, str], key: str = "source") -> str | None:
+    source = values.get(key)
+    return None if source is None else sources.get(source, source)
 
 
-def _plain(name: str) -> str:
-    """A name without case, spaces, dashes and the maker's: `NVIDIA GeForce RTX 4090` and `rtx-4090` are one."""
+def _normalize(name: str) -> str:
+    """Remove case, spaces, dashes and the maker from a name.
+
+    `NVIDIA GeForce RTX 4090` and `rtx-4090` become the same.
+    """
     return re.sub(r"[^a-z0-9.]+", "", _MAKER.sub("", name.casefold()))
 
 
-def _words(device: str) -> str:
+def _pad_words(device: str) -> str:
+    """Put spaces around the words of a device name, in upper case."""
     return f" {device.replace('-', ' ')} ".upper()
 
 
-def _names(cards: Mapping[str, Card]) -> dict[str, Card]:
-    """Every name of every card. A device's name that begins several cards' names (A100) is none: it would hide their memory."""
-    names = {_plain(name): card for card in cards.values() for name in (card.name, *card.aliases)}
+def _index_cards(cards: Mapping[str, Card]) -> dict[str, Card]:
+    """Map every name of every card to the card.
+
+    A device name that begins several cards' names (A100) is left out: it does not say which memory the card has.
+    """
+    names = {_normalize(name): card for card in cards.values() for name in (card.name, *card.aliases)}
     for card in cards.values():
-        for device in map(_plain, card.devices):
-            if len(_beginning(device, cards)) < 2:
+        for device in map(_normalize, card.devices):
+            if len(_find_by_prefix(device, cards)) < 2:
                 names.setdefault(device, card)
     return names
 
 
-def _beginning(name: str, cards: Mapping[str, Card]) -> list[Card]:
-    return [card for card in cards.values() if _plain(card.name).startswith(name)] if name else []
+def _find_by_prefix(prefix: str, cards: Mapping[str, Card]) -> list[Card]:
+    return [card for card in cards.values() if _normalize(card.name).startswith(prefix)] if prefix else []
 
 
-def _machine(wanted: str, known: Known) -> Machine | None:
-    """A machine by its own name, or by SageMaker's, which has a price of its own."""
-    names = {_plain(name): name for name in known.machines}
-    if (name := names.get(_plain(wanted))) is not None:
-        return known.machines[name]
-    if wanted.casefold().startswith("ml.") and (name := names.get(_plain(wanted[3:]))) is not None:
-        return replace(known.machines[name], name=f"ml.{name}", price=known.sagemaker.get(name), spot=None)
+def _match_machine(text: str, catalog: HardwareCatalog) -> Machine | None:
+    """Find a machine by its name, or by SageMaker's name for it."""
+    names = {_normalize(name): name for name in catalog.machines}
+    if (name := names.get(_normalize(text))) is not None:
+        return catalog.machines[name]
+    if text.casefold().startswith("ml.") and (name := names.get(_normalize(text[3:]))) is not None:
+        return replace(catalog.machines[name], name=f"ml.{name}", price=catalog.sagemaker_prices.get(name), spot=None)
     return None
 
 
-def _counted(wanted: str) -> tuple[str, int]:
-    """A name and how many: `8x h100`, `8 h100`, `h100 x8`, `h100x8`, `h100 × 8`; 1 where it does not say."""
-    lower = wanted.casefold()
+def _split_count(text: str) -> tuple[str, int]:
+    """Split a card's name and the number of cards (default 1).
+
+    Forms: `8x h100`, `8 h100`, `h100 x8`, `h100x8`, `h100 × 8`.
+    """
+    lower = text.casefold()
     if first := _COUNT_FIRST.fullmatch(lower):
         return first["card"] or first["card2"] or "", int(first["count"] or first["count2"])
     if last := _COUNT_LAST.fullmatch(lower):
         return last["card"], int(last["count"])
-    return wanted, 1
+    return text, 1
 
 
-def _of_card(card: Card, count: int) -> Machine:
+def _build_machine(card: Card, count: int) -> Machine:
     return Machine(f"{card.name} x{count}", card, count, card.link)
 
 
-def _unknown(text: str, bare: str, known: Known) -> CommandError:
-    """What to say of a name that is not known as it stands."""
-    whole = _machine(bare, known)
-    if whole is not None:
-        cards = f"{whole.count} × {whole.card.name}"
-        return CommandError(f"--hardware '{text}': {whole.name} is a whole machine ({cards}); say how many of them with --nodes")
-    several = _beginning(_plain(bare), known.cards)
-    if len(several) > 1:
-        meant = ", ".join(f"{card.name} ({card.memory_gb:g} GB)" for card in several)
-        return CommandError(f"--hardware '{text}' may mean several cards: {meant}. Say which")
-    near = difflib.get_close_matches(bare.casefold().replace(" ", "-"), [*known.machines, *known.cards])
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+def _unknown_name_error(text: str, card_name: str, catalog: HardwareCatalog) -> CommandError:
+    """Explain why a name is not known, with suggestions."""
+    machine = _match_machine(card_name, catalog)
+    if machine is not None:
+        cards = f"{machine.count} × {machine.card.name}"
+        return CommandError(f"--hardware '{text}': {machine.name} is a whole machine ({cards}); say how many of them with --nodes")
+    candidates = _find_by_prefix(_normalize(card_name), catalog.cards)
+    if len(candidates) > 1:
+        names = ", ".join(f"{card.name} ({card.memory_gb:g} GB)" for card in candidates)
+        return CommandError(f"--hardware '{text}' may mean several cards: {names}. Say which")
+    matches = difflib.get_close_matches(card_name.casefold().replace(" ", "-"), [*catalog.machines, *catalog.cards])
+    suggestion = f"; did you mean {' or '.join(matches)}?" if matches else ""
     return CommandError(
-        f"--hardware '{text}' is not known{meant}\n"
-        f"  machines: {_grouped(known.machines)} (with ml. before the name: SageMaker's price)\n"
-        f"  cards, and how many ('h100-80g x8'): {', '.join(known.cards)}\n"
+        f"--hardware '{text}' is not known{suggestion}\n"
+        f"  machines: {_group_by_family(catalog.machines)} (with ml. before the name: SageMaker's price)\n"
+        f"  cards, and how many ('h100-80g x8'): {', '.join(catalog.cards)}\n"
         "  anything else: describe it in a file of your own and give it with --hardware-file"
     )
 
 
-def _grouped(names: Mapping[str, Machine]) -> str:
-    """`g5.{xlarge,2xlarge}` for machines of one family."""
+def _group_by_family(names: Mapping[str, Machine]) -> str:
+    """Write machines of one family as `g5.{xlarge,2xlarge}`."""
     families: dict[str, list[str]] = {}
     for name in names:
         family, dot, size = name.partition(".")

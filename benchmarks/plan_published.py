@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 
 from azrecipe import hardware
 from azrecipe.planning import memory_budget, step_time
-from azrecipe.planning.model_config import configuration
+from azrecipe.planning.model_config import load_model_config
 from azrecipe.planning.simulation import cost_cache
-from azrecipe.planning.simulation.step_cost import Cost
-from azrecipe.planning.simulation.step_spec import Asked
-from azrecipe.planning.step_time import Cluster
+from azrecipe.planning.simulation.step_cost import StepCost
+from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.step_time import MachineGroup
 from azrecipe.recipe.types import ModelSource
 
 LENGTH = 2048
@@ -31,7 +31,7 @@ GB = 1e9
 
 def llama() -> dict[str, object]:
     """Llama 3.2 1B, from the project's own table of shapes."""
-    return configuration(ModelSource("meta-llama/Llama-3.2-1B", None, None))[0]
+    return load_model_config(ModelSource("meta-llama/Llama-3.2-1B", None, None))[0]
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Timed:
     """A published time: seconds of a step of `batch` sequences on each card, and where."""
 
     name: str
-    asked: Asked
+    asked: StepSpec
     batch: int
     seconds: float
-    cluster: Cluster
+    cluster: MachineGroup
     assumed: str
 
 
@@ -54,12 +54,12 @@ def error(found: float, published: float) -> str:
     return f"{100 * (found / published - 1):+.1f} %"
 
 
-def memory(fsdp: Cost, liger: Cost) -> None:
+def memory(fsdp: StepCost, liger: StepCost) -> None:
     print("\n## Peak memory, FSDP, 8 × H100, batch 10 (published: 64 and 27 GB; tokenizer's size and unit not published)\n")
     line("case", "predicted GiB", "predicted GB", "published", "error as GiB", "error as GB")
     line(*["---"] * 6)
     for name, cost, published in (("FSDP", fsdp, 64), ("FSDP + Liger", liger, 27)):
-        peak = sum(cost.memory(10, 8).values())
+        peak = sum(cost.get_peak_memory(10, 8).values())
         line(
             name,
             f"{peak / hardware.GIB:.1f}",
@@ -76,7 +76,7 @@ def memory(fsdp: Cost, liger: Cost) -> None:
     line("on each of 8", f"{states / 8 / hardware.GIB:.2f}", 1.17, error(states / 8 / hardware.GIB, 1.17))
 
 
-def batches(found: dict[str, tuple[Cost, Asked]]) -> None:
+def batches(found: dict[str, tuple[StepCost, StepSpec]]) -> None:
     print("\n## Largest batch (published ones are all even)\n")
     line("case", "A100 40 GB: surely – perhaps", "published", "H100 80 GB: surely – perhaps", "published")
     line(*["---"] * 5)
@@ -84,8 +84,8 @@ def batches(found: dict[str, tuple[Cost, Asked]]) -> None:
     for name, (cost, asked) in found.items():
         cells = []
         for card, said in zip(("a100-40g", "h100-80g"), published[name], strict=True):
-            total = hardware.find(card).card.total_memory_gib * hardware.GIB
-            cells += ["{} – {}".format(*memory_budget.largest_batch(cost, asked, total, 8)), said]
+            total = hardware.find_machine(card).card.total_memory_gib * hardware.GIB
+            cells += ["{} – {}".format(*memory_budget.find_largest_batches(cost, asked, total, 8)), said]
         line(name, *cells)
 
 
@@ -93,7 +93,7 @@ def times(timed: list[Timed]) -> None:
     print("\n## Time (one efficiency of cards and one of the network; each predicted from the other three)\n")
     line("case", "predicted s a step", "published s a step", "error", "share of roofline", "assumed")
     line(*["---"] * 6)
-    costs = cost_cache.costs([(t.asked, LENGTH) for t in timed])
+    costs = cost_cache.load_or_simulate_costs([(t.asked, LENGTH) for t in timed])
     rooflines = [_alone(cost, t) for cost, t in zip(costs, timed, strict=True)]
     for i, (cost, t) in enumerate(zip(costs, timed, strict=True)):
         others = [j for j in range(len(timed)) if j != i]
@@ -116,44 +116,44 @@ def times(timed: list[Timed]) -> None:
     )
     for cost, t in zip(costs, timed, strict=True):
         if t.cluster.nodes > 1:
-            _, summed = step_time.volumes(cost, t.asked, 1)
+            _, summed = step_time.count_communication_bytes(cost, t.asked, 1)
             rate = _crossing(cost, t) / t.seconds
             print(f"  {t.name}: {max(_alone(cost, t) / 0.9, summed / rate):.2f} s a step instead of {t.seconds:.2f}")
 
 
-def _alone(cost: Cost, t: Timed) -> float:
-    return step_time.roofline(cost, t.asked, t.batch, 1, t.cluster)
+def _alone(cost: StepCost, t: Timed) -> float:
+    return step_time.compute_roofline(cost, t.asked, t.batch, 1, t.cluster)
 
 
-def _crossing(cost: Cost, t: Timed) -> float:
-    gathered, summed = step_time.volumes(cost, t.asked, 1)
-    return (gathered + summed) * (t.cluster.world - 1) / t.cluster.world
+def _crossing(cost: StepCost, t: Timed) -> float:
+    gathered, summed = step_time.count_communication_bytes(cost, t.asked, 1)
+    return (gathered + summed) * (t.cluster.world_size - 1) / t.cluster.world_size
 
 
 def calibration() -> None:
     print("\n## Efficiencies in hardware/calibration.yaml, reckoned anew\n")
     line("card", "run", "there", "now")
     line(*["---"] * 4)
-    runs = step_time.published()
-    for run, cost in zip(runs, cost_cache.costs([(run.asked, run.length) for run in runs]), strict=True):
-        line(run.card, run.what, f"{run.efficiency:.3f}", f"{run.reckoned(cost):.3f}")
+    runs = step_time.load_published_runs()
+    for run, cost in zip(runs, cost_cache.load_or_simulate_costs([(run.step, run.length) for run in runs]), strict=True):
+        line(run.card, run.title, f"{run.efficiency:.3f}", f"{run.compute_efficiency(cost):.3f}")
 
 
 def main() -> int:
     config = llama()
-    plain = Asked(config=config, precision="bf16_pure", kind="fsdp2", shards=8)
+    plain = StepSpec(config=config, precision="bf16_pure", strategy="fsdp2", shards=8)
     liger = replace(plain, **LIGER)
-    ddp = {f"DDP, {p}": replace(plain, precision=p, kind="ddp", shards=1) for p in ("float32", "bf16_mixed", "bf16_pure")}
+    ddp = {f"DDP, {p}": replace(plain, precision=p, strategy="ddp", shards=1) for p in ("float32", "bf16_mixed", "bf16_pure")}
     cases = {"FSDP": plain, "FSDP + Liger": liger, **ddp}
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "accelerate"))
     print(
         f"azrecipe plan beside the published figures. {platform.machine()}, Python {platform.python_version()}, {versions}; no GPU was used."
     )
-    known = dict(zip(cases, cost_cache.costs([(asked, LENGTH) for asked in cases.values()]), strict=True))
+    known = dict(zip(cases, cost_cache.load_or_simulate_costs([(asked, LENGTH) for asked in cases.values()]), strict=True))
     memory(known["FSDP"], known["FSDP + Liger"])
     batches({name: (known[name], asked) for name, asked in cases.items()})
-    p5 = Cluster(hardware.find("p5.48xlarge"), 1, "fsdp2")
-    p4d = Cluster(hardware.find("p4d.24xlarge"), 2, "fsdp2")
+    p5 = MachineGroup(hardware.find_machine("p5.48xlarge"), 1, "fsdp2")
+    p4d = MachineGroup(hardware.find_machine("p4d.24xlarge"), 2, "fsdp2")
     frozen = replace(liger, trainable=("embeddings",))
     times([
         Timed("p5, FSDP, 63,771 tokens/s/GPU", plain, 10, 10 * LENGTH / 63_771, p5, "batch 10"),

@@ -53,15 +53,15 @@ def theirs(file: str, tokenizer_folder: str, work: str, processes: int) -> int:
 
 def ours(file: str, tokenizer_folder: str, work: str, processes: int) -> int:
     """What `azrecipe prepare` does with one source; returns the tokens."""
-    from azrecipe.data.readers import Located
-    from azrecipe.data.tokenized_cache import Making, store
-    from azrecipe.errors import Place
+    from azrecipe.data.readers import DataSource
+    from azrecipe.data.tokenized_cache import TokenizeSpec, load_or_tokenize
+    from azrecipe.errors import SourceLocation
     from azrecipe.recipe.types import TextSource
     from azrecipe.tokenization.tokenizer import load_tokenizer
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:processes])  # as many workers as it may use cores
-    source = Located(TextSource(file, "train"), Place("benchmark"))
-    return store(source, Making(load_tokenizer(tokenizer_folder), frozenset()), Path(work)).count
+    source = DataSource(TextSource(file, "train"), SourceLocation("benchmark"))
+    return load_or_tokenize(source, TokenizeSpec(load_tokenizer(tokenizer_folder), frozenset()), Path(work)).num_tokens
 
 
 def alone(way: str, file: Path, tokenizer: Path, processes: int) -> tuple[int, float, int]:

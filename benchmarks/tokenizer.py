@@ -71,32 +71,32 @@ def bare(file: Path, vocab_size: int) -> None:
 def ours(file: Path, sizes: tuple[int, ...], kind: str = "custom") -> None:
     """The stage's own way: mixed, hashed against the held-out documents, special tokens cut out."""
     from azrecipe.data import tokenizer_corpus
-    from azrecipe.data.readers import Located
-    from azrecipe.errors import Place
+    from azrecipe.data.readers import DataSource
+    from azrecipe.errors import SourceLocation
     from azrecipe.recipe.types import TextSource
     from azrecipe.tokenization import bpe_training, candidates, tokenizer
 
     base = bpe_training.train_llama3((text for text, _ in zip(read(file), range(500), strict=False)), 2_000)
-    text = tokenizer_corpus.Text(
-        [Located(TextSource(str(file), "train"), Place("benchmark"))], None, frozenset([b""]), tokenizer.added_names(base)
+    text = tokenizer_corpus.TokenizerCorpus(
+        [DataSource(TextSource(str(file), "train"), SourceLocation("benchmark"))], None, frozenset([b""]), tokenizer.list_added_tokens(base)
     )
-    made = candidates.make(base, candidates.Family(kind, "base", None, {str(size): size for size in sizes}), text)
+    made = candidates.train_family(base, candidates.CandidateFamily(kind, "base", None, {str(size): size for size in sizes}), text)
     print("  sizes reached:", ", ".join(f"{len(tokenizer):,}" for tokenizer, _ in made.values()))
 
 
 def measuring(file: Path, processes: int) -> None:
     """Counting, without the time that processes take to start."""
     from azrecipe.tokenization import bpe_training
-    from azrecipe.tokenization.tokenizer_metrics import count
-    from azrecipe.utils.process_pool import Workers
+    from azrecipe.tokenization.tokenizer_metrics import count_tokens
+    from azrecipe.utils.process_pool import WorkerPool
 
     texts = list(read(file))
     tokenizer = bpe_training.train_llama3(texts[:5000], 20_000)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with Workers(processes, alone=0) as workers:
-        count(workers, tokenizer, {"warm": texts[:2000]})
+    with WorkerPool(processes, alone=0) as workers:
+        count_tokens(workers, tokenizer, {"warm": texts[:2000]})
         began = time.perf_counter()
-        count(workers, tokenizer, {"text": texts})
+        count_tokens(workers, tokenizer, {"text": texts})
         print(f"  {processes} processes: {sum(len(t.encode()) for t in texts) / 1e6 / (time.perf_counter() - began):.2f} MB/s")
 
 

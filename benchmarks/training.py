@@ -87,24 +87,24 @@ def bare(folder: Path, asked: argparse.Namespace) -> Iterator[None]:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-    from azrecipe.data.mixture import Mix
-    from azrecipe.data.packing import PackedText, Packing, borders, collate, layout
-    from azrecipe.data.readers import Located
-    from azrecipe.data.tokenized_cache import Making, store
-    from azrecipe.errors import Place
+    from azrecipe.data.mixture import Mixture
+    from azrecipe.data.packing import PackedText, Packing, build_collator, build_layout, get_delimiters
+    from azrecipe.data.readers import DataSource
+    from azrecipe.data.tokenized_cache import TokenizeSpec, load_or_tokenize
+    from azrecipe.errors import SourceLocation
     from azrecipe.recipe.types import TextSource
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    located = Located(TextSource(str(folder / "text.jsonl"), "train"), Place("benchmark"))
-    stored = store(located, Making(tokenizer, frozenset()), folder / "bare")
-    how = Packing("wrapped", asked.length, borders(tokenizer))
-    data = PackedText(layout(Mix([stored], [1.0], SEED, how.marks.count), how), how, 0, asked.steps * asked.batch)
+    located = DataSource(TextSource(str(folder / "text.jsonl"), "train"), SourceLocation("benchmark"))
+    stored = load_or_tokenize(located, TokenizeSpec(tokenizer, frozenset()), folder / "bare")
+    how = Packing("wrapped", asked.length, get_delimiters(tokenizer))
+    data = PackedText(build_layout(Mixture([stored], [1.0], SEED, how.delimiters.count), how), how, 0, asked.steps * asked.batch)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     model.config.use_cache = False
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, asked.steps)
-    for batch in DataLoader(data, asked.batch, collate_fn=collate(how, "sdpa")):
+    for batch in DataLoader(data, asked.batch, collate_fn=build_collator(how, "sdpa")):
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -184,7 +184,7 @@ def azrecipe(folder: Path, asked: argparse.Namespace) -> list[float]:
     from azrecipe.distributed import backend
     from azrecipe.pipeline import worker
 
-    backend.set_up()
+    backend.set_up_backend()
     from azrecipe.training import pretraining
 
     clocks = []
@@ -197,7 +197,7 @@ def azrecipe(folder: Path, asked: argparse.Namespace) -> list[float]:
 
     pretraining.TextTrainer = Clocked  # type: ignore[misc]
     os.chdir(folder)
-    code = worker.start(recipe(folder, asked, f"step{time.monotonic_ns()}").name, [], Path("runs"))
+    code = worker.run_worker(recipe(folder, asked, f"step{time.monotonic_ns()}").name, [], Path("runs"))
     if code:
         raise SystemExit(code)
     return clocks[0].speeds()

@@ -59,7 +59,7 @@ def preload() -> None:
 
     get_checkpoint_conversion_mapping("llama")  # the first question makes the table of all models
     for recipe in ("pipeline", "evaluate"):  # the schemas are read
-        open_recipe(shipped_files.find(f"recipes/quickstart/{recipe}.yaml"), [])
+        open_recipe(shipped_files.resolve_shipped_path(f"recipes/quickstart/{recipe}.yaml"), [])
     gc.collect()
     gc.freeze()  # a run collects several times, and would walk and copy all of this each time
 
@@ -121,7 +121,7 @@ def _python(words: Sequence[str], env: Mapping[str, str]) -> int:
         logging.disable(logging.NOTSET)  # the launcher's own choice
         random.seed()  # a process of its own would not begin where the others do
         np.random.seed()
-        launch_command._stopped.clear()
+        launch_command._stop_signals.clear()
         while words[0] in ("-u", "-W"):
             words = words[1 if words[0] == "-u" else 2 :]
         sys.argv = [*words[1:]] if words[0] in ("-m", "-c") else [*words]

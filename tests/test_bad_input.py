@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from azrecipe.recipe.to_yaml import to_yaml
-from azrecipe.recipe.validate import validate
-from azrecipe.recipe.yaml_tree import parse
+from azrecipe.recipe.validate import validate_recipes
+from azrecipe.recipe.yaml_tree import parse_yaml
 from tests.conftest import QUESTIONS, TALES, TOKENIZER, Done, jsonl, run_command, write
 
 HEAD = """\
@@ -105,7 +105,7 @@ REFUSED_BY_READING = [
     Case("a list", "- a\n", ("r.yaml:1:1: the recipe must be a mapping",)),
     Case("tab", "stage: sft\ndata:\n\tmax_length: 5\n", ("r.yaml:3:1: a tab in the indentation: YAML wants spaces",)),
     Case("broken YAML", "stage: [sft\nproject: p\n", ("r.yaml:2:8: not valid YAML",)),
-    Case("duplicate key", PRETRAIN + "project: q\n", ("r.yaml:10:1: duplicate key 'project': it stands already in line 2",)),
+    Case("duplicate key", PRETRAIN + "project: q\n", ("r.yaml:10:1: duplicate key 'project': it is already in line 2",)),
     Case("a tag", PRETRAIN + "seed: !!int '5'\n", ("r.yaml:10:7:", "tag", "not allowed in a recipe")),
     Case("not UTF-8", b"stage: sft\n# \xc9\n", ("r.yaml:2:3: not UTF-8: byte 0xc9; save the file as UTF-8",)),
     Case("UTF-16", "stage: sft\n".encode("utf-16"), ("r.yaml:1:1: not UTF-8",)),
@@ -131,7 +131,7 @@ REFUSED_BY_READING = [
     Case("two lengths", PRETRAIN.replace("max_steps: 1", "max_steps: 1, max_bytes: 9"), ("give exactly one of max_steps", "there are max_steps, max_bytes")),
     Case("no length", PRETRAIN.replace(", max_steps: 1", ""), ("r.yaml:8:10:", "there is none")),
     Case("two models", PRETRAIN.replace("./llama", "./llama, output_of: q.yaml"), ("give exactly one of name_or_path",), files={"q.yaml": ""}),
-    Case("two phases of a name", PRETRAIN.replace("phases: [", "phases: [{name: all, trainable_parameters: [all], learning_rate: 1, max_steps: 1}, "), ("two phases are called 'all'; the other stands at r.yaml:8:17",)),
+    Case("two phases of a name", PRETRAIN.replace("phases: [", "phases: [{name: all, trainable_parameters: [all], learning_rate: 1, max_steps: 1}, "), ("two phases are called 'all'; the other is at r.yaml:8:17",)),
     # between keys
     Case("config without a tokenizer", FIRST.replace("{family: llama3, vocab_size: 300}", "{}"), ("r.yaml:4:1:", "has no tokenizer of its own")),
     Case("config and no tokenizer key", FIRST.replace("tokenizer: {family: llama3, vocab_size: 300}\n", ""), ("r.yaml:3:1:", "say `tokenizer:`")),
@@ -204,7 +204,7 @@ REFUSED_BY_READING = [
     Case("languages to decide between", EVALUATE + "languages: [az, kaz]\n", ("r.yaml:5:17: lingua knows no language 'kaz'; did you mean",)),
     Case("script that there is not", EVALUATE + "script: Latn\n", ("r.yaml:5:9: script = \"Latn\" is not known; did you mean 'Latin'?",)),
     Case("baseline that is no model", EVALUATE + "baseline: bse\n", ("r.yaml:5:11: baseline names no model: 'bse'; did you mean 'base'? Models: base",)),
-    Case("task that stands there twice", EVALUATE + "tasks: [a.yaml, {task: a.yaml, limit: 3}]\n", ("r.yaml:5:24: the task a.yaml stands already at r.yaml:5:9",)),
+    Case("task that is there twice", EVALUATE + "tasks: [a.yaml, {task: a.yaml, limit: 3}]\n", ("r.yaml:5:24: the task a.yaml is already at r.yaml:5:9",)),
     Case("prompt that is two", EVALUATE + "prompts: [{text: a, messages: [{role: user, content: b}]}]\n", ("r.yaml:5:11: prompts[0]: give exactly one of text, messages: there are text, messages",)),
     Case("compare without a matrix", PIPELINE + "compare: {metric: bpb}\n", ("r.yaml:4:1: compare ranks the cells of a matrix, and there is none",), files=STEPS),
     Case("compare on no set", PIPELINE + "matrix: {a: {cpt.yaml: {seed: 1}}}\ncompare: {dataset: taget}\n", ("r.yaml:5:20: cell 'a' has no validation set 'taget' to be compared on; did you mean 'target'?",), files=STEPS),
@@ -227,13 +227,13 @@ REFUSED_BY_THE_STAGE = [
     Case("config no model", PRETRAIN.replace("./llama", "./d"), ("the folder ./d holds no model",), args=sets("tokenizer.name_or_path=./llama"), files={"d/config.json": "{"}),
     Case("hub model without a network", PRETRAIN.replace("./llama", "owner/model"), ("of owner/model cannot be opened: the hub cannot be reached and the local cache does not hold it", "hf download owner/model"), code=3),
     Case("hub model without a network, evaluate", EVALUATE.replace("./llama", "owner/model"), ("the hub cannot be reached",), code=3),
-    Case("hub dataset without a network", data("owner/dataset"), ("r.yaml:6:23: the dataset owner/dataset", "cannot be opened", "Without a network give local files: path: ./my_text.jsonl"), code=3),
+    Case("hub dataset without a network", data("owner/dataset"), ("r.yaml:6:23: the dataset owner/dataset", "cannot be opened", "Without a network, use local files: path: ./my_text.jsonl"), code=3),
     Case("hub conversations without a network", SFT.replace("questions.jsonl", "owner/dataset"), ("the dataset owner/dataset", "cannot be opened"), code=3),
     # text
     Case("data file missing", data("texts.txt"), ("r.yaml:6:23: no such file: ./texts.txt; did you mean 'text.txt'?",)),
     Case("glob of nothing", data("*.parquet"), ("r.yaml:6:23: no such file: ./*.parquet",)),
     Case("held-out file missing", PRETRAIN.replace("heldout.txt", "held.txt"), ("r.yaml:7:31: no such file: ./held.txt; did you mean 'heldout.txt'?",)),
-    Case("unknown kind of file", data("./x.csv"), ("x.csv: not a kind of file that can be read. Known: .jsonl, .txt, .parquet",), files={"x.csv": "a,b\n"}),
+    Case("unknown kind of file", data("./x.csv"), ("x.csv: this kind of file cannot be read. Known: .jsonl, .txt, .parquet",), files={"x.csv": "a,b\n"}),
     Case("folder without text", data("./d"), ("./d: no file in this folder ends in .jsonl",), files={"d/x.csv": ""}),
     Case("empty corpus", data("x.txt"), ("r.yaml:6:23: ./x.txt holds no text",), files={"x.txt": " \n"}),
     Case("empty held-out set", PRETRAIN.replace("heldout.txt", "x.txt"), ("r.yaml:7:31: validation set 'target': ./x.txt holds no text",), files={"x.txt": ""}),
@@ -255,7 +255,7 @@ REFUSED_BY_THE_STAGE = [
     Case("half a character in a conversation", SFT.replace("questions", "x"), ("x.jsonl:1:1: half a character",), files={"x.jsonl": json.dumps(talk(("user", "\ud83d"))) + "\n"}),
     Case("nothing in the script", data("text.txt", scripts={"allow": ["Georgian"]}), ("r.yaml:6:23: ./text.txt holds no text (its clean-up drops 1 of 1 documents)",)),
     Case("split of a file", data("text.txt", split="test"), ("a local file has no split 'test': leave split out",)),
-    Case("too many epochs", data("text.txt", max_epochs=2), ("r.yaml:6:49: ./text.txt would be gone through", "and max_epochs is 2: add text, lower its weight or shorten the phases"), args=sets("phases[0].max_steps=2000")),
+    Case("too many epochs", data("text.txt", max_epochs=2), ("r.yaml:6:49: ./text.txt would be read", "and max_epochs is 2: add text, lower its weight or shorten the phases"), args=sets("phases[0].max_steps=2000")),
     # models
     Case("no parameter matches", PRETRAIN.replace("[all]", '["layers\\\\.9\\\\."]'), ("r.yaml:8:44: trainable_parameters: layers\\.9\\. matches no parameter of this model", "model.embed_tokens.weight")),
     Case("unknown architecture", FIRST.replace("model_type: llama", "model_type: lama"), ("model.config.model_type: transformers has no model 'lama'; did you mean 'llama'?",)),
@@ -265,7 +265,7 @@ REFUSED_BY_THE_STAGE = [
     Case("no heads", FIRST.replace("num_attention_heads: 2", "num_attention_heads: 0"), ("model.config: transformers cannot build this llama: ",)),
     Case("field of a wrong type", FIRST.replace("hidden_size: 16", "hidden_size: big"), ("r.yaml:3:17: model.config: transformers cannot build this llama: Field 'hidden_size' expected int, got str",)),
     Case("no causal model", FIRST.replace("model_type: llama", "model_type: vit").replace(", intermediate_size: 32", ""), ("model.config: transformers cannot build this vit: Unrecognized configuration class",)),
-    Case("flash attention", PRETRAIN.replace("./llama", "./llama, attn_implementation: flash_attention_2"), ("needs a package that is not here",), code=3),
+    Case("flash attention", PRETRAIN.replace("./llama", "./llama, attn_implementation: flash_attention_2"), ("needs a package that is not installed",), code=3),
     Case("tokenizer larger than the embeddings", PRETRAIN.replace("./llama", "./torn"), ("./torn: its tokenizer has 320 tokens and its embeddings 300 rows: they do not belong together",)),
     Case("the same, evaluate", EVALUATE.replace("./llama", "./torn"), ("./torn: its tokenizer has 320 tokens and its embeddings 300 rows",)),
     Case("the same, sft", SFT.replace("./llama", "./torn"), ("./torn: its tokenizer has 320 tokens and its embeddings 300 rows",)),
@@ -287,19 +287,19 @@ REFUSED_BY_THE_STAGE = [
     Case("a source without weight", SFT, ("this source has no weight, and others have",), args=sets("data.datasets=[{path: questions.jsonl, weight: 2}, {path: questions.jsonl}]")),
     Case("preferences for sft", SFT, ("format: preference is not for method: sft, which reads conversations",), args=sets("data.datasets[0].format=preference")),
     Case("rates of no part", SFT, ("there is no group 'embedings'; did you mean 'embeddings'?",), args=sets("training.learning_rates={embedings: 1e-3}")),
-    Case("a shape that nobody knows", SFT, ("x.jsonl:1:1: the columns frage, antwort are those of no known format", "alpaca: instruction, output"), files={"x.jsonl": jsonl({"frage": "a", "antwort": "b"})}, args=sets("data.datasets[0].path=x.jsonl")),
+    Case("a shape that nobody knows", SFT, ("x.jsonl:1:1: the columns frage, antwort match no known format", "alpaca: instruction, output"), files={"x.jsonl": jsonl({"frage": "a", "antwort": "b"})}, args=sets("data.datasets[0].path=x.jsonl")),
     Case("the same answer twice", SFT + "method: dpo\n", ("x.jsonl:1:1: chosen and rejected are the same",), files={"x.jsonl": jsonl({"prompt": "a", "chosen": "b", "rejected": "b"})}, args=sets("data.datasets[0].path=x.jsonl")),
     Case("unknown role", SFT, ("--set data.datasets[0].path=x.jsonl: x.jsonl:1:1: message 1: unknown role 'human'. Roles: assistant, system, user",), files={"x.jsonl": jsonl(talk(("human", "a"), ("assistant", "b")))}, args=sets("data.datasets[0].path=x.jsonl")),
     Case("misspelt role", SFT, ("message 2: unknown role 'asistant'; did you mean 'assistant'?",), files={"x.jsonl": jsonl(talk(("user", "a"), ("asistant", "b")))}, args=sets("data.datasets[0].path=x.jsonl")),
     Case("empty message", SFT, ("x.jsonl:2:1: message 2 (assistant) is empty",), files={"x.jsonl": jsonl(QUESTIONS[0], talk(("user", "a"), ("assistant", " ")))}, args=sets("data.datasets[0].path=x.jsonl")),
     Case("no messages", SFT, ("x.jsonl:1:1: messages must be a list of {role, content}",), files={"x.jsonl": '{"messages": []}\n'}, args=sets("data.datasets[0].path=x.jsonl")),
-    Case("no messages column", SFT, ("x.jsonl:1:1: the columns message are those of no known format. Formats and their columns: messages: messages; ",), files={"x.jsonl": '{"message": "a"}\n'}, args=sets("data.datasets[0].path=x.jsonl")),
+    Case("no messages column", SFT, ("x.jsonl:1:1: the columns message match no known format. Formats and their columns: messages: messages; ",), files={"x.jsonl": '{"message": "a"}\n'}, args=sets("data.datasets[0].path=x.jsonl")),
     Case("no assistant", SFT, ("x.jsonl:1:1: no message of the assistant: there is nothing to learn",), files={"x.jsonl": jsonl(talk(("user", "a")))}, args=sets("data.datasets[0].path=x.jsonl")),
     Case("no alpaca column", SFT.replace("questions.jsonl", "questions.jsonl, format: alpaca"), ("questions.jsonl:1:1: no column 'instruction'. Columns: messages (format: alpaca)",)),
     Case("alpaca of numbers", SFT.replace("questions.jsonl", "x.jsonl, format: alpaca"), ("x.jsonl:1:1: message 1 (user) is not text",), files={"x.jsonl": '{"instruction": 5, "output": "a"}\n'}),
     Case("many wrong rows", SFT, ("x.jsonl:20:1: message 1", "… and 5 rows more"), files={"x.jsonl": jsonl(*[talk(("human", "a"))] * 25)}, args=sets("data.datasets[0].path=x.jsonl")),
     Case("no conversation", SFT.replace("questions.jsonl", "x.jsonl"), ("x.jsonl holds no conversation",), files={"x.jsonl": "\n"}),
-    Case("text as conversations", SFT.replace("questions.jsonl", "text.txt"), ("text.txt: the columns text are those of no known format",)),
+    Case("text as conversations", SFT.replace("questions.jsonl", "text.txt"), ("text.txt: the columns text match no known format",)),
     Case("nothing left to train", SFT.replace("128", "8"), ("no conversation has a trained token left within data.max_length = 8: raise it",)),
     Case("no layer", SFT + "lora: {target_modules: [q_prj]}\n", ("lora.target_modules: no linear layer is called 'q_prj'; did you mean 'q_proj'?", "Linear layers of this model: down_proj")),
     # the run directory
@@ -373,7 +373,7 @@ def test_refused_by_the_stage(case: Case, cli: Callable[..., Done]) -> None:
 @pytest.mark.usefixtures("prepared")
 def test_a_link_to_a_file_that_is_gone(cli: Callable[..., Done]) -> None:
     Path("gone.txt").symlink_to("nothing.txt")
-    check(Case("link", data("*.txt"), ("r.yaml:6:23: gone.txt: a link to a file that is gone",)), cli)
+    check(Case("link", data("*.txt"), ("r.yaml:6:23: gone.txt: a link to a file that does not exist",)), cli)
 
 
 @pytest.mark.usefixtures("prepared")
@@ -599,7 +599,7 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def test_no_value_in_any_place_ends_in_a_traceback(base: str) -> None:
     for name, text in STEPS.items():
         write(name, text)
-    whole = parse(base, "r.yaml").plain() | EXTRAS
+    whole = parse_yaml(base, "r.yaml").to_plain() | EXTRAS
     for path in paths(whole):
         for value in ODD:
             changed = copy.deepcopy({key: whole[key] for key in whole if key not in EXTRAS or key == path[0]})
@@ -608,5 +608,5 @@ def test_no_value_in_any_place_ends_in_a_traceback(base: str) -> None:
                 inner = inner[key]
             inner[path[-1]] = value
             write("r.yaml", to_yaml(changed))
-            report = validate([Path("r.yaml")])
+            report = validate_recipes([Path("r.yaml")])
             assert report.valid or report.problems or report.fragments

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from azrecipe.cli.main import _parser
-from azrecipe.hardware import find
-from azrecipe.pipeline.launch_command import config_file
+from azrecipe.cli.main import _build_parser
+from azrecipe.hardware import find_machine
+from azrecipe.pipeline.launch_command import resolve_accelerate_config
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.pipeline_steps import open_recipe
 from azrecipe.sagemaker import settings
@@ -44,19 +44,19 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
     if words[0] != "azrecipe":
         words = ["azrecipe", "run", *words[words.index("azrecipe") + 1 :]]
     words = [word for word in words if word != "\\"]
-    arguments = _parser().parse_args(words[1:])
+    arguments = _build_parser().parse_args(words[1:])
     if arguments.verb == "run":
         if arguments.accelerate_config:
-            assert config_file(arguments.accelerate_config).is_file()
+            assert resolve_accelerate_config(arguments.accelerate_config).is_file()
         recipe, steps = open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
         assert steps or recipe.stage != "pipeline"
     elif arguments.verb == "plan" and arguments.calibrate is None:
         open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
         for name in arguments.compare.split(",") if arguments.compare else [arguments.hardware]:
-            find(name)
+            find_machine(name)
     elif arguments.verb == "sagemaker" and arguments.action in ("submit", "pack"):
         open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
-        settings.load(arguments.config)
+        settings.load_settings(arguments.config)
     elif arguments.verb == "validate":
         assert all(path.exists() for path in arguments.paths)
 

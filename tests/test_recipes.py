@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.distributed.batch_size import split
+from azrecipe.distributed.batch_size import split_batch
 from azrecipe.modeling import parameter_groups
-from azrecipe.modeling.loading import count
-from azrecipe.modeling.lora import lora_config
-from azrecipe.recipe.load import load
+from azrecipe.modeling.loading import count_parameters
+from azrecipe.modeling.lora import build_lora_config
+from azrecipe.recipe.load import load_recipe
 from azrecipe.recipe.pipeline_steps import load_pipeline, open_recipe
-from azrecipe.recipe.validate import validate
+from azrecipe.recipe.validate import validate_recipes
 from tests.conftest import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -52,31 +52,31 @@ def shape(name: str, **changes: Any) -> Any:
 
 def test_every_recipe_in_the_tree_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    report = validate([Path("recipes")])
+    report = validate_recipes([Path("recipes")])
     assert report.problems == []
     assert len(report.valid) + len(report.fragments) == len(list(RECIPES.rglob("*.yaml")))
 
 
 def test_the_published_continued_pretraining() -> None:
-    one, two = (load(RECIPES / f"cpt_phase{n}.yaml").config for n in (1, 2))
+    one, two = (load_recipe(RECIPES / f"cpt_phase{n}.yaml").config for n in (1, 2))
     assert [(p.trainable_parameters, p.learning_rate, p.max_steps) for p in one.phases] == [(["embeddings"], 3.2e-3, 5_000)]
     assert [(p.trainable_parameters, p.learning_rate, p.max_steps) for p in two.phases] == [(["all"], 2.4e-3, 15_000)]
     for config in (one, two):
         training = config.training
         assert (training.global_batch_size, config.data.max_length, training.lr_scheduler_type) == (224, 2048, "cosine")
         assert (training.precision, training.use_liger_kernel) == ("bf16_mixed", True)
-        assert split(training.global_batch_size, training.per_device_train_batch_size, world=16) == split(14, 7, 1)
-    both = load(RECIPES / "cpt.yaml").config
+        assert split_batch(training.global_batch_size, training.per_device_train_batch_size, world=16) == split_batch(14, 7, 1)
+    both = load_recipe(RECIPES / "cpt.yaml").config
     assert [(p.learning_rate, p.max_steps) for p in both.phases] == [(3.2e-3, 5_000), (2.4e-3, 15_000)]
     assert one.data.datasets == two.data.datasets  # or the second could not go on where the first ended
     assert two.data.continue_from is not None
 
 
 def test_the_published_tokenizer_and_instruction_tuning() -> None:
-    tokenizer = load(RECIPES / "tokenizer.yaml").config
+    tokenizer = load_recipe(RECIPES / "tokenizer.yaml").config
     assert tokenizer.candidates[tokenizer.select].vocab_size == 100_000
     assert min(c.vocab_size for c in tokenizer.candidates.values() if c.vocab_size) == 50_000
-    sft = load(RECIPES / "sft.yaml").config
+    sft = load_recipe(RECIPES / "sft.yaml").config
     assert (sft.lora.r, sft.lora.lora_alpha, sft.lora.lora_dropout) == (64, 28, 0.05)
     assert sft.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert (sft.data.max_length, sft.training.learning_rate, sft.chat_template) == (1024, 1e-4, "llama3")
@@ -84,7 +84,7 @@ def test_the_published_tokenizer_and_instruction_tuning() -> None:
 
 
 def test_the_data_are_fineweb_wikipedia_and_a_replay_of_english() -> None:
-    data = load(RECIPES / "cpt_phase1.yaml").config.data
+    data = load_recipe(RECIPES / "cpt_phase1.yaml").config.data
     assert [(d.path, d.name) for d in data.datasets] == [
         ("HuggingFaceFW/fineweb-2", "azj_Latn"),
         ("wikimedia/wikipedia", "20231101.az"),
@@ -112,10 +112,10 @@ def test_another_language_is_a_few_lines_that_reach_every_step(code: str, langua
     parallel = by_name["tokenizer"].config.data.parallel
     assert parallel.text_column == f"translation.{wikipedia}"
     assert wikipedia in parallel.name.split("-")
-    assert by_name["tokenizer"].config.show_words != load(RECIPES / "tokenizer.yaml").config.show_words
-    assert by_name["evaluate"].config.prompts[0] != load(RECIPES / "evaluate.yaml").config.prompts[0]
+    assert by_name["tokenizer"].config.show_words != load_recipe(RECIPES / "tokenizer.yaml").config.show_words
+    assert by_name["evaluate"].config.prompts[0] != load_recipe(RECIPES / "evaluate.yaml").config.prompts[0]
     assert Path(by_name["sft"].config.data.datasets[0].path).resolve() == file.with_name("questions.jsonl")
-    assert by_name["cpt_phase1"].config.phases == load(RECIPES / "cpt_phase1.yaml").config.phases
+    assert by_name["cpt_phase1"].config.phases == load_recipe(RECIPES / "cpt_phase1.yaml").config.phases
 
 
 @pytest.mark.parametrize("file", [RECIPES / "pipeline.yaml", RECIPES / "llama31_8b" / "pipeline.yaml"], ids=["1b", "8b"])
@@ -125,14 +125,16 @@ def test_phases_and_adapters_fit_the_real_models(file: Path) -> None:
     name = by_name["cpt_phase1"].model.name_or_path
     assert name == by_name["tokenizer"].tokenizer.name_or_path == by_name["evaluate"].models["base"].name_or_path
     model = shape(name)
-    assert count(model) == SHAPES[name][1]
+    assert count_parameters(model) == SHAPES[name][1]
     vocabulary = by_name["tokenizer"].candidates[by_name["tokenizer"].select].vocab_size
     adapted = shape(name, vocab_size=vocabulary)
     matrices = 1 if SHAPES[name][0]["tie_word_embeddings"] else 2
-    first = parameter_groups.freeze(adapted, by_name["cpt_phase1"].phases[0].trainable_parameters)
+    first = parameter_groups.set_trainable_parameters(adapted, by_name["cpt_phase1"].phases[0].trainable_parameters)
     assert first.trainable == matrices * vocabulary * SHAPES[name][0]["hidden_size"]
-    assert parameter_groups.freeze(adapted, by_name["cpt_phase2"].phases[0].trainable_parameters).trainable == count(adapted)
-    assert set(lora_config(by_name["sft"].lora, adapted).target_modules) == set(by_name["sft"].lora.target_modules)
+    assert parameter_groups.set_trainable_parameters(
+        adapted, by_name["cpt_phase2"].phases[0].trainable_parameters
+    ).trainable == count_parameters(adapted)
+    assert set(build_lora_config(by_name["sft"].lora, adapted).target_modules) == set(by_name["sft"].lora.target_modules)
 
 
 @pytest.mark.parametrize("file", PIPELINES, ids=[str(f.relative_to(RECIPES)) for f in PIPELINES])
@@ -175,7 +177,7 @@ def test_eeve_s_phases_fit_the_model_that_they_are_for() -> None:
     assert pretrain.tokenizer.candidate == tokenizer.select
     new = range(128_256, 128_256 + tokenizer.candidates[tokenizer.select].new_tokens)
     model = shape(name, vocab_size=new.stop)
-    trained = [parameter_groups.freeze(model, phase.trainable_parameters, new).trainable for phase in pretrain.phases]
+    trained = [parameter_groups.set_trainable_parameters(model, phase.trainable_parameters, new).trainable for phase in pretrain.phases]
     rows, matrix = len(new) * width, new.stop * width
-    layers = count(model) - 2 * matrix - width  # the norm after the last layer is in none
-    assert trained == [rows, rows, 2 * rows, matrix, rows + matrix, count(model), layers]
+    layers = count_parameters(model) - 2 * matrix - width  # the norm after the last layer is in none
+    assert trained == [rows, rows, 2 * rows, matrix, rows + matrix, count_parameters(model), layers]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from azrecipe.recipe.reference import generate
+from azrecipe.recipe.reference import generate_reference
 from azrecipe.recipe.schema import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +20,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def test_document_is_current() -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == generate(), "run: python -m azrecipe.recipe.reference > docs/recipes.md"
+    assert DOCUMENT.read_text(encoding="utf-8") == generate_reference(), "run: python -m azrecipe.recipe.reference > docs/recipes.md"
 
 
 def _schema(name: str) -> Any:
@@ -75,7 +75,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_every_table_row_has_five_cells() -> None:
-    for line in generate().partition("## How to read the tables")[2].splitlines():
+    for line in generate_reference().partition("## How to read the tables")[2].splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) == 6, line
 

@@ -55,7 +55,7 @@ MAX_POSITIONAL = 5
 MAX_SHARE = 0.15  # of the package's lines in one room
 
 
-def _tree(module: str) -> ast.Module:
+def read_tree(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
@@ -73,7 +73,7 @@ def _names(module: str, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
 
 def imports(module: str) -> set[str]:
     """Every module that a module imports anywhere in it: at the top, in functions and for type checking."""
-    nodes = (node for node in ast.walk(_tree(module)) if isinstance(node, ast.Import | ast.ImportFrom))
+    nodes = (node for node in ast.walk(read_tree(module)) if isinstance(node, ast.Import | ast.ImportFrom))
     return {name for node in nodes for name in _names(module, node)} - {module}
 
 
@@ -132,7 +132,7 @@ def test_no_room_is_too_large() -> None:
 
 @pytest.mark.parametrize("module", [module for module, path in MODULES.items() if path.name == "__init__.py" and module != "azrecipe"])
 def test_rooms_say_what_they_know(module: str) -> None:
-    tree = _tree(module)
+    tree = read_tree(module)
     sentence = ast.get_docstring(tree) or ""
     assert sentence and len(sentence.splitlines()[0].split()) <= 14, f"{module}: one sentence of about ten words"
     if module == "azrecipe.sagemaker":  # its names are loaded when they are asked for
@@ -158,7 +158,7 @@ def _at_the_top(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
 
 @pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) in LIGHT])
 def test_light_modules_import_nothing_heavy_at_the_top(module: str) -> None:
-    named = {name.partition(".")[0] for node in _at_the_top(_tree(module).body) for name in _names(module, node)}
+    named = {name.partition(".")[0] for node in _at_the_top(read_tree(module).body) for name in _names(module, node)}
     assert not named & HEAVY
 
 
@@ -192,7 +192,7 @@ def _positional(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_take_few_positional_arguments(module: str) -> None:
     lines = MODULES[module].read_text(encoding="utf-8").splitlines()
-    for node in ast.walk(_tree(module)):
+    for node in ast.walk(read_tree(module)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and "noqa: PLR0913" not in lines[node.lineno - 1]:
             assert len(_positional(node)) <= MAX_POSITIONAL, f"{module}: {node.name} takes {', '.join(_positional(node))}"
 
@@ -201,5 +201,5 @@ def test_functions_take_few_positional_arguments(module: str) -> None:
 def test_every_computing_stage_has_one_module_with_run(stage: Path) -> None:
     if stage.stem in ("common", "pipeline", "hardware", "sagemaker"):
         return
-    functions = {node.name for node in _tree(f"azrecipe.stages.{stage.stem}").body if isinstance(node, ast.FunctionDef)}
+    functions = {node.name for node in read_tree(f"azrecipe.stages.{stage.stem}").body if isinstance(node, ast.FunctionDef)}
     assert "run" in functions

@@ -77,7 +77,7 @@ def test_copy_writes_recipes_to_edit_and_overwrites_nothing(installed: Path, tmp
     (tmp_path / "recipes" / "sft.yaml").write_text("mine")
     copied = call(installed, tmp_path, "-m", "azrecipe", "copy", ".")
     assert copied.returncode == 0, copied.stderr
-    assert "1 that were there left as they are" in copied.stdout
+    assert "1 existing kept" in copied.stdout
     assert (tmp_path / "recipes" / "sft.yaml").read_text() == "mine"
     assert (tmp_path / "accelerate_configs" / "ddp.yaml").exists()
     (tmp_path / "recipes" / "sft.yaml").unlink()

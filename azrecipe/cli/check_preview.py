@@ -1,85 +1,104 @@
-"""What a model will be shown, for people: an example with the tokens marked that the loss covers, and what each phase trains."""
+"""Show what a model will be trained on, for `azrecipe check`.
+
+It shows an example with the trained tokens marked, and what each phase trains.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
+from azrecipe.data.finetuning_examples import PreferenceExample
 from azrecipe.recipe.load import Recipe
+from azrecipe.tokenization.encoding import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from azrecipe.modeling.parameter_groups import Trained
-    from azrecipe.tokenization.chat_templates import Example
+    from azrecipe.stages.pretrain import PretrainCheck
+    from azrecipe.stages.sft import SftInputs
+    from azrecipe.tokenization.chat_templates import TokenizedExample
 
-SHOWN = 400  # tokens of an example
-BEGIN = 24  # tokens of a document
+MAX_TOKENS_SHOWN = 400  # tokens of an example
+NUM_FIRST_TOKENS = 24  # tokens of a document
 
 
-def show_tuning(recipe: Recipe, checked: Any) -> None:
-    """Counts, and the first example; of a preference both answers."""
-    rows, plan, tokenizer = checked.examples, checked.plan, checked.base.tokenizer
-    counts = rows.counts
+class _Span(NamedTuple):
+    """Neighbouring tokens that are all trained, or all not."""
+
+    start: int
+    end: int
+    trained: bool
+
+
+def show_sft_preview(recipe: Recipe, inputs: SftInputs) -> None:
+    """Print the counts and the first example; of a preference, both answers."""
+    plan, tokenizer, counts = inputs.plan, inputs.base.tokenizer, inputs.examples.counts
     print(f"{recipe.path}: {counts['train']:,} rows to train on, {counts['held_out']:,} held out, {counts['duplicates']:,} duplicates, {counts['dropped']:,} "
           f"dropped, {counts['truncated']:,} cut; {plan.steps:,} steps; {counts['trained_tokens']:,} trained tokens")  # fmt: skip
-    if checked.new_tokens:
-        print(f"  the template adds {', '.join(tokenizer.convert_ids_to_tokens(checked.new_tokens))}")
+    if inputs.new_token_ids:
+        print(f"  the template adds {', '.join(tokenizer.convert_ids_to_tokens(inputs.new_token_ids))}")
     print(f"  a turn ends with {tokenizer.eos_token}, padding is {tokenizer.pad_token}")
-    first = rows.train[0].example
-    shown = [("chosen", first.side(True)), ("rejected", first.side(False))] if hasattr(first, "side") else [("", first)]
+    first = inputs.examples.train[0].example
+    if isinstance(first, PreferenceExample):
+        examples = [(", chosen", first.to_example(True)), (", rejected", first.to_example(False))]
+    else:
+        examples = [("", first)]
     console = Console(highlight=False, soft_wrap=True)
-    for name, example in shown:
-        console.print(f"\nThe first example{f', {name}' if name else ''}; the loss covers what is marked:")
-        console.print(marked(tokenizer, example, console.is_terminal and not console.no_color))
+    for label, example in examples:
+        console.print(f"\nThe first example{label}; the loss covers what is marked:")
+        console.print(format_example(tokenizer, example, console.is_terminal and not console.no_color))
     console.print()
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, example: Example, colour: bool) -> Text:
-    """An example's tokens, those that the loss covers green on a terminal, between ⟦ ⟧ elsewhere; a dot stands between tokens."""
+def format_example(tokenizer: PreTrainedTokenizerBase, example: TokenizedExample, colour: bool) -> Text:
+    """Format an example's tokens, the trained ones marked.
+
+    Dots separate tokens. Trained tokens are green with `colour`, and between ⟦ and ⟧ without it.
+    """
     text = Text()
-    ids, on = example.input_ids[:SHOWN], [label != -100 for label in example.labels[:SHOWN]]
-    for begin, end, trained in _runs(on):
-        if trained and not colour:
+    ids = example.input_ids[:MAX_TOKENS_SHOWN]
+    mask = [label != IGNORE_INDEX for label in example.labels[:MAX_TOKENS_SHOWN]]
+    for span in _split_by_mask(mask):
+        if span.trained and not colour:
             text.append("⟦")
-        for n, piece in enumerate(_pieces(tokenizer, ids[begin:end])):
-            text.append("·" if n else "", "dim")
-            text.append(piece, "bold green" if trained else "")
-        if trained and not colour:
+        for i, token in enumerate(_decode_tokens(tokenizer, ids[span.start : span.end])):
+            text.append("·" if i else "", "dim")
+            text.append(token, "bold green" if span.trained else "")
+        if span.trained and not colour:
             text.append("⟧")
-    if len(example.input_ids) > SHOWN:
-        text.append(f" … {len(example.input_ids) - SHOWN} tokens more", "dim")
+    if len(example.input_ids) > MAX_TOKENS_SHOWN:
+        text.append(f" … {len(example.input_ids) - MAX_TOKENS_SHOWN} tokens more", "dim")
     return text
 
 
-def _runs(on: Sequence[bool]) -> list[tuple[int, int, bool]]:
-    """Stretches of the same kind: begin, end, kind."""
-    borders = [0, *(n for n in range(1, len(on)) if on[n] != on[n - 1]), len(on)]
-    return [(a, b, on[a]) for a, b in pairwise(borders) if a < b]
+def _split_by_mask(mask: Sequence[bool]) -> list[_Span]:
+    borders = [0, *(i for i in range(1, len(mask)) if mask[i] != mask[i - 1]), len(mask)]
+    return [_Span(start, end, mask[start]) for start, end in pairwise(borders) if start < end]
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token; those that are part of a character are shown with the ones that complete it."""
-    found, held = [], list[int]()
+def _decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Decode each token; the tokens of one character are decoded together."""
+    texts, pending = [], list[int]()
     for token in ids:
-        held.append(token)
-        piece = str(tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        if not piece.endswith("�"):
-            found.append(piece)
-            held = []
-    return [*found, str(tokenizer.decode(held))] if held else found
+        pending.append(token)
+        text = str(tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if not text.endswith("�"):
+            texts.append(text)
+            pending = []
+    return [*texts, str(tokenizer.decode(pending))] if pending else texts
 
 
-def show_phases(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, trained: Sequence[Trained], begins: Sequence[str]) -> None:
-    """What each phase trains, and how each source begins as tokens."""
-    for phase, each in zip(recipe.config.phases, trained, strict=True):
-        shares = ", ".join(f"{pattern} {count:,}" for pattern, count in each.by_pattern.items())
-        print(f"{recipe.path}: phase {phase.name} trains {each.trainable:,} of {each.total:,} parameters ({shares})")
-    for source, text in zip(recipe.config.data.datasets, begins, strict=True):
-        ids = tokenizer(text[:1000], add_special_tokens=False)["input_ids"][:BEGIN]
-        print(f"  {source.path} begins: {'·'.join(_pieces(tokenizer, ids))}".replace("\n", "⏎"))
+def show_pretrain_preview(recipe: Recipe, check: PretrainCheck) -> None:
+    """Print what each phase trains, and the first tokens of each source."""
+    for phase, trainable in zip(recipe.config.phases, check.trainable, strict=True):
+        shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trainable.by_pattern.items())
+        print(f"{recipe.path}: phase {phase.name} trains {trainable.trainable:,} of {trainable.total:,} parameters ({shares})")
+    for source, text in zip(recipe.config.data.datasets, check.first_texts, strict=True):
+        ids = check.tokenizer(text[:1000], add_special_tokens=False)["input_ids"][:NUM_FIRST_TOKENS]
+        print(f"  {source.path} begins: {'·'.join(_decode_tokens(check.tokenizer, ids))}".replace("\n", "⏎"))

@@ -1,19 +1,20 @@
-"""The command lines of the verbs that use a finished model: their options, and what each is for."""
+"""The command-line options of the verbs that use a finished model."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RUN = "a finished run (runs/<project>/<recipe>), a folder with a Hugging Face model, or a hub id"
+from azrecipe.cli.option_types import build_number_type
+
+MODEL_HELP = "a finished run (runs/<project>/<recipe>), a folder with a Hugging Face model, or a hub id"
 
 
-def add(verbs: Any) -> None:
+def add_inference_verbs(verbs: Any) -> None:
     """Add generate, chat, serve, export and push to argparse's subparsers."""
     generate = verbs.add_parser("generate", help="what a model answers to a prompt, or how it continues a text")
-    generate.add_argument("model", metavar="RUN", help=RUN)
+    generate.add_argument("model", metavar="RUN", help=MODEL_HELP)
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     generate.add_argument("--file", type=Path, metavar="FILE", help="prompts, one a line; - for stdin")
     form = generate.add_mutually_exclusive_group()
@@ -21,28 +22,28 @@ def add(verbs: Any) -> None:
         "--chat", action="store_true", default=None, help="a prompt is a user's message (default where there is a chat template)"
     )
     form.add_argument("--text", action="store_false", dest="chat", help="a prompt is text to be continued (default where there is none)")
-    _generation(generate, 128)
+    _add_generation_options(generate, 128)
     generate.add_argument("--json", action="store_true", help="a line of JSON for each prompt: prompt, form, output, tokens, ended")
 
     chat = verbs.add_parser(
         "chat", help="a conversation with a model, in the terminal", description="/help lists the commands of the conversation."
     )
-    chat.add_argument("model", metavar="RUN", help=RUN)
+    chat.add_argument("model", metavar="RUN", help=MODEL_HELP)
     chat.add_argument("--system", default="", metavar="TEXT", help="a system message")
-    _generation(chat, 512)
+    _add_generation_options(chat, 512)
 
     serve = verbs.add_parser("serve", help="an OpenAI-compatible endpoint, by transformers serve or vLLM")
-    serve.add_argument("model", metavar="RUN", help=RUN)
-    serve.add_argument("--host", default="localhost", help="address to listen at (default: localhost, this machine only)")
-    serve.add_argument("--port", type=number(int, 1, 65535), default=8000, help="default: 8000")
+    serve.add_argument("model", metavar="RUN", help=MODEL_HELP)
+    serve.add_argument("--host", default="localhost", help="address to listen on (default: localhost, this machine only)")
+    serve.add_argument("--port", type=build_number_type(int, 1, 65535), default=8000, help="default: 8000")
     serve.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="which server (default: transformers)")
 
     export = verbs.add_parser("export", help="write a model as GGUF, by llama.cpp's converter")
-    export.add_argument("model", metavar="RUN", help=RUN)
+    export.add_argument("model", metavar="RUN", help=MODEL_HELP)
     export.add_argument("--format", choices=("gguf",), default="gguf", help="default: gguf")
     export.add_argument("--outtype", default="f16", choices=("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto"),
                         help="the converter's own option (default: f16); smaller ones are made from it by llama-quantize")  # fmt: skip
-    export.add_argument("--output", type=Path, metavar="FILE", help="default: <project>-<recipe>-<outtype>.gguf beside final/")
+    export.add_argument("--output", type=Path, metavar="FILE", help="default: <project>-<recipe>-<outtype>.gguf in the run directory")
     export.add_argument(
         "--llama-cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp; else convert_hf_to_gguf.py is looked for on PATH"
     )
@@ -50,8 +51,8 @@ def add(verbs: Any) -> None:
 
     push = verbs.add_parser("push", help="upload a model to the Hugging Face hub, with a model card filled from its run")
     push.add_argument("model", metavar="RUN", help="a finished run, or a folder with a Hugging Face model")
-    push.add_argument("repo_id", metavar="REPO_ID", help="name/model on the hub; it is made where it does not exist")
-    push.add_argument("--private", action="store_true", help="a repository that only you see, where it is made")
+    push.add_argument("repo_id", metavar="REPO_ID", help="name/model on the hub; it is created if it does not exist")
+    push.add_argument("--private", action="store_true", help="create the repository as private")
     push.add_argument("--adapter", action="store_true", help="with the LoRA adapter, in adapter/")
     push.add_argument(
         "--license", "--licence", metavar="ID", help="the model's licence, by the hub's name for it (apache-2.0, llama3.2, …)"
@@ -67,40 +68,32 @@ def add(verbs: Any) -> None:
     push.add_argument("--dry-run", action="store_true", help="write the card, list what would be uploaded, and use no network")
 
 
-def _generation(parser: argparse.ArgumentParser, length: int) -> None:
-    """How to write: the same options for generate and chat, named as GenerationConfig names them."""
+def _add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the options that generate and chat share.
+
+    They are named as in transformers' GenerationConfig.
+    """
     parser.add_argument(
         "--max-new-tokens",
-        type=number(int, 1, 1_000_000),
-        default=length,
+        type=build_number_type(int, 1, 1_000_000),
+        default=max_new_tokens,
         metavar="N",
-        help=f"longest answer, in tokens (default: {length})",
+        help=f"longest answer, in tokens (default: {max_new_tokens})",
     )
-    parser.add_argument("--temperature", type=number(float, 0, 5), default=0.0, metavar="T", help="0: greedy (default); above: sampled")
-    parser.add_argument("--top-p", type=number(float, 1e-6, 1), default=1.0, metavar="P", help="nucleus of the sampling (default: 1, all)")
+    parser.add_argument(
+        "--temperature", type=build_number_type(float, 0, 5), default=0.0, metavar="T", help="0: greedy (default); above: sampled"
+    )
+    parser.add_argument(
+        "--top-p", type=build_number_type(float, 1e-6, 1), default=1.0, metavar="P", help="nucleus of the sampling (default: 1, all)"
+    )
     parser.add_argument(
         "--repetition-penalty",
-        type=number(float, 1e-3, 10),
+        type=build_number_type(float, 1e-3, 10),
         default=1.0,
         metavar="R",
         help="above 1: tokens already written become less likely (default: 1)",
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42, metavar="S", help="of the sampling (default: 42)")
+    parser.add_argument("--seed", type=build_number_type(int, 0, 2**63 - 1), default=42, metavar="S", help="of the sampling (default: 42)")
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16"), help="number format of the weights (default: float32 on a CPU, bfloat16 on a GPU)"
     )
-
-
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """A type for argparse: a number within bounds."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, not '{text}'") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}")
-        return value
-
-    return read

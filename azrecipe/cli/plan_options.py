@@ -1,14 +1,15 @@
-"""The command line of `azrecipe plan`."""
+"""The command-line options of `azrecipe plan`."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from azrecipe.cli.option_types import parse_positive_int
 
-def add(verbs: Any) -> Any:
-    """Add plan to argparse's subparsers; returns its parser, for the options that verbs on recipes share."""
+
+def add_plan_verb(verbs: Any) -> Any:
+    """Add plan to argparse's subparsers; returns its parser."""
     plan = verbs.add_parser(
         "plan",
         help="memory, time and price of a recipe on machines that you do not have yet",
@@ -20,7 +21,7 @@ def add(verbs: Any) -> Any:
         metavar="NAME",
         help="a machine or cards by name: p5.48xlarge, ml.g5.8xlarge, 'h100-80g x8', rtx-4090, one of --hardware-file",
     )
-    plan.add_argument("--nodes", type=positive, default=1, metavar="N", help="machines (default: 1)")
+    plan.add_argument("--nodes", type=parse_positive_int, default=1, metavar="N", help="machines (default: 1)")
     plan.add_argument("--compare", metavar="NAME,NAME,…", help="the same on several machines, side by side")
     plan.add_argument("--largest-batch", action="store_true", help="print only the largest batch of each loop: surely, and perhaps")
     plan.add_argument("--no-levers", action="store_true", help="leave out what single changes would do")
@@ -30,7 +31,7 @@ def add(verbs: Any) -> Any:
     )
     plan.add_argument("--config-json", type=Path, metavar="FILE", help="the base model's config.json, where the hub cannot be reached")
     plan.add_argument(
-        "--vocab-size", type=positive, metavar="N", help="plan with so many tokens, whatever the recipe's tokenizer will have"
+        "--vocab-size", type=parse_positive_int, metavar="N", help="plan with so many tokens, whatever the recipe's tokenizer will have"
     )
     plan.add_argument(
         "--hardware-file", type=Path, metavar="FILE", help="machines, cards and prices of your own, laid over those that ship"
@@ -38,14 +39,3 @@ def add(verbs: Any) -> Any:
     plan.add_argument("--price-per-hour", type=float, metavar="USD", help="of one machine, instead of the list price")
     plan.add_argument("--calibrate", type=Path, metavar="RUN", help="learn from a run of your own on a GPU how fast that card is here")
     return plan
-
-
-def positive(text: str) -> int:
-    """A type for argparse: a whole number from 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, not '{text}'") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value

@@ -1,4 +1,4 @@
-"""Knows how an answer reads in a terminal."""
+"""Print the estimates of `azrecipe plan` as tables."""
 
 from __future__ import annotations
 
@@ -8,78 +8,77 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from azrecipe.cli.console import build_console
 from azrecipe.hardware import GIB
 
-GPU = "Nothing of this was measured on a GPU: bytes are PyTorch's own count of the step's tensors, times are reckoned (docs/plan.md)."
+WIDTH = 140  # columns
+
+UNVERIFIED_NOTE = (
+    "Nothing of this was measured on a GPU: bytes are PyTorch's own count of the step's tensors, times are computed (docs/plan.md)."
+)
 
 
-def console() -> Console:
-    """Where it is printed; 140 columns wide where there is no terminal."""
-    made = Console(highlight=False, markup=False)
-    return made if made.is_terminal else Console(highlight=False, markup=False, width=140)
-
-
-def show(answer: Mapping[str, Any]) -> None:
-    """One recipe on one choice of machines."""
-    out = console()
+def show_plan(answer: Mapping[str, Any]) -> None:
+    """Print the estimate of a recipe on machines."""
+    console = build_console(WIDTH)
     card = answer["card"]
-    out.print(
-        f"{answer['recipe']} on {answer['hardware']} ({_gib(card['bytes'])} each), {answer['backend']}, vocabulary {answer['vocab_size']:,}"
+    console.print(
+        f"{answer['recipe']} on {answer['hardware']} ({_format_gib(card['bytes'])} each), {answer['backend']}, vocabulary {answer['vocab_size']:,}"
     )
     table = Table(title="What each training loop needs", title_justify="left")
     table.add_column("")
     for loop in answer["loops"]:
         table.add_column(loop["name"], justify="right")
-    for name, cells in _rows(answer["loops"]):
+    for name, cells in _build_rows(answer["loops"]):
         table.add_row(name, *cells)
-    out.print(table)
-    _levers(answer, out)
+    console.print(table)
+    _show_alternatives(answer, console)
     if answer["hours"]:
-        _price(answer, out)
-    _network(answer, out)
+        _show_price(answer, console)
+    _show_network_advice(answer, console)
     slow = sum(loop["hours_without_efa"] or 0.0 for loop in answer["loops"])
     if slow:
-        out.print(
+        console.print(
             f"with EFA not in use, as it seems to have been in the published training on two p4d.24xlarge: {slow:.1f} hours. Check it first"
         )
     for note in answer["notes"]:
-        out.print(f"note: {note}")
-    for rests_on in dict.fromkeys(loop["rests_on"] for loop in answer["loops"]):
-        out.print(f"time rests on {rests_on}; a run of your own makes it better: azrecipe plan --calibrate RUN")
-    out.print(GPU)
+        console.print(f"note: {note}")
+    for basis in dict.fromkeys(loop["rests_on"] for loop in answer["loops"]):
+        console.print(f"time rests on {basis}; a run of your own makes it better: azrecipe plan --calibrate RUN")
+    console.print(UNVERIFIED_NOTE)
 
 
-def _rows(loops: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def _build_rows(loops: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     parts = list(loops[0]["memory"]["parts"])
     rows = [
         ("parameters", [f"{loop['parameters']['total']:,}" for loop in loops]),
         ("trainable", [f"{loop['parameters']['trainable']:,}" for loop in loops]),
         ("of embeddings and head", [f"{loop['parameters']['embeddings']:,}" for loop in loops]),
-        ("sequences × tokens × accumulated", [_batch(loop) for loop in loops]),
-        *((f"  {name}", [_gib(loop["memory"]["parts"][name]) for loop in loops]) for name in parts),
-        ("peak of tensors on a card", [_gib(loop["memory"]["peak"]) for loop in loops]),
-        ("with context and allowance", [f"{_gib(loop['memory']['least'])}–{_gib(loop['memory']['most'])}" for loop in loops]),
+        ("sequences × tokens × accumulated", [_format_batch(loop) for loop in loops]),
+        *((f"  {name}", [_format_gib(loop["memory"]["parts"][name]) for loop in loops]) for name in parts),
+        ("peak of tensors on a card", [_format_gib(loop["memory"]["peak"]) for loop in loops]),
+        ("with context and allowance", [f"{_format_gib(loop['memory']['least'])}–{_format_gib(loop['memory']['most'])}" for loop in loops]),
         ("on this card", [loop["verdict"] for loop in loops]),
         ("largest batch: surely, perhaps", [f"{loop['largest_batch']['surely']}, {loop['largest_batch']['perhaps']}" for loop in loops]),
-        ("seconds a step", [_span(loop["step_seconds"], "{:.2f}") for loop in loops]),
+        ("seconds a step", [_format_range(loop["step_seconds"], "{:.2f}") for loop in loops]),
         ("  waits for", [loop["bound"] for loop in loops]),
-        ("tokens/s, all cards", [_span(loop["tokens_per_second"], "{:,.0f}") for loop in loops]),
+        ("tokens/s, all cards", [_format_range(loop["tokens_per_second"], "{:,.0f}") for loop in loops]),
         ("steps", [f"{loop['steps']:,}" if loop["steps"] else "–" for loop in loops]),
         ("tokens", [f"{loop['tokens']:,}" if loop["tokens"] else "–" for loop in loops]),
-        ("hours", [_hours(loop["hours"]) for loop in loops]),
-        ("USD on demand", [_span((loop["cost"] or {}).get("on_demand"), "{:,.0f}") for loop in loops]),
-        ("USD spot", [_span((loop["cost"] or {}).get("spot"), "{:,.0f}") for loop in loops]),
+        ("hours", [_format_hours(loop["hours"]) for loop in loops]),
+        ("USD on demand", [_format_range((loop["cost"] or {}).get("on_demand"), "{:,.0f}") for loop in loops]),
+        ("USD spot", [_format_range((loop["cost"] or {}).get("spot"), "{:,.0f}") for loop in loops]),
     ]
     for path in dict.fromkeys(path for loop in loops for path in loop["epochs"]):
         rows.append((f"epochs of {path}", [f"{loop['epochs'][path]:.2f}" if path in loop["epochs"] else "–" for loop in loops]))
     return rows
 
 
-def _batch(loop: Mapping[str, Any]) -> str:
+def _format_batch(loop: Mapping[str, Any]) -> str:
     return f"{loop['per_device_train_batch_size']} × {loop['max_length']:,} × {loop['gradient_accumulation_steps']}"
 
 
-def _levers(answer: Mapping[str, Any], out: Console) -> None:
+def _show_alternatives(answer: Mapping[str, Any], console: Console) -> None:
     changes = answer["levers"]["changes"]
     if not changes:
         return
@@ -90,23 +89,23 @@ def _levers(answer: Mapping[str, Any], out: Console) -> None:
         rate = line["tokens_per_second"]
         table.add_row(
             line["change"],
-            _gib(line["peak"]),
+            _format_gib(line["peak"]),
             f"{line['difference'] / GIB:+.1f}",
             str(line["largest_batch"]["surely"]),
             f"{rate['middle']:,.0f} at {line['best_batch']}" if rate else "does not fit",
             f"{line['faster']:+.0%}" if line["faster"] is not None else "",
             line["how"],
         )
-    out.print(table)
+    console.print(table)
 
 
-def _network(answer: Mapping[str, Any], out: Console) -> None:
-    """Where the network bounds a step: what helps."""
+def _show_network_advice(answer: Mapping[str, Any], console: Console) -> None:
+    """Print what helps where the network limits a step."""
     bound = [loop["name"] for loop in answer["loops"] if loop["bound"] == "network"]
     if not bound:
         return
     hsdp = next((line for line in answer["levers"]["changes"] if line["how"] == "--accelerate-config hsdp"), None)
-    out.print(
+    console.print(
         f"the network bounds {', '.join(bound)}: {answer['backend']} sends parameters or gradients across for every batch, so a larger batch on each card helps "
         "and accumulating more does not; HSDP keeps them inside a machine"
         + (f" ({hsdp['faster']:+.0%})" if hsdp and hsdp["faster"] is not None else "")
@@ -115,21 +114,21 @@ def _network(answer: Mapping[str, Any], out: Console) -> None:
     )
 
 
-def _price(answer: Mapping[str, Any], out: Console) -> None:
+def _show_price(answer: Mapping[str, Any], console: Console) -> None:
     hours = answer["hours"]
-    out.print(f"{_hours(hours)} hours in all, without start, checkpoints and measuring")
+    console.print(f"{_format_hours(hours)} hours in all, without start, checkpoints and measuring")
     for name, price in answer["price"].items():
         if price:
             total = {key: value * price["usd_per_hour"] for key, value in hours.items()}
             region, day = price["region"] or "your own", f", {price['as_of']}" if price["as_of"] else ""
-            out.print(
-                f"  {name.replace('_', ' ')}: {_span(total, '{:,.0f}')} USD at {price['usd_per_hour']:,.2f} an hour ({region} price{day})"
+            console.print(
+                f"  {name.replace('_', ' ')}: {_format_range(total, '{:,.0f}')} USD at {price['usd_per_hour']:,.2f} an hour ({region} price{day})"
             )
 
 
-def compare(answers: Sequence[Mapping[str, Any]]) -> None:
-    """One recipe on several choices of machines."""
-    out = console()
+def show_machine_comparison(answers: Sequence[Mapping[str, Any]]) -> None:
+    """Print the estimates of a recipe on several machines."""
+    console = build_console(WIDTH)
     table = Table(title=f"{answers[0]['recipe']}: machines compared", title_justify="left")
     for name in ("machines", "loop", "peak", "on this card", "largest batch", "tokens/s", "waits for", "hours", "USD on demand"):
         table.add_column(name, justify="left" if name in ("machines", "loop") else "right")
@@ -138,44 +137,50 @@ def compare(answers: Sequence[Mapping[str, Any]]) -> None:
             table.add_row(
                 answer["hardware"],
                 loop["name"],
-                _gib(loop["memory"]["peak"]),
+                _format_gib(loop["memory"]["peak"]),
                 loop["verdict"],
                 str(loop["largest_batch"]["surely"]),
-                _span(loop["tokens_per_second"], "{:,.0f}"),
+                _format_range(loop["tokens_per_second"], "{:,.0f}"),
                 loop["bound"],
-                _hours(loop["hours"]),
-                _span((loop["cost"] or {}).get("on_demand"), "{:,.0f}"),
+                _format_hours(loop["hours"]),
+                _format_range((loop["cost"] or {}).get("on_demand"), "{:,.0f}"),
             )
-    out.print(table)
+    console.print(table)
     for note in dict.fromkeys(note for answer in answers for note in answer["notes"]):
-        out.print(f"note: {note}")
-    out.print(GPU)
+        console.print(f"note: {note}")
+    console.print(UNVERIFIED_NOTE)
 
 
-def whole(answer: Mapping[str, Any], hours: Mapping[str, float] | None) -> None:
-    """What a pipeline's training takes together, at the prices of one of its answers."""
+def show_pipeline_total(answer: Mapping[str, Any], hours: Mapping[str, float] | None) -> None:
+    """Print the hours and price of a whole pipeline.
+
+    Prices are those of `answer`, one of its estimates.
+    """
     if hours is not None:
-        _price({**answer, "hours": hours}, console())
+        _show_price({**answer, "hours": hours}, build_console(WIDTH))
 
 
-def largest(answer: Mapping[str, Any]) -> None:
-    """The largest batch of each loop, one a line: its name, surely, perhaps."""
+def show_largest_batches(answer: Mapping[str, Any]) -> None:
+    """Print the largest batch of each loop, one a line.
+
+    A line has the batch that certainly fits, and the one that perhaps does.
+    """
     for loop in answer["loops"]:
         print(
             f"{answer['recipe']}\t{answer['hardware']}\t{loop['name']}\t{loop['largest_batch']['surely']}\t{loop['largest_batch']['perhaps']}"
         )
 
 
-def _gib(size: float) -> str:
+def _format_gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def _hours(span: Mapping[str, float] | None) -> str:
-    return _span(span, "{:.1f}" if span and span["low"] >= 1 else "{:.2f}")
+def _format_hours(bounds: Mapping[str, float] | None) -> str:
+    return _format_range(bounds, "{:.1f}" if bounds and bounds["low"] >= 1 else "{:.2f}")
 
 
-def _span(span: Mapping[str, float] | None, form: str) -> str:
-    if not span:
+def _format_range(bounds: Mapping[str, float] | None, spec: str) -> str:
+    if not bounds:
         return "–"
-    low, middle, high = (form.format(span[key]) for key in ("low", "middle", "high"))
+    low, middle, high = (spec.format(bounds[key]) for key in ("low", "middle", "high"))
     return middle if low == high else f"{middle} ({low}–{high})"

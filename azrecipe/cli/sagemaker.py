@@ -1,4 +1,4 @@
-"""Knows how the verbs of `azrecipe sagemaker` are spelled, and how what they find is printed."""
+"""`azrecipe sagemaker`: its options, and the output of its verbs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import DONE
+from azrecipe.errors import EXIT_SUCCESS
 
-CHANGES = ("instance_type", "instance_count", "region", "accelerate_config")
+SETTING_OPTIONS = (  # options that override a key of the settings
+    "instance_type", "instance_count", "region", "accelerate_config", "enable_managed_spot_training", "upload_data",
+)  # fmt: skip
 
 
-def add(verbs: Any) -> None:
-    """`azrecipe sagemaker submit, pack, status, logs, stop, fetch`."""
+def add_sagemaker_verbs(verbs: Any) -> None:
+    """Add submit, pack, status, logs, stop and fetch to argparse's subparsers."""
     parser = verbs.add_parser("sagemaker", help="a recipe as a SageMaker training job: submit, status, logs, stop, fetch, pack")
     inner = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     submit = inner.add_parser("submit", help="validate, check, plan, ask, upload what is lacking, and start the job")
-    _recipe(submit)
+    _add_recipe_arguments(submit)
     submit.add_argument(
         "--dry-run", action="store_true", help="print the whole request, what would be uploaded, hours and price; send nothing"
     )
@@ -28,7 +30,7 @@ def add(verbs: Any) -> None:
     submit.add_argument("--no-check", dest="check", action="store_false", help="without azrecipe check from this machine")
     submit.add_argument("--no-plan", dest="plan", action="store_false", help="without azrecipe plan: what does not fit is not refused")
     pack = inner.add_parser("pack", help="write the source folder of a job, for an estimator of your own (SDK 2's too)")
-    _recipe(pack)
+    _add_recipe_arguments(pack)
     pack.add_argument("folder", type=Path, help="where to; it must not be there yet")
     status = inner.add_parser("status", help="what a job, or each of the newest, is doing")
     status.add_argument("job", nargs="?", help="its name; without one, azrecipe's newest jobs")
@@ -42,11 +44,11 @@ def add(verbs: Any) -> None:
     fetch.add_argument("job", help="its name")
     fetch.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories go (default: runs)")
     fetch.add_argument("--checkpoints", action="store_true", help="with its checkpoints")
-    for each in (status, logs, stop, fetch):
-        each.add_argument("--region", help="the AWS region, where it is not your profile's")
+    for verb in (status, logs, stop, fetch):
+        verb.add_argument("--region", help="the AWS region, where it is not your profile's")
 
 
-def _recipe(parser: argparse.ArgumentParser) -> None:
+def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe, or a pipeline (YAML)")
     parser.add_argument("--config", required=True, metavar="FILE", help="the settings: sagemaker/cpt.yaml, sagemaker/sft.yaml, or your own")
     parser.add_argument(
@@ -62,43 +64,42 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--region", help="the AWS region, where it is not your profile's")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """One of the verbs."""
+def run_sagemaker_verb(arguments: argparse.Namespace) -> int:
+    """Run one of the verbs; return the exit code."""
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "submit": _submit, "pack": _pack, "status": _status, "logs": _logs, "stop": _stop, "fetch": _fetch,
     }  # fmt: skip
     return actions[arguments.action](arguments)
 
 
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    named = (*CHANGES, "enable_managed_spot_training", "upload_data")
-    changes = {key: value for key in named if (value := getattr(arguments, key)) is not None}
+def _collect_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    changes = {key: value for key in SETTING_OPTIONS if (value := getattr(arguments, key)) is not None}
     return {"set": arguments.set, "step": arguments.step, "cell": arguments.cell, **changes}
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import submission
 
-    given = {**_given(arguments), "check": arguments.check, "plan": arguments.plan}
+    settings = {**_collect_settings(arguments), "check": arguments.check, "plan": arguments.plan}
     if arguments.dry_run:
-        found = submission.requests(arguments.recipe, arguments.config, **given)
-        print(json.dumps(found, indent=2) if arguments.json else "\n".join(_described(each) for each in found))
-        return DONE
-    job = submission.submit(arguments.recipe, arguments.config, yes=arguments.yes, wait=arguments.wait, **given)
+        requests = submission.build_requests(arguments.recipe, arguments.config, **settings)
+        print(json.dumps(requests, indent=2) if arguments.json else "\n".join(map(_format_dry_run, requests)))
+        return EXIT_SUCCESS
+    job = submission.submit(arguments.recipe, arguments.config, yes=arguments.yes, wait=arguments.wait, **settings)
     if job is not None:
         print(job.name)
-    return DONE
+    return EXIT_SUCCESS
 
 
-def _described(found: dict[str, Any]) -> str:
-    """A dry run for people."""
-    lines = [f"{found['run']}: the request (CreateTrainingJob)", json.dumps(found["request"], indent=2), "what would be uploaded"]
-    code = found["uploads"]["code"]
+def _format_dry_run(request: dict[str, Any]) -> str:
+    """Format the answer of a dry run."""
+    lines = [f"{request['run']}: the request (CreateTrainingJob)", json.dumps(request["request"], indent=2), "what would be uploaded"]
+    code = request["uploads"]["code"]
     lines += [f"  {size / 1e3:9,.1f} kB  {name}{f' ({count} files)' if count > 1 else ''}" for name, (count, size) in code["files"].items()]
-    lines += [f"  {size / 1e3:9,.1f} kB  {key} (from {file})" for key, (file, size) in found["uploads"]["data"].items()]
+    lines += [f"  {size / 1e3:9,.1f} kB  {key} (from {file})" for key, (file, size) in request["uploads"]["data"].items()]
     lines.append(f"  as one file to {code['uri']}; nothing else leaves this machine: no .git, no caches, no runs, no credentials")
-    lines.append(found["cost"])
-    if not found["account"]:
+    lines.append(request["cost"])
+    if not request["account"]:
         lines.append(
             "no AWS credentials: the account stands as 000000000000, and whether role, bucket and quota are there was not looked at"
         )
@@ -109,50 +110,50 @@ def _described(found: dict[str, Any]) -> str:
 def _pack(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import submission
 
-    print(submission.write_source(arguments.recipe, arguments.config, arguments.folder, **_given(arguments)))
-    return DONE
+    print(submission.write_source(arguments.recipe, arguments.config, arguments.folder, **_collect_settings(arguments)))
+    return EXIT_SUCCESS
 
 
 def _status(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import jobs
 
-    found = jobs.status(arguments.job, arguments.region)
+    descriptions = jobs.describe_jobs(arguments.job, arguments.region)
     if arguments.json:
-        print(json.dumps(found, indent=2, default=str))
-        return DONE
-    for each in found:
-        took = "" if each["seconds"] is None else f", {each['seconds'] / 3600:.2f} h trained"
-        billed = "" if each["billable_seconds"] is None else f", {each['billable_seconds'] / 3600:.2f} h billed"
-        print(f"{each['name']}  {each['state']} ({each['doing']})  {each['machines']}{' spot' if each['spot'] else ''}{took}{billed}")
-        for text in (each["message"], each["failure"]):
+        print(json.dumps(descriptions, indent=2, default=str))
+        return EXIT_SUCCESS
+    for job in descriptions:
+        trained = "" if job["seconds"] is None else f", {job['seconds'] / 3600:.2f} h trained"
+        billed = "" if job["billable_seconds"] is None else f", {job['billable_seconds'] / 3600:.2f} h billed"
+        print(f"{job['name']}  {job['state']} ({job['doing']})  {job['machines']}{' spot' if job['spot'] else ''}{trained}{billed}")
+        for text in (job["message"], job["failure"]):
             if text:
                 print(f"  {text}")
         if arguments.job:
-            print(f"  run: {each['run']}")
-            print("".join(f"  {name}: {value:g}\n" for name, value in each["metrics"].items()), end="")
-    if not found:
+            print(f"  run: {job['run']}")
+            print("".join(f"  {name}: {value:g}\n" for name, value in job["metrics"].items()), end="")
+    if not descriptions:
         print("no job of azrecipe's")
-    return DONE
+    return EXIT_SUCCESS
 
 
 def _logs(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import jobs
 
-    for line in jobs.logs(arguments.job, arguments.follow, arguments.region):
+    for line in jobs.read_logs(arguments.job, arguments.follow, arguments.region):
         print(line, flush=True)
-    return DONE
+    return EXIT_SUCCESS
 
 
 def _stop(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import jobs
 
-    print(f"{arguments.job}: {jobs.stop(arguments.job, arguments.region)}")
-    return DONE
+    print(f"{arguments.job}: {jobs.stop_job(arguments.job, arguments.region)}")
+    return EXIT_SUCCESS
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import jobs
 
-    folder = jobs.fetch(arguments.job, arguments.runs_dir, arguments.checkpoints, arguments.region)
+    folder = jobs.fetch_run(arguments.job, arguments.runs_dir, arguments.checkpoints, arguments.region)
     print(f"{folder}\nazrecipe report {folder}")
-    return DONE
+    return EXIT_SUCCESS

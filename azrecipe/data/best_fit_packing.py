@@ -1,9 +1,10 @@
-"""Knows how documents are laid into sequences so that none is cut that fits: window by window of the order, the same everywhere.
+"""Pack documents into sequences by best fit, window by window.
 
-A document longer than a sequence is cut into pieces of its length and what remains; a shorter one is one piece. The
-pieces of a window of documents are put together by best-fit decreasing, and its sequences shuffled with the mix's seed.
-Windows begin at multiples of about 1024 sequences' tokens, at most one epoch, so that the order of the mix is kept and a
-sequence is found by its number: only the windows' running counts are planned ahead.
+A document longer than a sequence is cut into pieces of a sequence's length and a rest; a shorter one is one piece. The
+pieces of a window of documents are packed by best-fit decreasing, and the window's sequences are shuffled with the seed
+of the mixture. A window has the tokens of about 1024 sequences, at most one epoch, so the order of the mixture is kept.
+A sequence is looked up by its number; only the running counts of the windows are computed ahead. Every process computes
+the same sequences.
 """
 
 from __future__ import annotations
@@ -11,194 +12,254 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from azrecipe.data.mixture import BYTES, TOKENS, Ints, Mix
-from azrecipe.utils.atomic_files import locked, read_json, write_json
+from azrecipe.data.mixture import BYTE_COLUMN, TOKEN_COLUMN, Ints, Mixture, TextCounts
+from azrecipe.utils.atomic_files import hold_lock, read_json, write_json
 
-FORMAT = 1
-WINDOW = 1024  # sequences of a window
-SAVED = 16  # windows that are planned again sooner than their counts are read from the cache
-DOCUMENTS, SEQUENCES = 0, 1  # columns of a window's running counts, before tokens and bytes
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a document in a sequence: nth document of the order, its first token there (BOS counts), tokens."""
-
-    nth: int
-    first: int
-    tokens: int
+LAYOUT_FORMAT = 1
+WINDOW_SEQUENCES = 1024
+MIN_CACHED_WINDOWS = 16  # fewer windows are computed again sooner than their counts are read from the cache
+MAX_WINDOWS_IN_MEMORY = 4
 
 
 @dataclass(frozen=True)
-class Window:
-    """A window's pieces [p, 3] (nth, first, tokens) by sequence; sequence s has those from offsets[s] to offsets[s + 1].
+class DocumentSpan:
+    """A part of a document in a sequence.
 
-    `ends` [sequences + 1, 2]: tokens and bytes before each sequence of the window, and in all.
+    Attributes:
+        index: The document's index in the order of the mixture.
+        first_token: The first token of the part within the document; a BOS counts as token 0.
+        num_tokens: The length of the part.
     """
 
-    pieces: Ints
+    index: int
+    first_token: int
+    num_tokens: int
+
+
+class WindowCounts(NamedTuple):
+    """What stands before a window: documents, sequences, tokens and bytes of text."""
+
+    documents: int
+    sequences: int
+    tokens: int
+    bytes: int
+
+    @property
+    def text(self) -> TextCounts:
+        """The tokens and bytes, to be read by column."""
+        return TextCounts(self.tokens, self.bytes)
+
+
+@dataclass(frozen=True)
+class PackedWindow:
+    """The sequences of one window.
+
+    Attributes:
+        spans: [spans, 3], a row for each `DocumentSpan`, sequence after sequence.
+        offsets: [sequences + 1]; sequence s has the rows from offsets[s] to before offsets[s + 1].
+        running_counts: [sequences + 1, 2], tokens and bytes before each sequence of the window, and in all.
+    """
+
+    spans: Ints
     offsets: Ints
-    ends: Ints
+    running_counts: Ints
 
 
-def best_fit(lengths: Ints, room: int) -> Ints:
-    """Which bin each piece [n] goes to, bins of `room` each: longest first, into the fullest bin that it fits into.
+def pack_best_fit(lengths: Ints, capacity: int) -> Ints:
+    """Pack pieces into bins by best-fit decreasing (Johnson 1973), in O(n log n).
 
-    Best-fit decreasing (Johnson 1973); of equal pieces and equally full bins the first comes first. O(n log n).
+    Pieces go in longest first, each into the fullest bin that it fits into. Of equal pieces, and of equally full bins,
+    the first comes first.
+
+    Args:
+        lengths: The length of each piece, [pieces], at most `capacity`.
+        capacity: What a bin holds.
+
+    Returns:
+        The bin of each piece, [pieces].
     """
     bins = np.empty(len(lengths), np.int64)
-    scale, count = 1 << 40, 0  # an open bin is the number free · scale + bin
+    scale, count = 1 << 40, 0  # an open bin is the number free * scale + bin
     free: list[int] = []
-    for nth in np.argsort(-lengths, kind="stable").tolist():
-        size = int(lengths[nth])
-        at = bisect_left(free, size * scale)
-        if at < len(free):
-            left = free.pop(at) - size * scale
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        size = int(lengths[piece])
+        best = bisect_left(free, size * scale)
+        if best < len(free):
+            remaining = free.pop(best) - size * scale
         else:
-            left = (room - size) * scale + count
+            remaining = (capacity - size) * scale + count
             count += 1
-        bins[nth] = left % scale
-        if left >= scale:
-            insort(free, left)
+        bins[piece] = remaining % scale
+        if remaining >= scale:
+            insort(free, remaining)
     return bins
 
 
-class Fitted:
-    """Sequences of at most `max_length` tokens, from number `start` on: packed by best fit, or, not `packed`, a piece each."""
+class BestFitLayout:
+    """Sequences of at most `max_length` tokens, packed by best fit or one piece each.
 
-    def __init__(self, mix: Mix, max_length: int, packed: bool, start: int = 0, cache: Path | None = None) -> None:
+    Args:
+        mix: The documents in their order.
+        max_length: The most tokens of a sequence.
+        packed: Whether pieces are packed; without it each is a sequence of its own.
+        start: The sequence at which this run begins.
+        cache: A folder for running counts that take long to compute.
+    """
+
+    def __init__(self, mix: Mixture, max_length: int, packed: bool, start: int = 0, cache: Path | None = None) -> None:
         self.mix, self.max_length, self.packed, self.start, self.cache = mix, max_length, packed, start, cache
-        windows = max(1, round(mix.epoch_tokens / (WINDOW * max_length)))
-        self.step = -(-mix.epoch_tokens // windows)  # tokens from a window's beginning to the next one's
-        self.ends: list[list[int]] = [[0, 0, 0, 0]]  # running counts before each window: documents, sequences, tokens, bytes
-        self._held: dict[int, Window] = {}
+        windows = max(1, round(mix.epoch_tokens / (WINDOW_SEQUENCES * max_length)))
+        self.window_tokens = -(-mix.epoch_tokens // windows)  # from the beginning of a window to that of the next
+        self.window_counts = [WindowCounts(0, 0, 0, 0)]
+        self._windows: dict[int, PackedWindow] = {}
 
     @property
     def fingerprint(self) -> str:
         """A name for these sequences; equal for runs that can continue one another."""
-        what = [FORMAT, self.mix.fingerprint, "bfd" if self.packed else "unpacked", self.max_length, self.step]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+        settings = [LAYOUT_FORMAT, self.mix.fingerprint, "bfd" if self.packed else "unpacked", self.max_length, self.window_tokens]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
-    def pieces(self, sequence: int) -> list[Piece]:
-        """What stands in a sequence, in order."""
-        nth, within = self._find(SEQUENCES, self.start + sequence)
-        window = self._window(nth)
-        return [Piece(*row) for row in window.pieces[window.offsets[within] : window.offsets[within + 1]].tolist()]
+    def find_spans(self, sequence: int) -> list[DocumentSpan]:
+        """Find the parts of documents in a sequence, in order."""
+        number, row = self._find_window(self.start + sequence)
+        window = self._get_window(number)
+        return [DocumentSpan(*span) for span in window.spans[window.offsets[row] : window.offsets[row + 1]].tolist()]
 
-    def amount(self, sequences: int) -> tuple[int, int]:
-        """Tokens and bytes of text in the first `sequences` sequences."""
-        (tokens, size), (before, size_before) = self._total(self.start + sequences), self._total(self.start)
-        return tokens - before, size - size_before
+    def count_text(self, sequences: int) -> TextCounts:
+        """Count tokens and bytes of text in the first `sequences` sequences."""
+        end, begin = self._count_before(self.start + sequences), self._count_before(self.start)
+        return TextCounts(end.tokens - begin.tokens, end.bytes - begin.bytes)
 
-    def reach(self, sequence: int, tokens: int = 0, size: int = 0) -> int:
-        """How many sequences from the given one on hold so many tokens and bytes of text; all there are, where they hold less."""
-        begin = self.start + sequence
-        found = begin
-        for column, wanted in ((TOKENS, tokens), (BYTES, size)):
-            target = self._total(begin)[column] + wanted
-            self._grow(lambda row, c=column, t=target: row[2 + c] >= t)  # type: ignore[misc]
-            found = max(found, self._reach(column, target))
-        return found - begin
+    def count_sequences(self, first: int, tokens: int = 0, size: int = 0) -> int:
+        """Count the sequences, from number `first` on, that hold so much text.
 
-    def _reach(self, column: int, target: int) -> int:
-        """The number of the first sequence before which so much has been read."""
-        nth = bisect_left(self.ends, target, key=lambda row: row[2 + column]) - 1
-        if nth + 1 >= len(self.ends):
-            return self.ends[-1][SEQUENCES]
-        if nth < 0:
+        Args:
+            first: The first sequence that counts.
+            tokens: The tokens that the sequences hold at least.
+            size: The bytes of text that they hold at least.
+
+        Returns:
+            The number of sequences; all that there are where they hold less.
+        """
+        begin = self.start + first
+        end = begin
+        for column, amount in ((TOKEN_COLUMN, tokens), (BYTE_COLUMN, size)):
+            end = max(end, self._find_sequence(column, self._count_before(begin)[column] + amount))
+        return end - begin
+
+    def _find_sequence(self, column: int, target: int) -> int:
+        """Find the first sequence with at least `target` tokens or bytes before it."""
+        self._plan_until(lambda counts: counts.text[column] >= target)
+        number = bisect_left(self.window_counts, target, key=lambda counts: counts.text[column]) - 1
+        if number + 1 >= len(self.window_counts):
+            return self.window_counts[-1].sequences
+        if number < 0:
             return 0
-        within = np.searchsorted(self._window(nth).ends[:, column] + self.ends[nth][2 + column], target, side="left")
-        return self.ends[nth][SEQUENCES] + int(within)
+        before = self.window_counts[number]
+        running = self._get_window(number).running_counts[:, column] + before.text[column]
+        return before.sequences + int(np.searchsorted(running, target, side="left"))
 
-    def available(self, wanted: int) -> int:
-        """How many sequences there are, up to `wanted`."""
-        self._grow(lambda row: row[SEQUENCES] >= self.start + wanted)
-        return min(wanted, self.ends[-1][SEQUENCES] - self.start)
+    def count_available(self, limit: int) -> int:
+        """Count the sequences that there are, up to `limit`."""
+        self._plan_until(lambda counts: counts.sequences >= self.start + limit)
+        return min(limit, self.window_counts[-1].sequences - self.start)
 
-    def begun(self, sequences: int) -> tuple[int, Ints]:
-        """The documents of which a part stands before the end of the first `sequences` sequences: so many, and these further ones."""
+    def find_started_documents(self, sequences: int) -> tuple[int, Ints]:
+        """Find the documents that begin in or before the first `sequences` sequences.
+
+        Returns:
+            How many documents at the beginning of the order are all among them, and the indices of the others.
+        """
         end = self.start + sequences
         if end == 0:
             return 0, np.zeros(0, np.int64)
-        nth, within = self._find(SEQUENCES, end - 1)
-        window = self._window(nth)
-        return self.ends[nth][DOCUMENTS], np.unique(window.pieces[: window.offsets[within + 1], 0])
+        number, row = self._find_window(end - 1)
+        window = self._get_window(number)
+        return self.window_counts[number].documents, np.unique(window.spans[: window.offsets[row + 1], 0])
 
-    def _total(self, sequence: int) -> tuple[int, int]:
-        """Tokens and bytes of text before a sequence."""
+    def _count_before(self, sequence: int) -> TextCounts:
+        """Count tokens and bytes of text before a sequence."""
         if sequence == 0:
-            return 0, 0
-        nth, within = self._find(SEQUENCES, sequence - 1)
-        ends = self._window(nth).ends[within + 1]
-        return self.ends[nth][2] + int(ends[TOKENS]), self.ends[nth][3] + int(ends[BYTES])
+            return TextCounts(0, 0)
+        number, row = self._find_window(sequence - 1)
+        before, counts = self.window_counts[number], self._get_window(number).running_counts[row + 1]
+        return TextCounts(before.tokens + int(counts[TOKEN_COLUMN]), before.bytes + int(counts[BYTE_COLUMN]))
 
-    def _find(self, column: int, at: int) -> tuple[int, int]:
-        """The window in which a sequence stands, and its number there."""
-        self._grow(lambda row: row[column] > at)
-        nth = bisect_left(self.ends, at + 1, key=lambda row: row[column]) - 1
-        return nth, at - self.ends[nth][column]
+    def _find_window(self, sequence: int) -> tuple[int, int]:
+        """Find the window of a sequence, and the sequence's number in it."""
+        self._plan_until(lambda counts: counts.sequences > sequence)
+        number = bisect_left(self.window_counts, sequence + 1, key=lambda counts: counts.sequences) - 1
+        return number, sequence - self.window_counts[number].sequences
 
-    def _grow(self, enough: Callable[[Sequence[int]], bool]) -> None:
-        """Plan windows until there is enough, or no text is left. What takes long is kept in the cache for other processes."""
-        if enough(self.ends[-1]):
+    def _plan_until(self, is_enough: Callable[[WindowCounts], bool]) -> None:
+        """Plan windows until there are enough or the text ends.
+
+        Counts that take long to compute are written to the cache, where other processes read them.
+        """
+        if is_enough(self.window_counts[-1]):
             return
         file = None if self.cache is None else self.cache / f"sequences-{self.fingerprint}.json"
-        with nullcontext() if file is None else locked(file.with_suffix(".lock")):
-            known = (read_json(file) or []) if file is not None else []
-            if len(known) > len(self.ends):
-                self.ends = known
-            while not enough(self.ends[-1]) and not self._whole():
-                window = self._window(len(self.ends) - 1)
-                self.ends.append([self._border(len(self.ends)), *self._sum(window)])
-            if file is not None and len(self.ends) > max(len(known), SAVED):
-                write_json(file, self.ends)
+        with nullcontext() if file is None else hold_lock(file.with_suffix(".lock")):
+            cached = [WindowCounts(*counts) for counts in (read_json(file) or [])] if file is not None else []
+            if len(cached) > len(self.window_counts):
+                self.window_counts = cached
+            while not is_enough(self.window_counts[-1]) and not self._covers_all_text():
+                self.window_counts.append(self._count_through(len(self.window_counts) - 1))
+            if file is not None and len(self.window_counts) > max(len(cached), MIN_CACHED_WINDOWS):
+                write_json(file, self.window_counts)
 
-    def _sum(self, window: Window) -> list[int]:
-        _, sequences, tokens, size = self.ends[-1]
-        return [sequences + len(window.offsets) - 1, tokens + int(window.ends[-1, TOKENS]), size + int(window.ends[-1, BYTES])]
+    def _count_through(self, number: int) -> WindowCounts:
+        """Count what stands before the end of a window."""
+        window, before = self._get_window(number), self.window_counts[-1]
+        tokens, size = (int(window.running_counts[-1, column]) for column in (TOKEN_COLUMN, BYTE_COLUMN))
+        sequences = before.sequences + len(window.offsets) - 1
+        return WindowCounts(self._find_first_document(number + 1), sequences, before.tokens + tokens, before.bytes + size)
 
-    def _whole(self) -> bool:
-        """Whether the windows planned hold all text there is."""
-        self._border(len(self.ends))  # the order as far as the next window needs it
-        return self.mix.ended and self.ends[-1][DOCUMENTS] == len(self.mix.order())
+    def _covers_all_text(self) -> bool:
+        """Whether the planned windows hold all the text that there is."""
+        self._find_first_document(len(self.window_counts))  # extends the order as far as the next window needs it
+        return self.mix.ended and self.window_counts[-1].documents == len(self.mix.build_order())
 
-    def _border(self, nth: int) -> int:
-        """The first document of a window, or the number of documents where the text ends before it."""
-        at = nth * self.step
-        order = self.mix.order(tokens=at + 1)
-        return 0 if nth == 0 else min(len(order), order.find(TOKENS, at) + 1)
+    def _find_first_document(self, number: int) -> int:
+        """Find a window's first document, or the number of documents where the text ends before it."""
+        token = number * self.window_tokens
+        order = self.mix.build_order(tokens=token + 1)
+        return 0 if number == 0 else min(len(order), order.find_document(TOKEN_COLUMN, token) + 1)
 
-    def _window(self, nth: int) -> Window:
-        if nth not in self._held:
-            if len(self._held) > 3:
-                del self._held[next(iter(self._held))]
-            self._held[nth] = self._plan(nth)
-        return self._held[nth]
+    def _get_window(self, number: int) -> PackedWindow:
+        if number not in self._windows:
+            if len(self._windows) >= MAX_WINDOWS_IN_MEMORY:
+                del self._windows[next(iter(self._windows))]
+            self._windows[number] = self._plan_window(number)
+        return self._windows[number]
 
-    def _plan(self, nth: int) -> Window:
-        begin, end = self._border(nth), self._border(nth + 1)
-        counts = self.mix.order().counts(begin, end)
-        lengths, sizes = counts[:, TOKENS], counts[:, BYTES]
+    def _plan_window(self, number: int) -> PackedWindow:
+        """Cut the documents of a window into pieces and lay them into sequences."""
+        begin, end = self._find_first_document(number), self._find_first_document(number + 1)
+        counts = self.mix.build_order().read_counts(begin, end)
+        lengths, sizes = counts[:, TOKEN_COLUMN], counts[:, BYTE_COLUMN]
         parts = -(-lengths // self.max_length)
         document = np.repeat(np.arange(end - begin), parts)
         first = (np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)) * self.max_length
         tokens = np.minimum(lengths[document] - first, self.max_length)
-        share = [at * sizes[document] // lengths[document] for at in (first, first + tokens)]  # a piece's bytes, in proportion
+        # The bytes of a document before a token, in proportion to the tokens
+        bytes_before, bytes_through = (token * sizes[document] // lengths[document] for token in (first, first + tokens))
         if self.packed:
-            bins = best_fit(tokens, self.max_length)
+            bins = pack_best_fit(tokens, self.max_length)
             count = int(bins.max(initial=-1)) + 1
-            bins = np.random.Generator(np.random.PCG64([self.mix.seed, FORMAT << 32, nth])).permutation(count)[bins]
+            bins = np.random.Generator(np.random.PCG64([self.mix.seed, LAYOUT_FORMAT << 32, number])).permutation(count)[bins]
         else:
             bins, count = np.arange(len(document)), len(document)
         by_bin = np.argsort(bins, kind="stable")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=count))]).astype(np.int64)
         running = np.zeros((len(document) + 1, 2), np.int64)
-        np.cumsum(np.stack([tokens, share[1] - share[0]], 1)[by_bin], axis=0, out=running[1:])
-        return Window(np.stack([document + begin, first, tokens], 1)[by_bin], offsets, running[offsets])
+        np.cumsum(np.stack([tokens, bytes_through - bytes_before], 1)[by_bin], axis=0, out=running[1:])
+        return PackedWindow(np.stack([document + begin, first, tokens], 1)[by_bin], offsets, running[offsets])

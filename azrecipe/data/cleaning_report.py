@@ -1,4 +1,4 @@
-"""An account of what a clean-up and filters changed and dropped."""
+"""Count and sample what a clean-up and filters changed and dropped."""
 
 from __future__ import annotations
 
@@ -7,61 +7,85 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from azrecipe.data import unicode_scripts
 
-SAMPLES = 5
-CONTEXT = 30
-EXCERPT = 200
-Edit = tuple[int, int, str]  # from, to (exclusive), what stands there afterwards
+MAX_SAMPLES = 5
+CONTEXT_CHARACTERS = 30
+EXCERPT_CHARACTERS = 200
 
 
-def apply(text: str, edits: list[Edit]) -> str:
-    """The text with its edits made; they stand in order and do not overlap."""
-    pieces, at = [], 0
-    for start, end, new in edits:
-        pieces += [text[at:start], new]
-        at = end
-    return "".join([*pieces, text[at:]])
+class Edit(NamedTuple):
+    """A replacement for the characters from `start` to before `end`."""
+
+    start: int
+    end: int
+    replacement: str
+
+
+def apply_edits(text: str, edits: list[Edit]) -> str:
+    """Apply ordered edits that do not overlap to a text."""
+    pieces, position = [], 0
+    for edit in edits:
+        pieces += [text[position : edit.start], edit.replacement]
+        position = edit.end
+    return "".join([*pieces, text[position:]])
 
 
 class Samples:
-    """A few examples, those whose hash is lowest: spread over all that was offered, and the same in every run."""
+    """A few examples, those with the lowest hashes.
+
+    So they are spread over all that was offered, and the same in every run.
+    """
 
     def __init__(self) -> None:
-        self.kept: dict[bytes, dict[str, Any]] = {}
+        self.by_hash: dict[bytes, dict[str, Any]] = {}
 
-    def offer(self, what: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Keep make()'s sample of `what` if it is among the lowest; the same is kept once."""
-        key = hashlib.blake2b(what.encode(), digest_size=8).digest()
-        if key in self.kept or (len(self.kept) == SAMPLES and key > max(self.kept)):
+    def offer(self, text: str, build: Callable[[], dict[str, Any]]) -> None:
+        """Keep the sample that `build` returns if the text's hash is low."""
+        key = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        if key in self.by_hash or (len(self.by_hash) == MAX_SAMPLES and key > max(self.by_hash)):
             return
-        self.kept[key] = make()
-        if len(self.kept) > SAMPLES:
-            del self.kept[max(self.kept)]
+        self.by_hash[key] = build()
+        if len(self.by_hash) > MAX_SAMPLES:
+            del self.by_hash[max(self.by_hash)]
 
-    def list(self) -> list[dict[str, Any]]:
-        return [self.kept[key] for key in sorted(self.kept)]
+    def to_list(self) -> list[dict[str, Any]]:
+        return [self.by_hash[key] for key in sorted(self.by_hash)]
 
-    def packed(self) -> dict[str, Any]:
-        return {key.hex(): sample for key, sample in self.kept.items()}
+    def to_state(self) -> dict[str, Any]:
+        return {key.hex(): sample for key, sample in self.by_hash.items()}
 
     @classmethod
-    def unpacked(cls, data: Mapping[str, Any]) -> Samples:
-        found = cls()
-        found.kept = {bytes.fromhex(key): sample for key, sample in data.items()}
-        return found
+    def from_state(cls, data: Mapping[str, Any]) -> Samples:
+        samples = cls()
+        samples.by_hash = {bytes.fromhex(key): sample for key, sample in data.items()}
+        return samples
 
-    def add(self, other: Samples) -> None:
-        """Take over what was offered to another after this one."""
-        both = {**other.kept, **self.kept}
-        self.kept = {key: both[key] for key in sorted(both)[:SAMPLES]}
+    def merge(self, other: Samples) -> None:
+        """Merge the samples that were offered to another after this one."""
+        both = {**other.by_hash, **self.by_hash}
+        self.by_hash = {key: both[key] for key in sorted(both)[:MAX_SAMPLES]}
 
 
 @dataclass
-class Tally:
-    """What was read of a source, bytes of UTF-8 text as it came; and what its clean-up changed, and then dropped."""
+class CleaningReport:
+    """What was read, changed and dropped of a source.
+
+    Attributes:
+        documents: The documents that were read.
+        bytes: Their bytes of UTF-8 text before the clean-up.
+        dropped_documents: The documents that the clean-up dropped as a whole.
+        dropped_lines: The lines that the script filter dropped of others.
+        dropped_bytes: The bytes of these documents and lines.
+        changed_documents: The documents that the steps of the clean-up changed.
+        changed: The characters that each step replaced or removed.
+        filtered: The documents that each quality filter dropped.
+        dropped: Samples of what the clean-up dropped.
+        edited: Samples of the changes of each step.
+        refused: Samples of the documents that each quality filter dropped.
+    """
 
     documents: int = 0
     bytes: int = 0
@@ -75,52 +99,57 @@ class Tally:
     edited: dict[str, Samples] = field(default_factory=dict)
     refused: dict[str, Samples] = field(default_factory=dict)
 
-    def add(self, other: Tally) -> None:
-        """Count in what another counted of the same source, after this one."""
+    def merge(self, other: CleaningReport) -> None:
+        """Merge the counts and samples of a later part of the source."""
         for name in ("documents", "bytes", "dropped_documents", "dropped_lines", "dropped_bytes", "changed_documents"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for mine, theirs in ((self.changed, other.changed), (self.filtered, other.filtered)):
             mine.update({key: mine.get(key, 0) + count for key, count in theirs.items()})
-        self.dropped.add(other.dropped)
-        for held, offered in ((self.edited, other.edited), (self.refused, other.refused)):
-            for key, samples in offered.items():
-                held.setdefault(key, Samples()).add(samples)
+        self.dropped.merge(other.dropped)
+        for mine_samples, their_samples in ((self.edited, other.edited), (self.refused, other.refused)):
+            for key, samples in their_samples.items():
+                mine_samples.setdefault(key, Samples()).merge(samples)
 
-    def packed(self) -> dict[str, Any]:
-        """As plain data, for `unpacked`."""
-        found: dict[str, Any] = {**vars(self), "dropped": self.dropped.packed()}
-        return found | {name: {key: held.packed() for key, held in getattr(self, name).items()} for name in ("edited", "refused")}
+    def to_state(self) -> dict[str, Any]:
+        """Convert to plain data, which `from_state` reads."""
+        state: dict[str, Any] = {**vars(self), "dropped": self.dropped.to_state()}
+        return state | {name: {key: samples.to_state() for key, samples in getattr(self, name).items()} for name in ("edited", "refused")}
 
     @classmethod
-    def unpacked(cls, data: Mapping[str, Any]) -> Tally:
-        """What was packed."""
-        found = {**data, "dropped": Samples.unpacked(data["dropped"])}
-        return cls(**found | {name: {key: Samples.unpacked(held) for key, held in data[name].items()} for name in ("edited", "refused")})
+    def from_state(cls, data: Mapping[str, Any]) -> CleaningReport:
+        """Convert back what `to_state` returned."""
+        state = {**data, "dropped": Samples.from_state(data["dropped"])}
+        return cls(
+            **state | {name: {key: Samples.from_state(samples) for key, samples in data[name].items()} for name in ("edited", "refused")}
+        )
 
-    def refuse(self, reason: str, text: str, found: dict[str, Any]) -> None:
-        """Count a document that a filter drops; `found` is what it found in it."""
+    def record_refusal(self, reason: str, text: str, values: dict[str, Any]) -> None:
+        """Record a document that a quality filter drops, with measured values."""
         self.filtered[reason] = self.filtered.get(reason, 0) + 1
-        self.refused.setdefault(reason, Samples()).offer(text[:EXCERPT], lambda: {"text": text[:EXCERPT], **found})
+        self.refused.setdefault(reason, Samples()).offer(text[:EXCERPT_CHARACTERS], lambda: {"text": text[:EXCERPT_CHARACTERS], **values})
 
-    def edit(self, step: str, text: str, edits: list[Edit]) -> None:
-        """Count the characters that a step replaced or removed; the first of its edits is offered as a sample."""
-        self.changed[step] = self.changed.get(step, 0) + sum(end - start for start, end, _ in edits)
-        first, last = max(0, edits[0][0] - CONTEXT), edits[0][1] + CONTEXT
+    def record_edits(self, step: str, text: str, edits: list[Edit]) -> None:
+        """Record the edits of a step; the first becomes a sample."""
+        self.changed[step] = self.changed.get(step, 0) + sum(edit.end - edit.start for edit in edits)
+        first, last = max(0, edits[0].start - CONTEXT_CHARACTERS), edits[0].end + CONTEXT_CHARACTERS
         before = text[first:last]
-        near = [(start - first, end - first, new) for start, end, new in takewhile(lambda edit: edit[1] <= last, edits)]
-        self.edited.setdefault(step, Samples()).offer(before, lambda: {"before": before, "after": apply(before, near)})
+        near = [Edit(edit.start - first, edit.end - first, edit.replacement) for edit in takewhile(lambda edit: edit.end <= last, edits)]
+        self.edited.setdefault(step, Samples()).offer(before, lambda: {"before": before, "after": apply_edits(before, near)})
 
-    def drop(self, text: str, kept: unicode_scripts.Kept) -> None:
-        """Count what the script filter dropped of a document."""
-        self.dropped_bytes += len(text.encode()) - len(kept.text.encode())
-        self.dropped_documents += kept.document
-        self.dropped_lines += len(kept.lines)
-        for piece in kept.lines or (text,):
-            self.dropped.offer(piece[:EXCERPT], partial(_excerpt, piece))
+    def record_drop(self, text: str, filtered: unicode_scripts.ScriptFilterResult) -> None:
+        """Record what the script filter dropped of a document."""
+        self.dropped_bytes += len(text.encode()) - len(filtered.text.encode())
+        self.dropped_documents += filtered.document_dropped
+        self.dropped_lines += len(filtered.dropped_lines)
+        for piece in filtered.dropped_lines or (text,):
+            self.dropped.offer(piece[:EXCERPT_CHARACTERS], partial(_excerpt, piece))
 
-    def report(self) -> dict[str, Any]:
-        """Counts and samples for meta.json and result.json."""
-        samples = {"dropped": self.dropped.list(), **{name: held.list() for name, held in [*self.edited.items(), *self.refused.items()]}}
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to the counts and samples of meta.json and result.json."""
+        samples = {
+            "dropped": self.dropped.to_list(),
+            **{name: entry.to_list() for name, entry in [*self.edited.items(), *self.refused.items()]},
+        }
         return {
             "documents": self.documents,
             "bytes": self.bytes,
@@ -130,16 +159,16 @@ class Tally:
             "changed_documents": self.changed_documents,
             "changed": dict(self.changed),
             **({"filtered": dict(self.filtered)} if self.filtered else {}),
-            "samples": {name: found for name, found in samples.items() if found},
+            "samples": {name: entries for name, entries in samples.items() if entries},
         }
 
 
 def _excerpt(dropped: str) -> dict[str, Any]:
-    return {"text": dropped[:EXCERPT], "scripts": unicode_scripts.shares(dropped)}
+    return {"text": dropped[:EXCERPT_CHARACTERS], "scripts": unicode_scripts.compute_script_shares(dropped)}
 
 
-def nothing_left(tally: Tally) -> str:
-    """The end of a complaint about a source without text: what its clean-up dropped of it."""
+def explain_missing_text(tally: CleaningReport) -> str:
+    """Explain at the end of an error why no text is left."""
     dropped = tally.dropped_documents + sum(tally.filtered.values())
     who = "filters drop" if tally.filtered and not tally.dropped_documents else "clean-up drops"
     return f" (its {who} {dropped} of {tally.documents} documents)" if dropped else ""

@@ -1,4 +1,4 @@
-"""Which documents of a job's sources repeat others: by the hash of their text, or nearly, by MinHash signatures of it."""
+"""Find documents that repeat others, exactly or nearly (MinHash)."""
 
 from __future__ import annotations
 
@@ -13,136 +13,181 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from azrecipe.data.readers import Located
-from azrecipe.data.token_store import Store
+from azrecipe.data.readers import DataSource
+from azrecipe.data.token_store import TokenStore
 from azrecipe.errors import Problem, RecipeError
 from azrecipe.recipe.types import Deduplication
-from azrecipe.utils.atomic_files import locked, read_json, whole_folder, write_json
+from azrecipe.utils.atomic_files import atomic_folder, hold_lock, read_json, write_json
 
-VERSION = 1  # of what is below: what was found in another way is not taken from the cache
-SEED = 1
-CERTAIN = 0.99  # the least chance that two documents at the threshold meet in a band
-BACK = 8  # documents with equal bands that one is compared with, besides the first
-SAMPLES = 5
-ROWS = 50_000
+RULES_VERSION = 1  # of the rules below; the cache does not mix versions
+HASH_SEED = 1
+MIN_MEETING_CHANCE = 0.99  # that two documents at the threshold are equal in a band
+MAX_PREDECESSORS = 8  # how many of the documents with an equal band one is compared with, besides the first
+MAX_SAMPLES = 5
+COMPARISON_ROWS = 50_000
 
 Ints = npt.NDArray[np.int64]
 Signatures = npt.NDArray[np.uint32]
-NONE = -1
+NO_DOCUMENT = -1
 
 
-def identity(asked: Deduplication) -> dict[str, Any]:
-    """What signatures depend on, for a cache key."""
+def describe_signatures(settings: Deduplication) -> dict[str, Any]:
+    """Describe what signatures depend on, for a cache key."""
     import rensa
 
-    return {"rules": VERSION, "ngram_size": asked.ngram_size, "num_perm": asked.num_perm, "algorithm": rensa.RMinHash.ALGORITHM_VERSION}
+    return {
+        "rules": RULES_VERSION,
+        "ngram_size": settings.ngram_size,
+        "num_perm": settings.num_perm,
+        "algorithm": rensa.RMinHash.ALGORITHM_VERSION,
+    }
 
 
-def signatures(texts: Sequence[str], asked: Deduplication) -> Signatures:
-    """MinHash signatures of texts' word n-grams, [texts, num_perm]; case and white space do not count."""
+def compute_signatures(texts: Sequence[str], settings: Deduplication) -> Signatures:
+    """Compute MinHash signatures of word n-grams, [texts, num_perm].
+
+    Case and white space do not count.
+    """
     from rensa import RMinHash
 
     if not texts:
-        return np.zeros((0, asked.num_perm), np.uint32)
-    matrix = RMinHash.digest_matrix_from_token_sets([_ngrams(text, asked.ngram_size) for text in texts], asked.num_perm, SEED)
+        return np.zeros((0, settings.num_perm), np.uint32)
+    matrix = RMinHash.digest_matrix_from_token_sets(
+        [_split_ngrams(text, settings.ngram_size) for text in texts], settings.num_perm, HASH_SEED
+    )
     return np.asarray(matrix.to_rows(), np.uint32)
 
 
-def _ngrams(text: str, size: int) -> list[str]:
+def _split_ngrams(text: str, size: int) -> list[str]:
     words = text.lower().split()
     return [" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))]
 
 
-def unique(stores: Sequence[Store], sources: Sequence[Located], held_out: Sequence[str], asked: Deduplication, cache: Path) -> list[Store]:
-    """The stores without documents that an earlier one, of the same source or another, repeats; looked for once and cached.
+def remove_duplicates(
+    stores: Sequence[TokenStore], sources: Sequence[DataSource], held_out: Sequence[str], settings: Deduplication, cache: Path
+) -> list[TokenStore]:
+    """Remove the documents that repeat an earlier one, of the same source or another.
 
-    Near duplicates are those whose signatures agree with an earlier document's, or a held-out one's, in a share of at least
-    asked.threshold: an estimate of the Jaccard similarity of their n-grams. Raises RecipeError where a source has nothing left.
+    A near duplicate is a document whose signature agrees with that of an earlier document, or of a held-out one, in a share
+    of at least `settings.threshold`. This share estimates the Jaccard similarity of their n-grams. The result is cached.
+
+    Args:
+        stores: The store of each source.
+        sources: The sources.
+        held_out: The held-out documents.
+        settings: The deduplication of the recipe.
+        cache: The folder of the cache.
+
+    Returns:
+        The stores without these documents.
+
+    Raises:
+        RecipeError: A source has no documents left.
     """
-    near = asked.method == "minhash"
-    held = hashlib.sha256("\0".join(held_out).encode()).hexdigest()
-    what = [VERSION, asked.method, [s.key for s in stores], *([asked.threshold, held] if near else [])]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    near = settings.method == "minhash"
+    held_out_hash = hashlib.sha256("\0".join(held_out).encode()).hexdigest()
+    inputs = [RULES_VERSION, settings.method, [s.key for s in stores], *([settings.threshold, held_out_hash] if near else [])]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
     folder = cache / f"unique-{key}"
     if not folder.is_dir():
-        with locked(cache / f"{folder.name}.lock"):
+        with hold_lock(cache / f"{folder.name}.lock"):
             if not folder.is_dir():
-                print(f"  looking for duplicates in {sum(s.documents for s in stores):,} documents", file=sys.stderr, flush=True)
-                masks, found = _find(stores, signatures(held_out, asked) if near else None, asked)
-                with whole_folder(folder, replace=False) as aside:
+                print(f"  searching for duplicates in {sum(s.num_documents for s in stores):,} documents", file=sys.stderr, flush=True)
+                masks, summaries = _find_duplicates(stores, compute_signatures(held_out, settings) if near else None, settings)
+                with atomic_folder(folder, replace=False) as tmp:
                     for i, mask in enumerate(masks):
-                        np.save(aside / f"{i}.npy", np.flatnonzero(mask))
-                    write_json(aside / "meta.json", {"sources": found})
-    kept = [np.load(folder / f"{i}.npy") for i in range(len(stores))]
-    if empty := [s for s, numbers in zip(sources, kept, strict=True) if not len(numbers)]:
+                        np.save(tmp / f"{i}.npy", np.flatnonzero(mask))
+                    write_json(tmp / "meta.json", {"sources": summaries})
+    selected = [np.load(folder / f"{i}.npy") for i in range(len(stores))]
+    if empty := [s for s, numbers in zip(sources, selected, strict=True) if not len(numbers)]:
         message = "every document of {} repeats one of an earlier source or a held-out one: leave the source out"
-        raise RecipeError([Problem(s.place, message.format(s.title)) for s in empty])
-    found = read_json(folder / "meta.json")["sources"]
+        raise RecipeError([Problem(s.location, message.format(s.title)) for s in empty])
+    summaries = read_json(folder / "meta.json")["sources"]
     return [
-        s.light() if len(numbers) == s.documents else s.only(numbers, hashlib.sha256(f"{key} {s.key}".encode()).hexdigest()[:32], told)
-        for s, numbers, told in zip(stores, kept, found, strict=True)
+        s.without_hashes()
+        if len(numbers) == s.num_documents
+        else s.select_documents(numbers, hashlib.sha256(f"{key} {s.key}".encode()).hexdigest()[:32], summary)
+        for s, numbers, summary in zip(stores, selected, summaries, strict=True)
     ]
 
 
-def _find(
-    stores: Sequence[Store], held_out: Signatures | None, asked: Deduplication
+def _find_duplicates(
+    stores: Sequence[TokenStore], held_out: Signatures | None, settings: Deduplication
 ) -> tuple[list[npt.NDArray[np.bool_]], list[dict[str, Any]]]:
-    """For each store, which documents stay, and what is said of the others. Documents are numbered through all stores."""
-    starts = np.concatenate([[0], np.cumsum([s.documents for s in stores])])
+    """Find the documents that stay, [documents] for each store, and summarise the others.
+
+    Documents are numbered through all stores.
+    """
+    starts = np.concatenate([[0], np.cumsum([s.num_documents for s in stores])])
     hashes = np.concatenate([np.asarray(s.hashes) for s in stores])
     _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     original = first[inverse.reshape(-1)]
-    alone = original == np.arange(len(original))
-    partner = np.full(len(original), NONE)
-    partner[~alone] = original[~alone]
-    held = np.zeros(len(original), np.bool_)
+    is_first = original == np.arange(len(original))
+    partner = np.full(len(original), NO_DOCUMENT)
+    partner[~is_first] = original[~is_first]
+    matches_held_out = np.zeros(len(original), np.bool_)
     if held_out is not None:
-        numbers = np.flatnonzero(alone)
+        numbers = np.flatnonzero(is_first)
         rows = np.concatenate(
-            [held_out, *(np.asarray(s.signatures)[alone[a:b]] for s, a, b in zip(stores, starts, starts[1:], strict=False))]
+            [held_out, *(np.asarray(s.signatures)[is_first[a:b]] for s, a, b in zip(stores, starts, starts[1:], strict=False))]
         )
-        like, by_held = near(rows, len(held_out), asked.threshold)
-        like, held[numbers] = like[len(held_out) :], by_held[len(held_out) :]
-        partner[numbers] = np.where(like >= len(held_out), numbers[like - len(held_out)], NONE)
-    dropped = (partner != NONE) | held
-    told = []
+        matches, by_held_out = find_near_duplicates(rows, len(held_out), settings.threshold)
+        matches, matches_held_out[numbers] = matches[len(held_out) :], by_held_out[len(held_out) :]
+        partner[numbers] = np.where(matches >= len(held_out), numbers[matches - len(held_out)], NO_DOCUMENT)
+    dropped = (partner != NO_DOCUMENT) | matches_held_out
+    summaries = []
     for a, b in pairwise(starts):
         counts = {
-            "exact": ~alone[a:b],
-            **({"near": alone[a:b] & dropped[a:b] & ~held[a:b], "near_held_out": held[a:b]} if held_out is not None else {}),
+            "exact": ~is_first[a:b],
+            **(
+                {"near": is_first[a:b] & dropped[a:b] & ~matches_held_out[a:b], "near_held_out": matches_held_out[a:b]}
+                if held_out is not None
+                else {}
+            ),
         }
-        samples = [_sample(int(n), int(partner[n]), starts) for n in _spread(np.flatnonzero(dropped[a:b]) + a)]
-        told.append({**{name: int(of.sum()) for name, of in counts.items()}, "samples": samples})
-    return [~dropped[a:b] for a, b in pairwise(starts)], told
+        samples = [_describe_sample(int(n), int(partner[n]), starts) for n in _spread_samples(np.flatnonzero(dropped[a:b]) + a)]
+        summaries.append({**{name: int(mask.sum()) for name, mask in counts.items()}, "samples": samples})
+    return [~dropped[a:b] for a, b in pairwise(starts)], summaries
 
 
-def _spread(numbers: Ints) -> Ints:
-    return numbers[np.unique(np.linspace(0, len(numbers) - 1, SAMPLES).astype(np.int64))] if len(numbers) else numbers
+def _spread_samples(numbers: Ints) -> Ints:
+    return numbers[np.unique(np.linspace(0, len(numbers) - 1, MAX_SAMPLES).astype(np.int64))] if len(numbers) else numbers
 
 
-def _sample(number: int, like: int, starts: Ints) -> dict[str, Any]:
-    """A document that was dropped, and which it repeats: source and document count from 0."""
-    where = [int(np.searchsorted(starts, n, side="right")) - 1 for n in (number, like)]
-    again: Any = "a held-out document" if like == NONE else {"source": where[1], "document": like - int(starts[where[1]])}
-    return {"document": number - int(starts[where[0]]), "repeats": again}
+def _describe_sample(number: int, match: int, starts: Ints) -> dict[str, Any]:
+    """Describe a dropped document and the one that it repeats, counted from 0."""
+    sources = [int(np.searchsorted(starts, n, side="right")) - 1 for n in (number, match)]
+    repeated: Any = "a held-out document" if match == NO_DOCUMENT else {"source": sources[1], "document": match - int(starts[sources[1]])}
+    return {"document": number - int(starts[sources[0]]), "repeats": repeated}
 
 
-def bands(num_perm: int, threshold: float) -> tuple[int, int]:
-    """(bands, rows in a band): as long as bands can be while two at the threshold still meet in one with CERTAIN chance."""
-    fits = [r for r in range(1, num_perm + 1) if 1 - (1 - threshold**r) ** (num_perm // r) >= CERTAIN]
+def choose_bands(num_perm: int, threshold: float) -> tuple[int, int]:
+    """Choose the number of bands and the rows of each.
+
+    Bands are as long as they can be while two documents at the threshold are equal in one with MIN_MEETING_CHANCE.
+    """
+    fits = [r for r in range(1, num_perm + 1) if 1 - (1 - threshold**r) ** (num_perm // r) >= MIN_MEETING_CHANCE]
     rows = max(fits, default=1)
     return num_perm // rows, rows
 
 
-def near(rows: Signatures, held: int, threshold: float) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """For each signature, [documents, num_perm], an earlier one that agrees with it, or NONE; and whether one of the first `held` does.
+def find_near_duplicates(rows: Signatures, num_held_out: int, threshold: float) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Find for each signature an earlier one that agrees with it.
 
-    Those are the held-out ones: they are dropped by nothing. Candidates are documents that are equal in a band (locality
-    sensitive hashing; Leskovec et al., Mining of Massive Datasets, ch. 3); what counts is the share of the whole signature.
+    Candidates are documents that are equal in a band (locality sensitive hashing; Leskovec et al., Mining of Massive
+    Datasets, ch. 3). They are near duplicates if the whole signatures agree in a share of at least `threshold`.
+
+    Args:
+        rows: The signatures, [documents, num_perm].
+        num_held_out: How many at the beginning are of held-out documents; these are never dropped.
+        threshold: The share.
+
+    Returns:
+        The earlier document or NO_DOCUMENT, and whether a held-out document agrees, [documents] each.
     """
-    like = np.full(len(rows), NONE)
-    by_held = np.zeros(len(rows), np.bool_)
-    count, width = bands(rows.shape[1], threshold)
+    matches = np.full(len(rows), NO_DOCUMENT)
+    by_held_out = np.zeros(len(rows), np.bool_)
+    count, width = choose_bands(rows.shape[1], threshold)
     for band in range(count):
         keys = np.zeros(len(rows), np.uint64)
         for column in range(band * width, (band + 1) * width):
@@ -150,17 +195,17 @@ def near(rows: Signatures, held: int, threshold: float) -> tuple[Ints, npt.NDArr
             keys ^= keys >> np.uint64(29)
         order = np.argsort(keys, kind="stable")
         run = np.concatenate([[0], np.cumsum(keys[order][1:] != keys[order][:-1])])
-        begins = np.searchsorted(run, run)  # where each one's run begins
-        for back in range(BACK + 1):
-            at = np.arange(len(rows))
-            others = begins if back == 0 else np.maximum(at - back, begins)
+        run_starts = np.searchsorted(run, run)
+        for back in range(MAX_PREDECESSORS + 1):
+            places = np.arange(len(rows))
+            others = run_starts if back == 0 else np.maximum(places - back, run_starts)
             a, b = order[others], order
-            worth = (others < at) & (b >= held) & np.where(a < held, ~by_held[b], like[b] == NONE)
-            a, b = a[worth], b[worth]
-            for i in range(0, len(a), ROWS):
-                earlier, later = a[i : i + ROWS], b[i : i + ROWS]
+            is_candidate = (others < places) & (b >= num_held_out) & np.where(a < num_held_out, ~by_held_out[b], matches[b] == NO_DOCUMENT)
+            a, b = a[is_candidate], b[is_candidate]
+            for i in range(0, len(a), COMPARISON_ROWS):
+                earlier, later = a[i : i + COMPARISON_ROWS], b[i : i + COMPARISON_ROWS]
                 agree = (rows[earlier] == rows[later]).mean(axis=1) >= threshold
-                by_held[later[agree & (earlier < held)]] = True
-                among = agree & (earlier >= held)
-                like[later[among]] = earlier[among]
-    return like, by_held
+                by_held_out[later[agree & (earlier < num_held_out)]] = True
+                within = agree & (earlier >= num_held_out)
+                matches[later[within]] = earlier[within]
+    return matches, by_held_out

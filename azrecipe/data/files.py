@@ -1,4 +1,4 @@
-"""Files of text, here or on S3: which ones a path names, how each is opened whatever its compression, and what names its content."""
+"""Find, open and identify files of text, local or on S3."""
 
 from __future__ import annotations
 
@@ -12,106 +12,126 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from azrecipe.errors import AzrecipeError, CannotRun, Problem, RecipeError
-from azrecipe.errors import Place as Where
-from azrecipe.utils.atomic_files import sha256
+from azrecipe.errors import AzrecipeError, CannotRun, Problem, RecipeError, SourceLocation
+from azrecipe.utils.atomic_files import hash_file
 from azrecipe.utils.paths import DATA_SUFFIXES, is_s3
 
-BUFFER = 1 << 20
-WILD = "*?["
+BUFFER_BYTES = 1 << 20
+GLOB_CHARACTERS = "*?["
 _MISSING = ("NO_SUCH_BUCKET", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "INVALID_BUCKET_NAME", "does not exist", "not found")
 _DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_SIGNATURE", "UNRECOGNIZED_CLIENT", "403", "TOKEN")
 
 
 @dataclass(frozen=True)
-class File:
-    """A file: its path, or s3://bucket/key; of one on S3 also its size in bytes and when it changed, in ns."""
+class DataFile:
+    """A file of text, local or on S3.
+
+    Attributes:
+        path: The path, or s3://bucket/key.
+        size: The bytes of a file on S3.
+        modified_ns: When a file on S3 was modified, in nanoseconds.
+    """
 
     path: str
     size: int = 0
-    changed: int = 0
+    modified_ns: int = 0
 
     def __str__(self) -> str:
         return self.path
 
     @property
-    def name(self) -> str:
+    def base_name(self) -> str:
         return PurePosixPath(self.path).name
 
     @property
-    def kind(self) -> str:
-        """jsonl, txt or parquet."""
-        return PurePosixPath(self.name.removesuffix(".gz").removesuffix(".zst")).suffix[1:]
+    def format(self) -> str:
+        """The format: jsonl, txt or parquet."""
+        return PurePosixPath(self.base_name.removesuffix(".gz").removesuffix(".zst")).suffix[1:]
 
     @property
-    def version(self) -> str:
-        """A name for the content: its hash, or on S3, where reading it all is dear, the key, size and time of change."""
-        return f"{self.path} {self.size} {self.changed}" if is_s3(self.path) else sha256(Path(self.path))
+    def content_id(self) -> str:
+        """A name for the content.
 
-    def raw(self) -> Any:
-        """The file as pyarrow reads it, in any order. Raises OSError."""
+        It is the hash of a local file. On S3, where it is expensive to read everything, it is the path, size and time of
+        modification.
+        """
+        return f"{self.path} {self.size} {self.modified_ns}" if is_s3(self.path) else hash_file(Path(self.path))
+
+    def open_raw(self) -> Any:
+        """Open the file for pyarrow, with random access; raises OSError."""
         import pyarrow
 
         key = self.path.removeprefix("s3://")
         return _s3(key.partition("/")[0]).open_input_file(key) if is_s3(self.path) else pyarrow.OSFile(self.path)
 
     def open(self) -> IO[bytes]:
-        """What is in the file, decompressed, to be read from the start. Raises OSError, EOFError or zlib.error, also later."""
-        if self.name.endswith(".zst"):
+        """Open the decompressed content to be read from the start.
+
+        Raises:
+            OSError, EOFError or zlib.error: The file cannot be read. Reading may raise them too.
+        """
+        if self.base_name.endswith(".zst"):
             import pyarrow
 
-            return io.BufferedReader(pyarrow.CompressedInputStream(self.raw(), "zstd"), BUFFER)
-        plain = io.BufferedReader(self.raw() if is_s3(self.path) else io.FileIO(self.path), BUFFER)
-        return gzip.GzipFile(fileobj=plain) if self.name.endswith(".gz") else plain  # type: ignore[return-value]
+            return io.BufferedReader(pyarrow.CompressedInputStream(self.open_raw(), "zstd"), BUFFER_BYTES)
+        plain = io.BufferedReader(self.open_raw() if is_s3(self.path) else io.FileIO(self.path), BUFFER_BYTES)
+        return gzip.GzipFile(fileobj=plain) if self.base_name.endswith(".gz") else plain  # type: ignore[return-value]
 
-    def cannot_be_read(self, error: Exception, place: Where) -> AzrecipeError:
-        """The error that tells a user why the file could not be read; `place` is the source's in the recipe."""
+    def explain_read_error(self, error: Exception, location: SourceLocation) -> AzrecipeError:
+        """Build the error for a file that cannot be read.
+
+        Args:
+            error: The error of the library.
+            location: Where the recipe names the file.
+        """
         if is_s3(self.path) and isinstance(error, OSError) and "AWS Error" in str(error):
-            return _explained(self.path, error, place)
-        return RecipeError([Problem(place, f"{self.path}: cannot be read: {getattr(error, 'strerror', None) or error}")])
+            return _explain_s3_error(self.path, error, location)
+        return RecipeError([Problem(location, f"{self.path}: cannot be read: {getattr(error, 'strerror', None) or error}")])
 
 
-def on_s3(path: str, place: Where) -> list[File]:
-    """The files on S3 that a path (a key, a folder or a glob) names, sorted.
+def list_s3_files(path: str, location: SourceLocation) -> list[DataFile]:
+    """List the files on S3 that a key, a folder or a glob names, sorted.
 
-    Raises RecipeError where there are none, CannotRun where S3 does not let us see.
+    Raises:
+        RecipeError: There are no such files.
+        CannotRun: S3 denies access or cannot be reached.
     """
     try:
-        found = list(_listed(path))
+        files = list(_list_s3(path))
     except OSError as error:
-        raise _explained(path, error, place) from None
-    if not found:
-        raise RecipeError([Problem(place, f"{path}: no file there ends in {', '.join(DATA_SUFFIXES)}")])
-    return found
+        raise _explain_s3_error(path, error, location) from None
+    if not files:
+        raise RecipeError([Problem(location, f"{path}: no file there ends in {', '.join(DATA_SUFFIXES)}")])
+    return files
 
 
 @lru_cache
-def _listed(path: str) -> tuple[File, ...]:
-    """One look for a process: the files do not change under a run."""
+def _list_s3(path: str) -> tuple[DataFile, ...]:
+    """List the files once a process: they do not change during a run."""
     from pyarrow import fs
 
     key = path.removeprefix("s3://").strip("/")
     parts = key.split("/")
-    wild = next((i for i, part in enumerate(parts) if any(c in part for c in WILD)), None)
-    if wild == 0 or not parts[0]:
-        raise FileNotFoundError("the name of a bucket stands before the first /, and is no glob")
-    if wild is None:
+    first_glob = next((i for i, part in enumerate(parts) if any(c in part for c in GLOB_CHARACTERS)), None)
+    if first_glob == 0 or not parts[0]:
+        raise FileNotFoundError("the name of the bucket comes before the first /, and cannot be a glob")
+    if first_glob is None:
         info = _s3(parts[0]).get_file_info(key)
         if info.type == fs.FileType.NotFound:
             raise FileNotFoundError(f"the key does not exist: {path}")
         if info.type == fs.FileType.File:
-            return (File(f"s3://{key}", info.size, info.mtime_ns),)
-        found = _s3(parts[0]).get_file_info(fs.FileSelector(key, recursive=True))
+            return (DataFile(f"s3://{key}", info.size, info.mtime_ns),)
+        infos = _s3(parts[0]).get_file_info(fs.FileSelector(key, recursive=True))
     else:
-        recursive = wild + 1 < len(parts)
-        chosen = _s3(parts[0]).get_file_info(fs.FileSelector("/".join(parts[:wild]), recursive=recursive))
-        found = [info for info in chosen if _matches(info.path.split("/"), parts)]
-    files = [File(f"s3://{info.path}", info.size, info.mtime_ns) for info in found if info.type == fs.FileType.File]
-    return tuple(sorted((file for file in files if file.name.endswith(DATA_SUFFIXES)), key=lambda file: file.path))
+        recursive = first_glob + 1 < len(parts)
+        entries = _s3(parts[0]).get_file_info(fs.FileSelector("/".join(parts[:first_glob]), recursive=recursive))
+        infos = [info for info in entries if _matches(info.path.split("/"), parts)]
+    files = [DataFile(f"s3://{info.path}", info.size, info.mtime_ns) for info in infos if info.type == fs.FileType.File]
+    return tuple(sorted((file for file in files if file.base_name.endswith(DATA_SUFFIXES)), key=lambda file: file.path))
 
 
 def _matches(key: list[str], pattern: list[str]) -> bool:
-    """Whether a key fits a glob, both cut at their slashes; ** stands for any number of folders."""
+    """Whether a key matches a glob, both split at slashes; ** is any number of folders."""
     if not pattern or not key:
         return pattern == key
     if pattern[0] == "**":
@@ -121,26 +141,31 @@ def _matches(key: list[str], pattern: list[str]) -> bool:
 
 @lru_cache
 def _s3(bucket: str) -> Any:
-    """S3 as AWS's tools see it: their credentials and AWS_ENDPOINT_URL (which pyarrow does not look at); the bucket's own region."""
+    """Open S3 with the credentials and endpoint of AWS's tools, in the bucket's region.
+
+    pyarrow does not read AWS_ENDPOINT_URL by itself.
+    """
     from pyarrow import fs
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = None
     if endpoint is None:
-        with suppress(OSError):  # told when the bucket is opened
+        with suppress(OSError):  # the error comes again when the bucket is opened
             region = fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(endpoint_override=endpoint, region=region, connect_timeout=10, request_timeout=60)
 
 
-def _explained(path: str, error: OSError, place: Where) -> AzrecipeError:
+def _explain_s3_error(path: str, error: OSError, location: SourceLocation) -> AzrecipeError:
     text = str(error)
-    said = text.rpartition("AWS Error ")[2].strip().splitlines()[0] if text.strip() else type(error).__name__
+    reason = text.rpartition("AWS Error ")[2].strip().splitlines()[0] if text.strip() else type(error).__name__
     if isinstance(error, FileNotFoundError) or any(word in text for word in _MISSING):
-        return RecipeError([Problem(place, f"no such file on S3: {path} ({said})")])
+        return RecipeError([Problem(location, f"no such file on S3: {path} ({reason})")])
     if isinstance(error, PermissionError) or any(word in text for word in _DENIED):
         return CannotRun(
-            f"{place}: S3 does not give {path}: {said}\n"
-            "  Credentials are looked for where AWS's tools do (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, "
+            f"{location}: S3 denies access to {path}: {reason}\n"
+            "  Credentials come from where AWS's tools look (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, "
             "~/.aws, the machine's role); they must allow s3:ListBucket and s3:GetObject"
         )
-    return CannotRun(f"{place}: S3 cannot be reached for {path}: {said}\n  It needs the network, or AWS_ENDPOINT_URL of another S3 service")
+    return CannotRun(
+        f"{location}: S3 cannot be reached for {path}: {reason}\n  This needs the network, or AWS_ENDPOINT_URL for another S3 service"
+    )

@@ -1,4 +1,4 @@
-"""From a recipe to open things: where its tokenizers and models stand, its texts, and the hashes that name its inputs."""
+"""Find the models, tokenizers and texts of a recipe, and fingerprint them."""
 
 from __future__ import annotations
 
@@ -7,69 +7,82 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from azrecipe.data.cleaning_report import Tally, nothing_left
-from azrecipe.data.readers import Located, files
-from azrecipe.data.sources import documents
+from azrecipe.data.cleaning_report import CleaningReport, explain_missing_text
+from azrecipe.data.readers import DataSource, list_files
+from azrecipe.data.sources import read_documents
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.overrides import dotted
+from azrecipe.recipe.overrides import format_key_path
 from azrecipe.recipe.types import ModelSource, PretrainTokenizer, Source, ValidationSource
 from azrecipe.recipe.yaml_tree import Key
-from azrecipe.runs.run_dir import RunDir, candidate_of, upstream
+from azrecipe.runs.run_dir import RunDir, find_candidate_folder, find_upstream_run
 
 
 class Inputs:
-    """Collects what a run takes from elsewhere, so that a later resume can tell whether it has changed."""
+    """The inputs of a run; a later resume compares their fingerprints.
+
+    Attributes:
+        fingerprints: A fingerprint of each input that was found so far, by its key in the recipe.
+        document_groups: The group of each held-out document, by validation set.
+        cleaning_reports: What the clean-up of each validation set did.
+        raw_hashes: Hashes of the held-out documents before their clean-up.
+    """
 
     def __init__(self, recipe: Recipe, runs_dir: Path) -> None:
         self.recipe, self.runs_dir = recipe, runs_dir
-        self.found: dict[str, str] = {}
-        self.groups: dict[str, list[str]] = {}
-        self.tallies: dict[str, Tally] = {}
-        self.came: set[bytes] = set()
+        self.fingerprints: dict[str, str] = {}
+        self.document_groups: dict[str, list[str]] = {}
+        self.cleaning_reports: dict[str, CleaningReport] = {}
+        self.raw_hashes: set[bytes] = set()
 
-    def run_of(self, output_of: str, *keys: Key) -> RunDir:
-        """The complete run behind an `output_of`. Raises RecipeError at its place."""
-        run = upstream(self.recipe, self.runs_dir, output_of, *keys)
-        self.found[f"run of {Path(output_of).name}"] = str(run.status.get("run_id"))
+    def find_run(self, output_of: str, *keys: Key) -> RunDir:
+        """Find the complete run behind an `output_of`.
+
+        Raises:
+            RecipeError: There is none; the error has the location of the key.
+        """
+        run = find_upstream_run(self.recipe, self.runs_dir, output_of, *keys)
+        self.fingerprints[f"run of {Path(output_of).name}"] = str(run.status.get("run_id"))
         return run
 
-    def folder(self, source: ModelSource, *keys: Key) -> str:
-        """Where a model or tokenizer is: the final/ of a run, or the candidate asked for, a folder, or a hub id."""
+    def find_model(self, source: ModelSource, *keys: Key) -> str:
+        """Find a model or tokenizer: the final/ or a candidate of a run, a folder, or a hub id."""
         if source.output_of is not None:
-            run = self.run_of(source.output_of, *keys, "output_of")
+            run = self.find_run(source.output_of, *keys, "output_of")
             if isinstance(source, PretrainTokenizer) and source.candidate is not None:
-                return str(candidate_of(self.recipe, run, source.candidate, *keys, "candidate"))
-            return str(run.final)
+                return str(find_candidate_folder(self.recipe, run, source.candidate, *keys, "candidate"))
+            return str(run.final_dir)
         assert source.name_or_path is not None
         return source.name_or_path
 
-    def located(self, source: Source, *keys: Key) -> Located:
-        """A dataset with its place in the recipe; local files are hashed, those on S3 known by size and time of change."""
-        found = Located(source, self.recipe.place(*keys, "path"))
-        if found.in_files:
-            content = [[file.name, file.version] for file in files(found)]
-            self.found[dotted(keys)] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        return found
+    def locate_source(self, source: Source, *keys: Key) -> DataSource:
+        """Locate a dataset entry in the recipe, and fingerprint its files."""
+        located = DataSource(source, self.recipe.locate(*keys, "path"))
+        if located.in_files:
+            content = [[file.base_name, file.content_id] for file in list_files(located)]
+            self.fingerprints[format_key_path(keys)] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return located
 
-    def datasets(self, sources: list[Source]) -> list[Located]:
-        """The recipe's data.datasets."""
-        return [self.located(source, "data", "datasets", i) for i, source in enumerate(sources)]
+    def locate_datasets(self, sources: list[Source]) -> list[DataSource]:
+        """Locate the entries of data.datasets."""
+        return [self.locate_source(source, "data", "datasets", i) for i, source in enumerate(sources)]
 
-    def validation(self, sources: Mapping[str, ValidationSource]) -> dict[str, list[str]]:
-        """The held-out documents of each validation set, read into memory. Raises RecipeError for a set without text.
+    def read_validation(self, sources: Mapping[str, ValidationSource]) -> dict[str, list[str]]:
+        """Read the held-out documents of each validation set into memory.
 
-        Fills `groups` (what each document belongs together with), `came` (their hashes before any clean-up) and, for the
-        sets that are cleaned, `tallies`.
+        Fills `document_groups`, `raw_hashes` and, for the sets with a clean-up or filters, `cleaning_reports`.
+
+        Raises:
+            RecipeError: A set holds no text.
         """
-        found = {}
+        texts = {}
         for name, source in sources.items():
-            located = self.located(source, "data", "validation", name)
-            tally = Tally()
-            read = list(documents(located, held_out_side=True, tally=tally))
-            if not read:
-                raise located.wrong(f"validation set '{name}': {located.title} holds no text{nothing_left(tally)}")
-            found[name], self.groups[name] = [document.text for document in read], [document.group for document in read]
-            self.came.update(document.came for document in read)
-            if located.cleaned:
-                self.tallies[name] = tally
-        return found
+            located = self.locate_source(source, "data", "validation", name)
+            report = CleaningReport()
+            held_out = list(read_documents(located, held_out_side=True, report=report))
+            if not held_out:
+                raise located.error(f"validation set '{name}': {located.title} holds no text{explain_missing_text(report)}")
+            texts[name], self.document_groups[name] = [document.text for document in held_out], [document.group for document in held_out]
+            self.raw_hashes.update(document.raw_hash for document in held_out)
+            if located.is_cleaned:
+                self.cleaning_reports[name] = report
+        return texts

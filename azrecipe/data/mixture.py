@@ -1,10 +1,10 @@
-"""The order of the data: which document comes when, decided once, the same for every machine and number of processes.
+"""Mix the documents of several sources into one order.
 
-Each source is gone through in epochs, each in an order of its own drawn from the seed. The sources are merged by
-virtual time: a document starts at (bytes its source gave before it) / (the source's share), and the earliest start
-comes first. So after any number of bytes every source has given its share to within one document, and the order for a
-longer run begins with the order for a shorter one. A source that is not begun again leaves, and the others keep their
-shares among themselves.
+The order is the same on every machine and for every number of processes. Each source is read in epochs, and each epoch has
+an order of its own, drawn from the seed. The sources are merged by virtual time: a document starts at (bytes of its source
+before it) / (share of the source), and the earliest start comes first. So after any number of bytes every source has
+contributed its share to within one document, and the order for a longer run begins with the order for a shorter one. A
+source that is read for the last time leaves, and the others keep their shares among themselves.
 """
 
 from __future__ import annotations
@@ -14,238 +14,288 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from azrecipe.data.token_store import Store
+from azrecipe.data.token_store import TokenStore
 
 Ints = npt.NDArray[np.int64]
-BLOCK = 4096  # documents between two running counts that an order keeps; those between are counted when asked for
-SLICE = 1_000_000  # documents merged at a time
-TOKENS, BYTES = 0, 1  # columns of what is counted
+BLOCK_DOCUMENTS = 4096  # documents between two stored running counts; counts in between are computed on demand
+MAX_BLOCKS_IN_MEMORY = 8
+SLICE_DOCUMENTS = 1_000_000  # documents merged at a time
+TOKEN_COLUMN, BYTE_COLUMN = 0, 1  # the columns of arrays of counts, and the fields of TextCounts
+
+
+class TextCounts(NamedTuple):
+    """An amount of text, in tokens and in bytes of UTF-8."""
+
+    tokens: int
+    bytes: int
 
 
 @dataclass(frozen=True)
-class Order:
-    """Documents in the order of training, [n] each: source, document within it. 5 bytes a document with few sources.
+class DocumentOrder:
+    """Documents in the order of training; 5 bytes a document with few sources.
 
-    `marks` [⌈n / BLOCK⌉ + 1, 2] int64: tokens (the specials that packing adds included) and bytes before each BLOCK-th
-    document, and of all.
+    Attributes:
+        mix: The mixture that the order is of.
+        source: The source of each document, [documents].
+        document: The number of each document within its source, [documents].
+        block_counts: [blocks + 1, 2] int64, tokens (with the special tokens that packing adds) and bytes before each
+            block of BLOCK_DOCUMENTS documents, and of all.
     """
 
-    mix: Mix
+    mix: Mixture
     source: npt.NDArray[Any]
     document: npt.NDArray[Any]
-    marks: Ints
-    _held: dict[int, Ints] = field(default_factory=dict, repr=False, compare=False)
+    block_counts: Ints
+    _blocks: dict[int, Ints] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.source)
 
     @property
     def tokens(self) -> int:
-        return int(self.marks[-1, TOKENS])
+        return int(self.block_counts[-1, TOKEN_COLUMN])
 
     @property
     def bytes(self) -> int:
-        return int(self.marks[-1, BYTES])
+        return int(self.block_counts[-1, BYTE_COLUMN])
 
-    def counts(self, begin: int, end: int) -> Ints:
-        """Tokens and bytes of the documents from `begin` to before `end`: [end - begin, 2]."""
-        return self.mix.counts(self.source[begin:end], self.document[begin:end])
+    def read_counts(self, begin: int, end: int) -> Ints:
+        """Read the tokens and bytes of documents `begin` to before `end`, [end - begin, 2]."""
+        return self.mix.read_counts(self.source[begin:end], self.document[begin:end])
 
-    def before(self, nth: int) -> tuple[int, int]:
-        """Tokens and bytes before the nth document."""
-        if nth == 0:
-            return 0, 0
-        ends = self._ends((nth - 1) // BLOCK)[(nth - 1) % BLOCK]
-        return int(ends[TOKENS]), int(ends[BYTES])
+    def counts_before(self, index: int) -> TextCounts:
+        """Count tokens and bytes before a document."""
+        if index == 0:
+            return TextCounts(0, 0)
+        counts = self._count_through_block((index - 1) // BLOCK_DOCUMENTS)[(index - 1) % BLOCK_DOCUMENTS]
+        return TextCounts(int(counts[TOKEN_COLUMN]), int(counts[BYTE_COLUMN]))
 
-    def find(self, column: int, at: int, side: Any = "left") -> int:
-        """The first document that ends at or behind a position (`side` right: behind it); their number where none does."""
-        block = int(np.searchsorted(self.marks[1:, column], at, side=side))
-        if block + 1 >= len(self.marks):
+    def find_document(self, column: int, position: int, side: Literal["left", "right"] = "left") -> int:
+        """Find the first document that ends at or after a position.
+
+        Args:
+            column: What the position counts, TOKEN_COLUMN or BYTE_COLUMN.
+            position: Tokens or bytes from the beginning of the order.
+            side: "right" for the first document that ends after the position.
+
+        Returns:
+            The document's index in the order; the number of documents where none ends there.
+        """
+        block = int(np.searchsorted(self.block_counts[1:, column], position, side=side))
+        if block + 1 >= len(self.block_counts):
             return len(self)
-        return block * BLOCK + int(np.searchsorted(self._ends(block)[:, column], at, side=side))
+        return block * BLOCK_DOCUMENTS + int(np.searchsorted(self._count_through_block(block)[:, column], position, side=side))
 
     def bytes_at(self, token: int) -> int:
-        """Bytes of text before a position counted in tokens; a document that is cut counts in proportion."""
-        return round(self._interpolate(TOKENS, token))
+        """Count the bytes before a position in tokens; a cut document counts in proportion."""
+        return round(self._interpolate(TOKEN_COLUMN, token))
 
     def token_at(self, size: int) -> int:
-        """The position in tokens at which so many bytes of text have been read."""
-        return math.ceil(self._interpolate(BYTES, size))
+        """Find the position in tokens after `size` bytes of text."""
+        return math.ceil(self._interpolate(BYTE_COLUMN, size))
 
-    def _interpolate(self, column: int, at: int) -> float:
-        """Read a position on one running count off on the other, linear within a document."""
-        nth = min(self.find(column, at), len(self) - 1)
-        start, end = self.before(nth), self.before(nth + 1)
+    def _interpolate(self, column: int, position: int) -> float:
+        """Convert tokens to bytes or bytes to tokens, linearly within a document."""
+        index = min(self.find_document(column, position), len(self) - 1)
+        start, end = self.counts_before(index), self.counts_before(index + 1)
         other = 1 - column
-        return start[other] + (at - start[column]) / (end[column] - start[column]) * (end[other] - start[other])
+        return start[other] + (position - start[column]) / (end[column] - start[column]) * (end[other] - start[other])
 
-    def _ends(self, block: int) -> Ints:
-        """Running counts at the end of each document of a block."""
-        if block not in self._held:
-            if len(self._held) > 8:
-                self._held.clear()
-            begin = block * BLOCK
-            self._held[block] = self.marks[block] + np.cumsum(self.counts(begin, min(begin + BLOCK, len(self))), axis=0)
-        return self._held[block]
+    def _count_through_block(self, block: int) -> Ints:
+        """Compute the running counts at the end of each document of a block, [documents, 2]."""
+        if block not in self._blocks:
+            if len(self._blocks) > MAX_BLOCKS_IN_MEMORY:
+                self._blocks.clear()
+            begin = block * BLOCK_DOCUMENTS
+            self._blocks[block] = self.block_counts[block] + np.cumsum(
+                self.read_counts(begin, min(begin + BLOCK_DOCUMENTS, len(self))), axis=0
+            )
+        return self._blocks[block]
 
 
-class Mix:
-    """Documents of several stores, mixed by `weights` (shares of bytes), reshuffled each epoch with `seed`.
+class Mixture:
+    """The documents of several stores, mixed by weight and shuffled anew each epoch.
 
-    `extra` is the number of special tokens that packing adds to each document. `limits`: how many times each source is
-    gone through before it leaves the mix (a part of an epoch is its beginning); None: for ever.
+    Args:
+        stores: The tokenised sources.
+        weights: The share of each source, in bytes; they need not add up to 1.
+        seed: What the order of each epoch is drawn from.
+        specials_per_document: The special tokens that packing adds to each document.
+        max_epochs: How many times each source is read before it leaves the mixture; a part of an epoch is its
+            beginning. None: without end.
     """
 
     def __init__(
-        self, stores: Sequence[Store], weights: Sequence[float], seed: int, extra: int, limits: Sequence[float] | None = None
+        self,
+        stores: Sequence[TokenStore],
+        weights: Sequence[float],
+        seed: int,
+        specials_per_document: int,
+        max_epochs: Sequence[float] | None = None,
     ) -> None:
-        self.stores, self.seed, self.extra, self.limits = stores, seed, extra, limits
+        self.stores, self.seed, self.specials_per_document, self.max_epochs = stores, seed, specials_per_document, max_epochs
         total = sum(weights)
         self.shares = [weight / total for weight in weights]
-        self._counts = [_counts(store, extra) for store in stores]
+        self._document_counts = [_count_documents(store, specials_per_document) for store in stores]
         self._queues = [_Queue(self, i) for i in range(len(stores))]
-        self._time, self._marks, self._counted = 0.0, [np.zeros((1, 2), np.int64)], np.zeros(2, np.int64)
-        document = np.int32 if max(store.documents for store in stores) < 2**31 else np.int64
-        self._order = Order(self, np.zeros(0, np.min_scalar_type(len(stores))), np.zeros(0, document), self._marks[0])
+        self._time, self._block_counts, self._total = 0.0, [np.zeros((1, 2), np.int64)], np.zeros(2, np.int64)
+        document = np.int32 if max(store.num_documents for store in stores) < 2**31 else np.int64
+        self._order = DocumentOrder(self, np.zeros(0, np.min_scalar_type(len(stores))), np.zeros(0, document), self._block_counts[0])
 
     @property
     def fingerprint(self) -> str:
         """A name for this order of these data; equal for runs that can continue one another."""
-        what: list[Any] = [[s.key for s in self.stores], self.shares, self.seed, self.extra]
-        if self.limits is not None:
-            what.append(list(self.limits))
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+        settings: list[Any] = [[s.key for s in self.stores], self.shares, self.seed, self.specials_per_document]
+        if self.max_epochs is not None:
+            settings.append(list(self.max_epochs))
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
     @property
     def epoch_bytes(self) -> int:
         """Bytes of text of all sources together."""
-        return sum(store.bytes for store in self.stores)
+        return sum(store.num_bytes for store in self.stores)
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of all sources together, the specials that packing adds included."""
-        return sum(store.count + store.documents * self.extra for store in self.stores)
+        """Tokens of all sources together, with the special tokens that packing adds."""
+        return sum(store.num_tokens + store.num_documents * self.specials_per_document for store in self.stores)
 
-    def counts(self, source: npt.NDArray[Any], document: npt.NDArray[Any]) -> Ints:
-        """Tokens and bytes of documents: [n, 2]."""
-        found = np.empty(len(source), np.uint64)
-        for i, counts in enumerate(self._counts):
+    def read_counts(self, source: npt.NDArray[Any], document: npt.NDArray[Any]) -> Ints:
+        """Read the tokens and bytes of documents, [documents, 2], by source and number in it."""
+        all_counts = np.empty(len(source), np.uint64)
+        for i, counts in enumerate(self._document_counts):
             mine = source == i
-            found[mine] = counts.take(document[mine])
-        return found.view(np.uint32).reshape(-1, 2).astype(np.int64)
+            all_counts[mine] = counts.take(document[mine])
+        return all_counts.view(np.uint32).reshape(-1, 2).astype(np.int64)
 
-    def order(self, tokens: int = 0, size: int = 0) -> Order:
-        """The order up to at least so many tokens and bytes of text, or, with `limits`, to its end where that is nearer.
+    def build_order(self, tokens: int = 0, size: int = 0) -> DocumentOrder:
+        """Extend the order to at least so much text, or to its end.
 
-        What an earlier call has made is kept: the order may be longer than what is asked for.
+        The order is never shortened: it may be longer than this call needs.
+
+        Args:
+            tokens: The tokens that the order holds at least.
+            size: The bytes of text that it holds at least.
         """
-        made = self._order
-        if made.tokens >= tokens and made.bytes >= size and len(made):
-            return made
+        order = self._order
+        if order.tokens >= tokens and order.bytes >= size and len(order):
+            return order
         horizon = max(size, tokens * self.epoch_bytes / max(self.epoch_tokens, 1)) * 1.02 + 1
-        sources, documents = [made.source], [made.document]
-        pace = sum(share * store.documents / store.bytes for share, store in zip(self.shares, self.stores, strict=True))
-        while (self._counted[TOKENS] < tokens or self._counted[BYTES] < size or not self._counted[TOKENS]) and not self.ended:
+        sources, documents = [order.source], [order.document]
+        pace = sum(share * store.num_documents / store.num_bytes for share, store in zip(self.shares, self.stores, strict=True))
+        while (self._total[TOKEN_COLUMN] < tokens or self._total[BYTE_COLUMN] < size or not self._total[TOKEN_COLUMN]) and not self.ended:
             target = horizon if horizon > self._time else self._time * 1.25
-            self._time = min(target, self._time + SLICE / pace)
-            source, document = self._slice(made.source.dtype, made.document.dtype)
-            self._count(source, document, sum(map(len, sources)))
+            self._time = min(target, self._time + SLICE_DOCUMENTS / pace)
+            source, document = self._take_slice(order.source.dtype, order.document.dtype)
+            self._store_counts(source, document, sum(map(len, sources)))
             sources.append(source)
             documents.append(document)
         for queue in self._queues:
-            queue.rest()
-        count, marks = sum(map(len, sources)), np.concatenate(self._marks)
-        marks = marks if count % BLOCK == 0 else np.concatenate([marks, self._counted[None]])
-        self._order = Order(self, np.concatenate(sources), np.concatenate(documents), marks)
+            queue.free()
+        count, block_counts = sum(map(len, sources)), np.concatenate(self._block_counts)
+        block_counts = block_counts if count % BLOCK_DOCUMENTS == 0 else np.concatenate([block_counts, self._total[None]])
+        self._order = DocumentOrder(self, np.concatenate(sources), np.concatenate(documents), block_counts)
         return self._order
 
     @property
     def ended(self) -> bool:
-        """Whether the order that has been made holds all that the sources may give."""
+        """Whether the order holds all documents that the epochs of the sources allow."""
         return all(queue.ended for queue in self._queues)
 
-    def epochs(self, order: Order, begun: int, further: Ints | None = None) -> list[float]:
-        """How many times each source is gone through in the first `begun` documents and the `further` ones [n] of an order."""
+    def count_epochs(self, order: DocumentOrder, count: int, others: Ints | None = None) -> list[float]:
+        """Count how many times a part of an order reads each source.
+
+        Args:
+            order: The order.
+            count: The documents at its beginning that are read.
+            others: The indices of further documents that are read.
+        """
         read = np.zeros(len(self.stores))
-        parts: list[Any] = [slice(at, min(at + SLICE, begun)) for at in range(0, begun, SLICE)]
-        for part in parts if further is None else [*parts, further]:
+        parts: list[Any] = [slice(begin, min(begin + SLICE_DOCUMENTS, count)) for begin in range(0, count, SLICE_DOCUMENTS)]
+        for part in parts if others is None else [*parts, others]:
             source, document = order.source[part], order.document[part]
-            read += np.bincount(source, self.counts(source, document)[:, BYTES], minlength=len(read))
-        return [float(size / store.bytes) for size, store in zip(read, self.stores, strict=True)]
+            read += np.bincount(source, self.read_counts(source, document)[:, BYTE_COLUMN], minlength=len(read))
+        return [float(size / store.num_bytes) for size, store in zip(read, self.stores, strict=True)]
 
-    def _slice(self, source: Any, document: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The documents that start before the present time and have not been given yet, in order."""
-        taken = [queue.take(self._time) for queue in self._queues]
-        merged = np.argsort(np.concatenate([starts for _, starts in taken]), kind="stable")
-        sources = np.repeat(np.arange(len(taken), dtype=source), [len(starts) for _, starts in taken])
-        return sources[merged], np.concatenate([documents for documents, _ in taken]).astype(document)[merged]
+    def _take_slice(self, source: Any, document: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Take the documents that start before the present time, in order."""
+        runs = [queue.take(self._time) for queue in self._queues]
+        merged = np.argsort(np.concatenate([starts for _, starts in runs]), kind="stable")
+        sources = np.repeat(np.arange(len(runs), dtype=source), [len(starts) for _, starts in runs])
+        return sources[merged], np.concatenate([documents for documents, _ in runs]).astype(document)[merged]
 
-    def _count(self, source: npt.NDArray[Any], document: npt.NDArray[Any], before: int) -> None:
-        """Keep the running counts at the ends of the blocks that end among these documents."""
+    def _store_counts(self, source: npt.NDArray[Any], document: npt.NDArray[Any], before: int) -> None:
+        """Store the running counts at the ends of the blocks that end among these documents."""
         if len(source):
-            ends = self._counted + np.cumsum(self.counts(source, document), axis=0)
-            self._marks.append(ends[BLOCK - 1 - before % BLOCK :: BLOCK].copy())  # a view would hold them all
-            self._counted = ends[-1].copy()
+            # A copy, since a view would keep all counts in memory
+            ends = self._total + np.cumsum(self.read_counts(source, document), axis=0)
+            self._block_counts.append(ends[BLOCK_DOCUMENTS - 1 - before % BLOCK_DOCUMENTS :: BLOCK_DOCUMENTS].copy())
+            self._total = ends[-1].copy()
 
 
-def _counts(store: Store, extra: int) -> npt.NDArray[np.uint64]:
-    """Tokens and bytes of each document [documents], each pair in 8 bytes: they are read at random, three times as fast."""
+def _count_documents(store: TokenStore, extra: int) -> npt.NDArray[np.uint64]:
+    """Count the tokens and bytes of each document, [documents].
+
+    Each pair lies in 8 bytes, since random access is then three times as fast.
+    """
     counts = np.stack([store.lengths + extra, store.sizes], axis=1)
     assert counts.max() < 2**32  # no tokenizer reads a document of 4 GiB
     return counts.astype(np.uint32).view(np.uint64)[:, 0]
 
 
 class _Queue:
-    """One source's documents, epoch after epoch, each with the virtual time at which it starts."""
+    """One source's documents, epoch after epoch, each with its virtual time."""
 
-    def __init__(self, mix: Mix, nth: int) -> None:
-        self.store, self.share, self.key = mix.stores[nth], mix.shares[nth], [mix.seed, nth]
-        self.limit = math.inf if mix.limits is None else mix.limits[nth] * self.store.bytes
-        self.epoch = self.at = 0
-        self.rest()
+    def __init__(self, mix: Mixture, index: int) -> None:
+        self.store, self.share, self.key = mix.stores[index], mix.shares[index], [mix.seed, index]
+        self.limit = math.inf if mix.max_epochs is None else mix.max_epochs[index] * self.store.num_bytes
+        self.epoch = self.position = 0
+        self.free()
 
     @property
     def ended(self) -> bool:
-        return self.epoch * self.store.bytes >= self.limit
+        return self.epoch * self.store.num_bytes >= self.limit
 
-    def rest(self) -> None:
-        """Let go of the epoch's order; it is made again when it is asked for."""
+    def free(self) -> None:
+        """Free the memory of the epoch's order; it is drawn again when it is needed."""
         self.documents: npt.NDArray[Any] | None = None
         self.starts = np.zeros(0)
 
     def take(self, until: float) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-        """Documents [n] that start before a time, and when they do. Those taken before are left out."""
+        """Take the next documents that start before a time: their numbers and times, [documents] each."""
         documents, starts = [np.zeros(0, np.int64)], [np.zeros(0)]
         while not self.ended:
             if self.documents is None:
                 self._shuffle()
             assert self.documents is not None
-            end = max(self.at, int(np.searchsorted(self.starts, until, side="left")))
-            documents.append(self.documents[self.at : end])
-            starts.append(self.starts[self.at : end])
-            self.at = end
+            end = max(self.position, int(np.searchsorted(self.starts, until, side="left")))
+            documents.append(self.documents[self.position : end])
+            starts.append(self.starts[self.position : end])
+            self.position = end
             if end < len(self.documents):
                 break
-            self.epoch, self.at, self.documents = self.epoch + 1, 0, None
+            self.epoch, self.position, self.documents = self.epoch + 1, 0, None
         return np.concatenate(documents), np.concatenate(starts)
 
     def _shuffle(self) -> None:
-        documents = np.random.Generator(np.random.PCG64([*self.key, self.epoch])).permutation(self.store.documents)
+        documents = np.random.Generator(np.random.PCG64([*self.key, self.epoch])).permutation(self.store.num_documents)
         sizes = self.store.sizes[documents]
-        begins = np.cumsum(sizes)
-        begins += self.epoch * self.store.bytes - sizes
-        if begins[-1] >= self.limit:
-            begins = begins[: int(np.searchsorted(begins, self.limit, side="left"))]
-        self.documents, self.starts = documents[: len(begins)], begins / self.share
+        starts = np.cumsum(sizes)
+        starts += self.epoch * self.store.num_bytes - sizes
+        if starts[-1] >= self.limit:
+            starts = starts[: int(np.searchsorted(starts, self.limit, side="left"))]
+        self.documents, self.starts = documents[: len(starts)], starts / self.share
 
 
-def temperature_weights(stores: Sequence[Store], temperature: float) -> list[float]:
-    """Weights in proportion to bytes ** (1 / temperature), the largest 1; to 12 digits, the same on every machine."""
-    largest = max(store.bytes for store in stores)
-    return [float(f"{(store.bytes / largest) ** (1 / temperature):.12g}") for store in stores]
+def compute_temperature_weights(stores: Sequence[TokenStore], temperature: float) -> list[float]:
+    """Compute weights in proportion to bytes ** (1 / temperature), the largest 1.
+
+    They are rounded to 12 digits, so that they are the same on every machine.
+    """
+    largest = max(store.num_bytes for store in stores)
+    return [float(f"{(store.num_bytes / largest) ** (1 / temperature):.12g}") for store in stores]

@@ -1,7 +1,7 @@
-"""Documents to training sequences: laid out, and kept from seeing each other.
+"""Lay documents into training sequences and batches.
 
-A document is BOS, its tokens, EOS. `wrapped`: one after the other, cut where a sequence is full. `bfd` and unpacked: see
-`best_fit_packing`. `position_ids` restart at each document, which with `use_cache=False` and no attention mask makes
+A document is BOS, its tokens, EOS. The strategy `wrapped` lays documents one after the other and cuts one where a sequence
+is full; `best_fit_packing` has the strategies `bfd` and `unpacked`. `position_ids` restart at each document, which with `use_cache=False` and no attention mask makes
 transformers build attention within documents only. No loss is taken on predicting a BOS or padding.
 """
 
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from azrecipe.data.best_fit_packing import Fitted, Piece
-from azrecipe.data.mixture import TOKENS, Ints, Mix
+from azrecipe.data.best_fit_packing import BestFitLayout, DocumentSpan
+from azrecipe.data.mixture import TOKEN_COLUMN, Ints, Mixture, TextCounts
 from azrecipe.errors import CannotRun
-from azrecipe.tokenization.encoding import IGNORED
+from azrecipe.tokenization.encoding import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from azrecipe.recipe.types import PretrainData
 
 
-Sequence = dict[str, torch.Tensor]
+TokenSequence = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Borders:
-    """The special tokens around a document; either may be None, not both."""
+class DocumentDelimiters:
+    """The special tokens around a document; one of them may be None."""
 
     bos: int | None
     eos: int | None
@@ -41,190 +41,265 @@ class Borders:
         return (self.bos is not None) + (self.eos is not None)
 
 
-def borders(tokenizer: PreTrainedTokenizerBase) -> Borders:
-    """The document borders of a tokenizer. Raises CannotRun where it has neither a BOS nor an EOS token."""
-    found = Borders(tokenizer.bos_token_id, tokenizer.eos_token_id)
-    if not found.count:
-        raise CannotRun("the tokenizer has neither a BOS nor an EOS token, so documents cannot be told apart")
-    return found
+def get_delimiters(tokenizer: PreTrainedTokenizerBase) -> DocumentDelimiters:
+    """Get the delimiters that a tokenizer has.
+
+    Raises:
+        CannotRun: The tokenizer has neither a BOS nor an EOS token.
+    """
+    delimiters = DocumentDelimiters(tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if not delimiters.count:
+        raise CannotRun("the tokenizer has neither a BOS nor an EOS token, so nothing separates documents")
+    return delimiters
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become sequences: strategy wrapped, bfd or unpacked; `pad` is the token that fills what is left."""
+    """How documents become sequences.
+
+    Attributes:
+        strategy: wrapped, bfd or unpacked.
+        max_length: The most tokens of a sequence.
+        delimiters: The special tokens around a document.
+        pad_token_id: The token that fills a sequence up.
+    """
 
     strategy: str
     max_length: int
-    marks: Borders
-    pad: int = 0
+    delimiters: DocumentDelimiters
+    pad_token_id: int = 0
 
 
-def packing(data: PretrainData, tokenizer: PreTrainedTokenizerBase) -> Packing:
-    """What a recipe asks for. Padding is the tokenizer's pad token, else its EOS, else its BOS."""
-    marks = borders(tokenizer)
-    pad = next(token for token in (tokenizer.pad_token_id, marks.eos, marks.bos) if token is not None)
-    return Packing(data.packing_strategy if data.packing else "unpacked", data.max_length, marks, pad)
+def build_packing(data: PretrainData, tokenizer: PreTrainedTokenizerBase) -> Packing:
+    """Build the packing of a recipe.
+
+    Padding is the tokenizer's pad token, else its EOS, else its BOS.
+    """
+    delimiters = get_delimiters(tokenizer)
+    pad = next(token for token in (tokenizer.pad_token_id, delimiters.eos, delimiters.bos) if token is not None)
+    return Packing(data.packing_strategy if data.packing else "unpacked", data.max_length, delimiters, pad)
 
 
-class Wrapped:
-    """Sequences of `max_length` tokens each from a token of the order on, documents cut where one is full."""
+class ConcatLayout:
+    """Sequences of `max_length` tokens, documents cut where one is full.
 
-    def __init__(self, mix: Mix, max_length: int, start: int = 0) -> None:
+    `start` is the token of the order at which the first sequence begins.
+    """
+
+    def __init__(self, mix: Mixture, max_length: int, start: int = 0) -> None:
         self.mix, self.max_length, self.start = mix, max_length, start
 
     @property
     def fingerprint(self) -> str:
-        """A name for these sequences; equal for runs that can continue one another, whatever their `max_length`."""
+        """A name for these sequences; equal for runs that can continue one another.
+
+        It does not depend on `max_length`: the order is cut anywhere.
+        """
         return self.mix.fingerprint
 
-    def pieces(self, sequence: int) -> list[Piece]:
-        """What stands in a sequence, in order."""
-        begin = self.start + sequence * self.max_length
-        end = begin + self.max_length
-        order = self.mix.order(tokens=end)
-        nth, found = order.find(TOKENS, begin, "right"), []
-        at = begin
-        while at < end:
-            start, stop = order.before(nth)[TOKENS], order.before(nth + 1)[TOKENS]
-            found.append(Piece(nth, at - start, min(stop, end) - at))
-            at, nth = min(stop, end), nth + 1
-        return found
+    def find_spans(self, sequence: int) -> list[DocumentSpan]:
+        """Find the parts of documents in a sequence, in order."""
+        token = self.start + sequence * self.max_length
+        end = token + self.max_length
+        order = self.mix.build_order(tokens=end)
+        index, spans = order.find_document(TOKEN_COLUMN, token, "right"), []
+        while token < end:
+            start, stop = order.counts_before(index).tokens, order.counts_before(index + 1).tokens
+            spans.append(DocumentSpan(index, token - start, min(stop, end) - token))
+            token, index = min(stop, end), index + 1
+        return spans
 
-    def amount(self, sequences: int) -> tuple[int, int]:
-        """Tokens and bytes of text in the first `sequences` sequences; a document that is cut counts in proportion."""
+    def count_text(self, sequences: int) -> TextCounts:
+        """Count tokens and bytes of text in the first `sequences` sequences.
+
+        A document that is cut counts in proportion.
+        """
         end = self.start + sequences * self.max_length
-        order = self.mix.order(tokens=end)
-        return end - self.start, order.bytes_at(end) - order.bytes_at(self.start)
+        order = self.mix.build_order(tokens=end)
+        return TextCounts(end - self.start, order.bytes_at(end) - order.bytes_at(self.start))
 
-    def reach(self, sequence: int, tokens: int = 0, size: int = 0) -> int:
-        """How many sequences from the given one on hold so many tokens and bytes of text; all there are, where they hold less."""
-        begin = self.start + sequence * self.max_length
+    def count_sequences(self, first: int, tokens: int = 0, size: int = 0) -> int:
+        """Count the sequences, from number `first` on, that hold so much text.
+
+        Args:
+            first: The first sequence that counts.
+            tokens: The tokens that the sequences hold at least.
+            size: The bytes of text that they hold at least.
+
+        Returns:
+            The number of sequences; all that there are where they hold less.
+        """
+        begin = self.start + first * self.max_length
         end = begin + tokens
         if size:
-            size += self.mix.order(tokens=begin).bytes_at(begin)
-            order = self.mix.order(size=size)
+            size += self.mix.build_order(tokens=begin).bytes_at(begin)
+            order = self.mix.build_order(size=size)
             end = max(end, order.token_at(min(size, order.bytes)))
-        wanted = -(-(end - begin) // self.max_length)
-        return self.available(sequence + wanted) - sequence
+        count = -(-(end - begin) // self.max_length)
+        return self.count_available(first + count) - first
 
-    def available(self, wanted: int) -> int:
-        """How many whole sequences there are, up to `wanted`."""
-        order = self.mix.order(tokens=self.start + wanted * self.max_length)
-        return max(0, min(wanted, (order.tokens - self.start) // self.max_length))
+    def count_available(self, limit: int) -> int:
+        """Count the full sequences that there are, up to `limit`."""
+        order = self.mix.build_order(tokens=self.start + limit * self.max_length)
+        return max(0, min(limit, (order.tokens - self.start) // self.max_length))
 
-    def begun(self, sequences: int) -> tuple[int, Ints]:
-        """The documents of which a part stands before the end of the first `sequences` sequences: so many, and no further ones."""
+    def find_started_documents(self, sequences: int) -> tuple[int, Ints]:
+        """Find the documents that begin in or before the first `sequences` sequences.
+
+        Returns:
+            How many documents at the beginning of the order these are, and no others (an empty array).
+        """
         end = self.start + sequences * self.max_length
-        return self.mix.order(tokens=end).find(TOKENS, end) + 1 if end else 0, np.zeros(0, np.int64)
+        return self.mix.build_order(tokens=end).find_document(TOKEN_COLUMN, end) + 1 if end else 0, np.zeros(0, np.int64)
 
 
-Layout = Wrapped | Fitted
+Layout = ConcatLayout | BestFitLayout
 
 
-def layout(mix: Mix, how: Packing, start: int = 0, cache: Path | None = None) -> Layout:
-    """The sequences of a mix from `start` on, which counts tokens of the order (wrapped) or sequences (the others)."""
-    if how.strategy == "wrapped":
-        return Wrapped(mix, how.max_length, start)
-    return Fitted(mix, how.max_length, how.strategy == "bfd", start, cache)
+def build_layout(mix: Mixture, packing: Packing, start: int = 0, cache: Path | None = None) -> Layout:
+    """Lay a mixture into sequences.
+
+    Args:
+        mix: The documents in their order.
+        packing: How documents become sequences.
+        start: Where the first sequence begins: a token of the order (wrapped), or a sequence (the other strategies).
+        cache: A folder for counts that take long to compute.
+    """
+    if packing.strategy == "wrapped":
+        return ConcatLayout(mix, packing.max_length, start)
+    return BestFitLayout(mix, packing.max_length, packing.strategy == "bfd", start, cache)
 
 
-class PackedText(Dataset[Sequence]):
-    """`count` sequences of a layout from number `first` on. Random access, memory-mapped."""
+class DocumentPart(NamedTuple):
+    """A part of a document in a sequence, by the source that the document is of.
 
-    def __init__(self, sequences: Layout, how: Packing, first: int, count: int) -> None:
-        self.layout, self.how, self.first, self.count = sequences, how, first, count
+    Attributes:
+        source: The index of the source.
+        document: The number of the document within its source.
+        first_token: The first token of the part within the document; a BOS counts as token 0.
+        num_tokens: The length of the part.
+    """
+
+    source: int
+    document: int
+    first_token: int
+    num_tokens: int
+
+
+class PackedText(Dataset[TokenSequence]):
+    """Sequences of a layout, memory-mapped, with random access.
+
+    Args:
+        layout: The sequences.
+        packing: How documents become sequences.
+        first_sequence: The number of the first sequence in the layout.
+        num_sequences: How many sequences there are.
+    """
+
+    def __init__(self, layout: Layout, packing: Packing, first_sequence: int, num_sequences: int) -> None:
+        self.layout, self.packing, self.first_sequence, self.num_sequences = layout, packing, first_sequence, num_sequences
 
     def __len__(self) -> int:
-        return self.count
+        return self.num_sequences
 
-    def __getitem__(self, index: int) -> Sequence:
-        """One sequence: input_ids, labels and position_ids, each [max_length] int64 (unpacked: [tokens]).
+    def __getitem__(self, index: int) -> TokenSequence:
+        """Read a sequence: input_ids, labels and position_ids, each [max_length] int64 (unpacked: [tokens]).
 
-        Padding stands at the end, as a document of its own that no loss is taken on.
+        Padding is at the end, a document of its own that takes no part in the loss.
         """
-        pieces = self.layout.pieces(self.first + index)
-        count = sum(piece.tokens for piece in pieces)
-        length = count if self.how.strategy == "unpacked" else self.how.max_length
-        ids = np.full(length, self.how.pad, dtype=np.int64)
+        spans = self.layout.find_spans(self.first_sequence + index)
+        count = sum(span.num_tokens for span in spans)
+        length = count if self.packing.strategy == "unpacked" else self.packing.max_length
+        ids = np.full(length, self.packing.pad_token_id, dtype=np.int64)
         positions = np.empty(length, dtype=np.int64)
-        at = 0
-        for piece in pieces:
-            ids[at : at + piece.tokens] = self._tokens(piece)
-            positions[at : at + piece.tokens] = np.arange(piece.tokens)
-            at += piece.tokens
-        positions[at:] = np.arange(length - at)
+        begin = 0
+        for span in spans:
+            ids[begin : begin + span.num_tokens] = self._read_tokens(span)
+            positions[begin : begin + span.num_tokens] = np.arange(span.num_tokens)
+            begin += span.num_tokens
+        positions[count:] = np.arange(length - count)
         labels = ids.copy()
-        labels[positions == 0] = IGNORED  # what precedes it is another document
-        labels[at:] = IGNORED
+        labels[positions == 0] = IGNORE_INDEX  # another document precedes the token
+        labels[count:] = IGNORE_INDEX
         return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "position_ids": torch.from_numpy(positions)}
 
-    def documents_of(self, index: int) -> list[tuple[int, int, int, int]]:
-        """What stands in a sequence: source and document within it, first token of the document (BOS is 0), tokens."""
-        order = self.layout.mix.order()
+    def list_documents(self, index: int) -> list[DocumentPart]:
+        """List the parts of documents in a sequence, in order."""
+        order = self.layout.mix.build_order()
         return [
-            (int(order.source[piece.nth]), int(order.document[piece.nth]), piece.first, piece.tokens)
-            for piece in self.layout.pieces(self.first + index)
+            DocumentPart(int(order.source[span.index]), int(order.document[span.index]), span.first_token, span.num_tokens)
+            for span in self.layout.find_spans(self.first_sequence + index)
         ]
 
-    def _tokens(self, piece: Piece) -> np.ndarray[Any, np.dtype[np.int64]]:
-        order = self.layout.mix.order()
-        tokens = self.layout.mix.stores[int(order.source[piece.nth])].document(int(order.document[piece.nth]))
-        bos, eos = self.how.marks.bos, self.how.marks.eos
-        found = np.empty(piece.tokens, np.int64)
-        before, at = 0 if bos is None else 1, 0
-        if bos is not None and piece.first == 0:
-            found[0], at = bos, 1
-        inside = tokens[max(piece.first - before, 0) : piece.first + piece.tokens - before]
-        found[at : at + len(inside)] = inside
-        if eos is not None and at + len(inside) < piece.tokens:
-            found[-1] = eos
-        return found
+    def _read_tokens(self, span: DocumentSpan) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Read the tokens of a part of a document, delimiters included, [tokens]."""
+        order = self.layout.mix.build_order()
+        text = self.layout.mix.stores[int(order.source[span.index])].read_document(int(order.document[span.index]))
+        bos, eos = self.packing.delimiters.bos, self.packing.delimiters.eos
+        tokens = np.empty(span.num_tokens, np.int64)
+        num_bos, begin = 0 if bos is None else 1, 0
+        if bos is not None and span.first_token == 0:
+            tokens[0], begin = bos, 1
+        part = text[max(span.first_token - num_bos, 0) : span.first_token + span.num_tokens - num_bos]
+        tokens[begin : begin + len(part)] = part
+        if eos is not None and begin + len(part) < span.num_tokens:
+            tokens[-1] = eos
+        return tokens
 
-    def tokens_until(self, sequences: int) -> int:
-        """Tokens in the first `sequences` sequences, BOS and EOS included, padding not."""
-        return self._until(sequences)[0]
+    def count_tokens(self, sequences: int) -> int:
+        """Count the tokens in the first `sequences` sequences, with BOS and EOS, without padding."""
+        return self._count_text(sequences).tokens
 
-    def bytes_until(self, sequences: int) -> int:
-        """Bytes of text in the first `sequences` sequences; a document that is cut counts in proportion."""
-        return self._until(sequences)[1]
+    def count_bytes(self, sequences: int) -> int:
+        """Count the bytes of text in the first `sequences` sequences.
 
-    def _until(self, sequences: int) -> tuple[int, int]:
-        (tokens, size), (before, size_before) = self.layout.amount(self.first + sequences), self.layout.amount(self.first)
-        return tokens - before, size - size_before
+        A document that is cut counts in proportion.
+        """
+        return self._count_text(sequences).bytes
+
+    def _count_text(self, sequences: int) -> TextCounts:
+        end, begin = (self.layout.count_text(self.first_sequence + number) for number in (sequences, 0))
+        return TextCounts(end.tokens - begin.tokens, end.bytes - begin.bytes)
 
 
 @dataclass(frozen=True)
-class Collate:
-    """Sequences to a batch: [sequences, longest] of each field, or, `flat`, [1, all their tokens].
+class Collator:
+    """Join sequences to a batch: each field [sequences, longest], or flat [1, all tokens].
 
-    No attention mask: the position ids isolate the documents. transformers' flash attention reads them in a batch of one
-    row only (`_is_packed_sequence` in its modeling_flash_attention_utils); with more rows, documents would see each
-    other. So flash attention takes the flat form, which cuts no corner: a sequence's first label is ignored anyway.
+    There is no attention mask: the position ids isolate the documents. transformers' flash attention reads them in a batch
+    of one row only (`_is_packed_sequence` in its modeling_flash_attention_utils); with more rows, documents would see each
+    other. So flash attention takes the flat form. The loss is the same: the first label of a sequence is ignored anyway.
+
+    Attributes:
+        pad_token_id: The token that pads a shorter sequence.
+        flat: Whether the sequences become one row.
+        length_multiple: What the length of a batch is a multiple of, by padding.
     """
 
-    pad: int
+    pad_token_id: int
     flat: bool
-    multiple: int = 1  # of which a batch's length is, by padding
+    length_multiple: int = 1
 
-    def __call__(self, sequences: list[Sequence]) -> Sequence:
+    def __call__(self, sequences: list[TokenSequence]) -> TokenSequence:
         if self.flat:
             return {key: torch.cat([s[key] for s in sequences])[None] for key in sequences[0]}
-        longest = -(-max(len(s["input_ids"]) for s in sequences) // self.multiple) * self.multiple
-        return {key: torch.stack([self._padded(key, s[key], longest) for s in sequences]) for key in sequences[0]}
+        longest = -(-max(len(s["input_ids"]) for s in sequences) // self.length_multiple) * self.length_multiple
+        return {key: torch.stack([self._pad(key, s[key], longest) for s in sequences]) for key in sequences[0]}
 
-    def _padded(self, key: str, row: torch.Tensor, longest: int) -> torch.Tensor:
-        """Right padding goes on with the row's positions: nothing looks ahead, and attention needs no mask."""
+    def _pad(self, key: str, row: torch.Tensor, longest: int) -> torch.Tensor:
+        """Pad a row on the right, its positions continued, so that attention needs no mask."""
         missing = longest - len(row)
         if not missing:
             return row
         if key == "position_ids":
             return torch.cat([row, torch.arange(len(row), longest)])
-        return torch.nn.functional.pad(row, (0, missing), value=self.pad if key == "input_ids" else IGNORED)
+        return torch.nn.functional.pad(row, (0, missing), value=self.pad_token_id if key == "input_ids" else IGNORE_INDEX)
 
 
-def collate(how: Packing, attn_implementation: str, context: int = 1) -> Collate:
-    """How a model with this attention takes its batches; each sequence is split over `context` processes.
+def build_collator(packing: Packing, attn_implementation: str, context: int = 1) -> Collator:
+    """Build the collator for a model's attention.
 
-    A process of those gets two pieces, one from the front and one from the back, so that all have as much to attend to.
+    With `context` processes to a sequence, each gets one piece from its front and one from its back, so that all have the
+    same work.
     """
-    return Collate(how.pad, flat=attn_implementation.startswith("flash"), multiple=2 * context if context > 1 else 1)
+    return Collator(packing.pad_token_id, flat=attn_implementation.startswith("flash"), length_multiple=2 * context if context > 1 else 1)

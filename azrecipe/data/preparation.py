@@ -1,4 +1,4 @@
-"""The text of a pretrain recipe made ready: every source tokenised, without held-out documents and duplicates, and what that came to."""
+"""Tokenise the sources of a pretrain recipe, without held-out documents and duplicates."""
 
 from __future__ import annotations
 
@@ -10,85 +10,101 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from azrecipe.data import deduplication
-from azrecipe.data.readers import Located
-from azrecipe.data.token_store import Store, held_out_hashes
-from azrecipe.data.tokenized_cache import Making, store
-from azrecipe.recipe.types import Pretrain
+from azrecipe.data.readers import DataSource
+from azrecipe.data.token_store import TokenStore, hash_held_out
+from azrecipe.data.tokenized_cache import TokenizeSpec, load_or_tokenize
+from azrecipe.recipe.types import PretrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PERCENTILES = (10, 25, 50, 75, 90, 95, 99, 100)
-LENGTHS = tuple(2**power for power in range(9, 18))  # 512 to 131,072 tokens
+LENGTH_THRESHOLDS = tuple(2**power for power in range(9, 18))  # 512 to 131,072 tokens
 
 
 @dataclass(frozen=True)
-class Text:
-    """Sources to train on, and held-out documents that they must not hold: their text, and hashes of it before its clean-up."""
+class PretrainText:
+    """Sources to train on, and held-out documents to leave out of them.
 
-    sources: Sequence[Located]
+    Attributes:
+        sources: The sources.
+        held_out: The held-out documents of each validation set.
+        raw_hashes: Hashes of these documents before their clean-up.
+    """
+
+    sources: Sequence[DataSource]
     held_out: Mapping[str, list[str]]
-    came: frozenset[bytes]
+    raw_hashes: frozenset[bytes]
 
 
-def stores(config: Pretrain, text: Text, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[Store]:
-    """The sources tokenised and, where the recipe asks for it, deduplicated; from the cache or made now."""
-    asked = config.data.deduplication
-    near = asked if asked and asked.method == "minhash" else None
-    making = Making(tokenizer, held_out_hashes(text.held_out, text.came), near)
-    made = [store(source, making, cache) for source in text.sources]
-    if asked is None:
-        return made
-    return deduplication.unique(made, text.sources, [t for texts in text.held_out.values() for t in texts], asked, cache)
+def tokenize_sources(config: PretrainConfig, text: PretrainText, tokenizer: PreTrainedTokenizerBase, cache: Path) -> list[TokenStore]:
+    """Tokenise and deduplicate the sources, or read the result from the cache.
+
+    Args:
+        config: The recipe; `data.deduplication` says whether and how documents are deduplicated.
+        text: The sources and held-out documents.
+        tokenizer: The tokenizer.
+        cache: The folder of the cache.
+
+    Returns:
+        A store for each source.
+    """
+    settings = config.data.deduplication
+    minhash = settings if settings and settings.method == "minhash" else None
+    spec = TokenizeSpec(tokenizer, hash_held_out(text.held_out, text.raw_hashes), minhash)
+    stores = [load_or_tokenize(source, spec, cache) for source in text.sources]
+    if settings is None:
+        return stores
+    return deduplication.remove_duplicates(stores, text.sources, [t for texts in text.held_out.values() for t in texts], settings, cache)
 
 
-def told(source: Located, stored: Store) -> dict[str, Any]:
-    """What a source came to, for result.json."""
+def summarize_source(source: DataSource, store: TokenStore) -> dict[str, Any]:
+    """Summarise a tokenised source for result.json."""
     return {
         "source": source.title,
-        "documents": stored.documents,
-        "bytes": stored.bytes,
-        "tokens": stored.count,
-        "held_out_left_out": stored.excluded,
-        **({"duplicates": stored.duplicates} if stored.duplicates else {}),
-        **({"cleaned": stored.cleaned} if stored.cleaned else {}),
+        "documents": store.num_documents,
+        "bytes": store.num_bytes,
+        "tokens": store.num_tokens,
+        "held_out_left_out": store.num_held_out,
+        **({"duplicates": store.duplicates} if store.duplicates else {}),
+        **({"cleaned": store.cleaning_report} if store.cleaning_report else {}),
     }
 
 
-def dropped(stored: Store) -> dict[str, int]:
-    """How many documents of a source were left out, by reason; reasons without any are left out too."""
-    cleaned, repeated = stored.cleaned or {}, stored.duplicates or {}
-    found = {
-        "held out": stored.excluded,
+def count_dropped(store: TokenStore) -> dict[str, int]:
+    """Count the dropped documents of a source by reason, zeros left out."""
+    cleaned, repeated = store.cleaning_report or {}, store.duplicates or {}
+    counts = {
+        "held out": store.num_held_out,
         "clean-up": cleaned.get("dropped_documents", 0),
         **cleaned.get("filtered", {}),
         "duplicates": repeated.get("exact", 0),
         "near duplicates": repeated.get("near", 0),
         "near held-out ones": repeated.get("near_held_out", 0),
     }
-    return {reason: count for reason, count in found.items() if count}
+    return {reason: count for reason, count in counts.items() if count}
 
 
-def left_out(stored: Store) -> str:
-    """The end of a line about a source: what was left out of it."""
-    found = dropped(stored)
-    return f"; left out: {', '.join(f'{count:,} {reason}' for reason, count in found.items())}" if found else ""
+def format_dropped(store: TokenStore) -> str:
+    """Format the dropped documents as the end of a line about a source."""
+    counts = count_dropped(store)
+    return f"; left out: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}" if counts else ""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedText:
     """The stores of a recipe's sources, in their order."""
 
-    sources: Sequence[Located]
-    stores: Sequence[Store]
+    sources: Sequence[DataSource]
+    stores: Sequence[TokenStore]
     max_length: int
 
-    def percentiles(self, nth: int) -> dict[int, int]:
-        """The lengths of a source's documents in tokens at PERCENTILES; 100 is the longest."""
-        lengths = self.stores[nth].lengths
+    def compute_percentiles(self, source: int) -> dict[int, int]:
+        """Compute PERCENTILES of the lengths of a source's documents, in tokens."""
+        lengths = self.stores[source].lengths
         return dict(zip(PERCENTILES, np.percentile(lengths, PERCENTILES, method="inverted_cdf").astype(int).tolist(), strict=True))
 
-    def fits(self, nth: int) -> dict[int, float]:
-        """The share of a source's documents of at most so many tokens, for max_length and LENGTHS."""
-        lengths = self.stores[nth].lengths
-        return {length: float((lengths <= length).mean()) for length in sorted({*LENGTHS, self.max_length})}
+    def compute_fitting_shares(self, source: int) -> dict[int, float]:
+        """Compute the share of a source's documents that fit max_length and LENGTH_THRESHOLDS."""
+        lengths = self.stores[source].lengths
+        return {length: float((lengths <= length).mean()) for length in sorted({*LENGTH_THRESHOLDS, self.max_length})}

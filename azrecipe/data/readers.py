@@ -1,4 +1,4 @@
-"""Rows of files and hub datasets, read one by one, each with its place."""
+"""Read the rows of files and hub datasets, each with its location."""
 
 from __future__ import annotations
 
@@ -11,165 +11,176 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.data import cleaning, quality_filters
-from azrecipe.data.files import File, on_s3
-from azrecipe.errors import AzrecipeError, CannotRun, Place, Problem, RecipeError, did_you_mean
+from azrecipe.data.files import DataFile, list_s3_files
+from azrecipe.errors import AzrecipeError, CannotRun, Problem, RecipeError, SourceLocation, did_you_mean
 from azrecipe.recipe.types import Source, ValidationSource
 from azrecipe.utils.paths import DATA_SUFFIXES, is_local_data, is_s3
 
 Row = dict[str, Any]
-PIECE = 500_000  # bytes of a file that are read, and worked on, at a time
-BATCH = 256  # rows of Parquet or of the hub
+PIECE_BYTES = 500_000  # bytes of a file that one process works on at a time
+BATCH_ROWS = 256  # rows of Parquet or of the hub
 
 
 @dataclass(frozen=True)
-class Located:
-    """A dataset entry and where the recipe wrote it."""
+class DataSource:
+    """A dataset entry of the recipe, and its location there."""
 
-    source: Source
-    place: Place
+    entry: Source
+    location: SourceLocation
 
-    def wrong(self, message: str) -> RecipeError:
-        return RecipeError([Problem(self.place, message)])
+    def error(self, message: str) -> RecipeError:
+        """Build an error at the location of the entry."""
+        return RecipeError([Problem(self.location, message)])
 
     @property
-    def cleaned(self) -> bool:
+    def is_cleaned(self) -> bool:
         """Whether the source has a clean-up or filters."""
-        return isinstance(self.source, ValidationSource) and (cleaning.asks(self.source) or quality_filters.of(self.source) is not None)
+        return isinstance(self.entry, ValidationSource) and (
+            cleaning.has_cleaning(self.entry) or quality_filters.get_filters(self.entry) is not None
+        )
 
     @property
     def in_files(self) -> bool:
-        """Whether the source is files, here or on S3, and no dataset on the hub."""
-        return is_local_data(self.source.path) or is_s3(self.source.path)
+        """Whether the source is files, local or on S3, and no hub dataset."""
+        return is_local_data(self.entry.path) or is_s3(self.entry.path)
 
     @property
     def title(self) -> str:
-        """How messages and results call the source."""
-        parts = [self.source.path, self.source.name, None if self.in_files else self.source.split]
+        """The name of the source in messages and results."""
+        parts = [self.entry.path, self.entry.name, None if self.in_files else self.entry.split]
         return " ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a source as it was read, small enough to hand to another process: lines of JSON, a whole text, or rows.
+class SourcePiece:
+    """A part of a source, small enough to send to another process.
 
-    `before`: the lines or rows of the file before it. `data`: bytes of lines or of a text, a pyarrow RecordBatch, or rows.
+    Attributes:
+        origin: The file, or the title of a hub dataset.
+        rows_before: The lines or rows before this part.
+        data: Bytes of lines or of a text, a pyarrow RecordBatch, or a list of rows.
+        size: The bytes of the data.
+        kind: jsonl, txt, parquet or rows.
     """
 
     origin: str
-    before: int
+    rows_before: int
     data: Any
     size: int
     kind: str
 
-    def rows(self, located: Located, text_column: str) -> Iterator[tuple[Place, Row]]:
-        """Its rows, each with the place to name in a complaint."""
+    def read_rows(self, source: DataSource, text_column: str) -> Iterator[tuple[SourceLocation, Row]]:
+        """Read the rows, each with its location for errors."""
         if self.kind == "jsonl":
-            yield from _json_rows(self, located)
+            yield from _read_json_rows(self, source)
         elif self.kind == "txt":
-            lines = [line for _, line in _lines(self, located)]
-            yield Place(self.origin), {text_column: "\n".join(lines)}
+            lines = [line for _, line in _decode_lines(self, source)]
+            yield SourceLocation(self.origin), {text_column: "\n".join(lines)}
         elif self.kind == "parquet":
-            for number, row in enumerate(self.data.to_pylist(), self.before + 1):
-                yield Place(self.origin, number, 1), row
+            for number, row in enumerate(self.data.to_pylist(), self.rows_before + 1):
+                yield SourceLocation(self.origin, number, 1), row
         else:
-            for number, row in enumerate(self.data, self.before + 1):
-                yield Place(f"{self.origin} row {number}"), row
+            for number, row in enumerate(self.data, self.rows_before + 1):
+                yield SourceLocation(f"{self.origin} row {number}"), row
 
 
-def rows(located: Located, text_column: str = "text", columns: Sequence[str] | None = None) -> Iterator[tuple[Place, Row]]:
-    """Every row of a source with the place to name in a complaint. A .txt file is one row, its text in `text_column`.
+def read_rows(source: DataSource, text_column: str = "text", columns: Sequence[str] | None = None) -> Iterator[tuple[SourceLocation, Row]]:
+    """Read every row of a source, with its location for errors.
 
-    `columns` are those that will be looked at; the others of a Parquet file or hub dataset may be missing from the rows.
+    Args:
+        source: The source.
+        text_column: The column for the text of a .txt file, which is one row.
+        columns: The columns that are needed; rows of a Parquet file or hub dataset may lack others. None: all.
     """
-    for piece in pieces(located, columns):
-        yield from piece.rows(located, text_column)
+    for piece in read_pieces(source, columns):
+        yield from piece.read_rows(source, text_column)
 
 
-def pieces(located: Located, columns: Sequence[str] | None = None) -> Iterator[Piece]:
-    """The source in parts, in order; the same parts each time, as long as its content is the same."""
-    if not located.in_files:
-        yield from _hub_pieces(located, columns)
+def read_pieces(source: DataSource, columns: Sequence[str] | None = None) -> Iterator[SourcePiece]:
+    """Read a source in parts, in order; the same content gives the same parts."""
+    if not source.in_files:
+        yield from _read_hub_pieces(source, columns)
         return
-    for file in files(located):
-        yield from _parquet_pieces(file, located, columns) if file.kind == "parquet" else _byte_pieces(file, located)
+    for file in list_files(source):
+        yield from _read_parquet_pieces(file, source, columns) if file.format == "parquet" else _read_byte_pieces(file, source)
 
 
-def files(located: Located) -> list[File]:
-    """The files that a source's path (a file, a folder or a glob, here or on S3) names, sorted."""
-    path = located.source.path
-    if located.source.split != "train":
-        raise located.wrong(f"a {'local file' if is_local_data(path) else 'file'} has no split '{located.source.split}': leave split out")
+def list_files(source: DataSource) -> list[DataFile]:
+    """List the files of a source, sorted: of a file, a folder or a glob, local or on S3."""
+    path = source.entry.path
+    if source.entry.split != "train":
+        raise source.error(f"a {'local file' if is_local_data(path) else 'file'} has no split '{source.entry.split}': leave split out")
     if is_s3(path):
-        found = on_s3(path, located.place)
+        files = list_s3_files(path, source.location)
     else:
-        found = [File(str(file)) for file in _local_files(located, path)]
-    for file in found:
-        if not file.name.endswith(DATA_SUFFIXES):
-            raise located.wrong(f"{file}: not a kind of file that can be read. Known: {', '.join(DATA_SUFFIXES)}")
-    return found
+        files = [DataFile(str(file)) for file in _list_local_files(source, path)]
+    for file in files:
+        if not file.base_name.endswith(DATA_SUFFIXES):
+            raise source.error(f"{file}: this kind of file cannot be read. Known: {', '.join(DATA_SUFFIXES)}")
+    return files
 
 
-def _local_files(located: Located, path: str) -> list[Path]:
+def _list_local_files(source: DataSource, path: str) -> list[Path]:
     matched = sorted(Path(p) for p in glob.glob(path, recursive=True))
     if len(matched) == 1 and matched[0].is_dir():
         matched = sorted(p for p in matched[0].rglob("*") if p.name.endswith(DATA_SUFFIXES))
         if not matched:
-            raise located.wrong(f"{path}: no file in this folder ends in {', '.join(DATA_SUFFIXES)}")
+            raise source.error(f"{path}: no file in this folder ends in {', '.join(DATA_SUFFIXES)}")
     matched = [file for file in matched if not file.is_dir()]
     if not matched:
         parent = Path(path).parent
-        near = did_you_mean(Path(path).name, (p.name for p in parent.iterdir())) if parent.is_dir() else ""
-        raise located.wrong(f"no such file: {path}{near}")
+        suggestion = did_you_mean(Path(path).name, (p.name for p in parent.iterdir())) if parent.is_dir() else ""
+        raise source.error(f"no such file: {path}{suggestion}")
     for file in matched:
         if file.name.endswith(DATA_SUFFIXES) and not file.is_file():
-            raise located.wrong(f"{file}: {'a link to a file that is gone' if file.is_symlink() else 'not a regular file'}")
+            raise source.error(f"{file}: {'a link to a file that does not exist' if file.is_symlink() else 'not a regular file'}")
     return matched
 
 
-def _byte_pieces(file: File, located: Located) -> Iterator[Piece]:
-    """A file of lines in blocks of whole lines; a text file in one."""
-    before = 0
+def _read_byte_pieces(file: DataFile, source: DataSource) -> Iterator[SourcePiece]:
+    """Read JSON lines in blocks of whole lines, and a text file in one block."""
+    rows_before = 0
     try:
         with file.open() as stream:
-            while block := stream.read(PIECE if file.kind == "jsonl" else -1):
-                block += stream.readline() if file.kind == "jsonl" else b""
-                yield Piece(file.path, before, block, len(block), file.kind)
-                before += block.count(b"\n")
+            while block := stream.read(PIECE_BYTES if file.format == "jsonl" else -1):
+                block += stream.readline() if file.format == "jsonl" else b""
+                yield SourcePiece(file.path, rows_before, block, len(block), file.format)
+                rows_before += block.count(b"\n")
     except (OSError, EOFError, zlib.error) as error:
-        raise file.cannot_be_read(error, located.place) from None
+        raise file.explain_read_error(error, source.location) from None
 
 
-def _lines(piece: Piece, located: Located) -> Iterator[tuple[int, str]]:
-    """The lines of a piece, numbered as in its file."""
+def _decode_lines(piece: SourcePiece, source: DataSource) -> Iterator[tuple[int, str]]:
+    """Decode the lines of a piece, numbered as in its file."""
     lines = piece.data.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    for number, line in enumerate(lines, piece.before + 1):
+    for number, line in enumerate(lines, piece.rows_before + 1):
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             byte = f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line"
-            raise located.wrong(f"{piece.origin}:{number}: not UTF-8 ({byte})") from None
+            raise source.error(f"{piece.origin}:{number}: not UTF-8 ({byte})") from None
 
 
-def _json_rows(piece: Piece, located: Located) -> Iterator[tuple[Place, Row]]:
-    for number, line in _lines(piece, located):
+def _read_json_rows(piece: SourcePiece, source: DataSource) -> Iterator[tuple[SourceLocation, Row]]:
+    for number, line in _decode_lines(piece, source):
         if not line.strip():
             continue
-        where = Place(piece.origin, number, 1)
+        location = SourceLocation(piece.origin, number, 1)
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise located.wrong(f"{where}: not a line of JSON: {error}") from None
+            raise source.error(f"{location}: not a line of JSON: {error}") from None
         if not isinstance(row, dict):
-            raise located.wrong(f"{where}: a line must be a JSON object, not {type(row).__name__}")
-        if "\\u" in line and not _whole_characters(row):
-            raise located.wrong(f"{where}: half a character: an escape from \\ud800 to \\udfff without the other of its pair")
-        yield where, row
+            raise source.error(f"{location}: a line must be a JSON object, not {type(row).__name__}")
+        if "\\u" in line and not _has_no_surrogates(row):
+            raise source.error(f"{location}: half a character: an escape from \\ud800 to \\udfff without the other of its pair")
+        yield location, row
 
 
-def _whole_characters(row: Row) -> bool:
-    """Whether a row's text is Unicode: JSON's escapes can spell a surrogate that stands alone."""
+def _has_no_surrogates(row: Row) -> bool:
+    """Whether a row has no lone surrogates, which JSON's escapes can spell."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -177,52 +188,52 @@ def _whole_characters(row: Row) -> bool:
     return True
 
 
-def _parquet_pieces(file: File, located: Located, columns: Sequence[str] | None) -> Iterator[Piece]:
+def _read_parquet_pieces(file: DataFile, source: DataSource, columns: Sequence[str] | None) -> Iterator[SourcePiece]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
+    rows_before = 0
     try:
-        with pyarrow.parquet.ParquetFile(file.raw()) as parquet:
-            wanted = list(columns) if columns and set(columns) <= set(parquet.schema_arrow.names) else None
-            for batch in parquet.iter_batches(batch_size=BATCH, columns=wanted):
-                yield Piece(file.path, number, batch, batch.nbytes, "parquet")
-                number += batch.num_rows
+        with pyarrow.parquet.ParquetFile(file.open_raw()) as parquet:
+            present = list(columns) if columns and set(columns) <= set(parquet.schema_arrow.names) else None
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=present):
+                yield SourcePiece(file.path, rows_before, batch, batch.nbytes, "parquet")
+                rows_before += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         if "AWS Error" in str(error):
-            raise file.cannot_be_read(error, located.place) from None
-        raise located.wrong(f"{file}: not a Parquet file that can be read: {error}") from None
+            raise file.explain_read_error(error, source.location) from None
+        raise source.error(f"{file}: not a Parquet file that can be read: {error}") from None
 
 
-def _hub_pieces(located: Located, columns: Sequence[str] | None) -> Iterator[Piece]:
+def _read_hub_pieces(source: DataSource, columns: Sequence[str] | None) -> Iterator[SourcePiece]:
     import datasets
 
-    source = located.source
+    entry = source.entry
     datasets.disable_progress_bars()
-    streaming = "[" not in source.split  # a slice like train[:2000] cannot be streamed
+    streaming = "[" not in entry.split  # a slice like train[:2000] cannot be streamed
     try:
         table = datasets.load_dataset(
-            source.path, source.name, split=source.split, data_files=source.data_files, revision=source.revision, streaming=streaming
+            entry.path, entry.name, split=entry.split, data_files=entry.data_files, revision=entry.revision, streaming=streaming
         )
-        number, held = 0, list[Row]()
+        rows_before, rows = 0, list[Row]()
         for row in table:
-            held.append({key: row[key] for key in columns} if columns and set(columns) <= row.keys() else row)
-            if len(held) == BATCH:
-                yield _of_rows(located, number, held)
-                number, held = number + BATCH, []
-        if held:
-            yield _of_rows(located, number, held)
+            rows.append({key: row[key] for key in columns} if columns and set(columns) <= row.keys() else row)
+            if len(rows) == BATCH_ROWS:
+                yield _build_row_piece(source, rows_before, rows)
+                rows_before, rows = rows_before + BATCH_ROWS, []
+        if rows:
+            yield _build_row_piece(source, rows_before, rows)
     except (MemoryError, AzrecipeError):
         raise
-    except Exception as error:  # the hub's client raises those of whichever HTTP library it is built on
+    except Exception as error:  # the hub's client raises the errors of its HTTP library
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CannotRun(
-            f"{located.place}: the dataset {located.title} cannot be opened: {reason}\n"
-            "  It needs the network (and for a gated dataset its licence accepted and `hf auth login`). "
-            "Without a network give local files: path: ./my_text.jsonl"
+            f"{source.location}: the dataset {source.title} cannot be opened: {reason}\n"
+            "  This needs the network (and, for a gated dataset, its licence accepted and `hf auth login`). "
+            "Without a network, use local files: path: ./my_text.jsonl"
         ) from None
 
 
-def _of_rows(located: Located, number: int, held: list[Row]) -> Piece:
-    size = sum(len(value) for row in held for value in row.values() if isinstance(value, str))
-    return Piece(located.title, number, held, size, "rows")
+def _build_row_piece(source: DataSource, rows_before: int, rows: list[Row]) -> SourcePiece:
+    size = sum(len(value) for row in rows for value in row.values() if isinstance(value, str))
+    return SourcePiece(source.title, rows_before, rows, size, "rows")

@@ -1,58 +1,70 @@
-"""Where documents come from: files and hub datasets, read one by one and cleaned, each complaint at its place."""
+"""Read the documents of sources: cleaned, filtered and mixed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from azrecipe.data import cleaning, quality_filters
-from azrecipe.data.cleaning import Cleaner
-from azrecipe.data.cleaning_report import Tally
-from azrecipe.data.readers import Located, Row, files, rows
-from azrecipe.errors import Place, hint
+from azrecipe.data.cleaning import TextCleaner
+from azrecipe.data.cleaning_report import CleaningReport
+from azrecipe.data.readers import DataSource, Row, list_files, read_rows
+from azrecipe.errors import SourceLocation, suggest_choices
 from azrecipe.recipe.types import HeldOut, TextSource, ValidationSource
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and what it belongs together with: the value of held_out's `by` column, else its own number in the source.
+    """A text with its group.
 
-    `came` is the `text_hash` of the text as it came, before its clean-up.
+    Attributes:
+        text: The text after its clean-up.
+        group: What the document belongs to: the value of held_out's `by` column, else its number in the source.
+        raw_hash: The `hash_text` of the text before its clean-up.
     """
 
     text: str
     group: str
-    came: bytes
+    raw_hash: bytes
 
 
-def text_hash(text: str) -> bytes:
-    """A document's content, for telling whether two are the same."""
+def hash_text(text: str) -> bytes:
+    """Hash a text, to tell whether two are the same."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def texts(located: Located, held_out_side: bool = False, tally: Tally | None = None) -> Iterator[str]:
-    """The text of `documents`."""
-    return (document.text for document in documents(located, held_out_side, tally))
+def read_texts(source: DataSource, held_out_side: bool = False, report: CleaningReport | None = None) -> Iterator[str]:
+    """Read the texts of `read_documents`."""
+    return (document.text for document in read_documents(source, held_out_side, report))
 
 
-def documents(located: Located, held_out_side: bool = False, tally: Tally | None = None) -> Iterator[Document]:
-    """The source's documents, cleaned and filtered as it asks, in its own order, up to its max_bytes.
+def read_documents(source: DataSource, held_out_side: bool = False, report: CleaningReport | None = None) -> Iterator[Document]:
+    """Read the documents of a source, in order, up to its max_bytes.
 
-    Those without text are left out. `held_out_side` chooses which documents of a source with `held_out` are meant: those
-    held out, or the others. `tally` counts what was read on that side and what its clean-up and filters did.
-    Raises RecipeError for a file that is missing, not UTF-8 or lacks the column, CannotRun for the hub or S3.
+    They are cleaned and filtered as the source says. Documents without text are left out.
+
+    Args:
+        source: The source.
+        held_out_side: Whether to read the held-out documents of a source with `held_out`, or the others.
+        report: Counts what is read on that side, and what its clean-up and filters do.
+
+    Raises:
+        RecipeError: A file is missing, not UTF-8 or lacks the column.
+        CannotRun: The hub or S3 cannot be read.
     """
-    reader = Reader(located)
-    found = reader.read(rows(located, reader.source.text_column, reader.columns), tally or Tally(), held_out_side)
-    return until(found, reader.source.max_bytes)
+    reader = DocumentReader(source)
+    documents = reader.read_documents(
+        read_rows(source, reader.entry.text_column, reader.columns), report or CleaningReport(), held_out_side
+    )
+    return limit_bytes(documents, reader.entry.max_bytes)
 
 
-def until(found: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
-    """Documents up to the one that reaches so many bytes of text."""
+def limit_bytes(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
+    """Yield documents up to the one that reaches `max_bytes` of text."""
     total = 0
-    for document in found:
+    for document in documents:
         yield document
         if max_bytes is not None:
             total += len(document.text.encode())
@@ -60,81 +72,97 @@ def until(found: Iterable[Document], max_bytes: int | None) -> Iterator[Document
                 return
 
 
-class Reader:
-    """Rows of one source to documents; the same in whichever process."""
+class DocumentReader:
+    """Turns rows of one source into documents; the same in every process."""
 
-    def __init__(self, located: Located) -> None:
-        assert isinstance(located.source, ValidationSource)
-        self.located, self.source = located, located.source
-        self.clean = Cleaner(self.source)
-        asked = quality_filters.of(self.source)
-        self.filter = quality_filters.Filter(asked) if asked else None
-        by = self.source.held_out.by if self.source.held_out else None
-        self.columns = [self.source.text_column, *([by] if by else [])]
+    def __init__(self, source: DataSource) -> None:
+        assert isinstance(source.entry, ValidationSource)
+        self.source, self.entry = source, source.entry
+        self.cleaner = TextCleaner(self.entry)
+        settings = quality_filters.get_filters(self.entry)
+        self.quality_filter = quality_filters.QualityFilter(settings) if settings else None
+        by = self.entry.held_out.by if self.entry.held_out else None
+        self.columns = [self.entry.text_column, *([by] if by else [])]
 
-    def read(self, rows: Iterable[tuple[Place, Row]], tally: Tally, held_out_side: bool = False) -> Iterator[Document]:
-        """The documents in the rows that are meant and kept."""
-        column, held_out = self.source.text_column, self.source.held_out
-        for number, (where, row) in enumerate(rows):
-            text = _column(row, column, "text_column", where, self.located)
+    def read_documents(
+        self, rows: Iterable[tuple[SourceLocation, Row]], report: CleaningReport, held_out_side: bool = False
+    ) -> Iterator[Document]:
+        """Read the documents of one side in the rows, without those that are dropped."""
+        column, held_out = self.entry.text_column, self.entry.held_out
+        for number, (location, row) in enumerate(rows):
+            text = _get_column(row, column, "text_column", location, self.source)
             if not isinstance(text, str):
-                raise self.located.wrong(f"{where}: column '{column}' holds {type(text).__name__}, not text")
+                raise self.source.error(f"{location}: column '{column}' holds {type(text).__name__}, not text")
             if not text.strip():
                 continue
             group = str(number)
             if held_out is not None:
                 if held_out.by is not None:
-                    group = str(_column(row, held_out.by, "held_out.by", where, self.located))
-                # by the text as it came: a document keeps its side when the clean-up changes
+                    group = str(_get_column(row, held_out.by, "held_out.by", location, self.source))
+                # By the raw text: a document keeps its side when the clean-up changes
                 if is_held_out(text if held_out.by is None else group, held_out) != held_out_side:
                     continue
-            made = self.clean(text, tally)
-            if made and (self.filter is None or self.filter(made, tally)):
-                yield Document(made, group, text_hash(text))
+            cleaned = self.cleaner(text, report)
+            if cleaned and (self.quality_filter is None or self.quality_filter(cleaned, report)):
+                yield Document(cleaned, group, hash_text(text))
 
 
 def is_held_out(key: str, held_out: HeldOut) -> bool:
-    """Whether a document, or the group it belongs to, is on the held-out side: a hash against the fraction."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < held_out.fraction * 2**64
+    """Whether a document, or its group, is on the held-out side."""
+    return is_below_fraction(hashlib.sha256(key.encode()).digest(), held_out.fraction)
 
 
-def _column(row: Row, column: str, key: str, where: Place, located: Located) -> Any:
+def is_below_fraction(digest: bytes, fraction: float) -> bool:
+    """Whether a hash, read as a number from 0 to 1, is below a fraction."""
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _get_column(row: Row, column: str, key: str, location: SourceLocation, source: DataSource) -> Any:
     if column not in row:
-        raise located.wrong(f"{where}: no column '{column}'{hint(column, row, 'Columns')} (recipe key {key})")
+        raise source.error(f"{location}: no column '{column}'{suggest_choices(column, row, 'Columns')} (recipe key {key})")
     return row[column]
 
 
-def identity(located: Located) -> dict[str, Any]:
-    """What a source is, for a cache key, and what is taken of it.
+def describe_source(source: DataSource) -> dict[str, Any]:
+    """Describe a source, and what is read of it, for a cache key.
 
-    A local file by its content; one on S3 by its key, size and time of change; a hub dataset by name and revision.
+    A local file is described by its content, one on S3 by its path, size and time of modification, and a hub dataset by its
+    name and revision.
     """
-    source = located.source
-    assert isinstance(source, ValidationSource)
-    if located.in_files:
-        origin: Any = [file.version for file in files(located)]
+    entry = source.entry
+    assert isinstance(entry, ValidationSource)
+    if source.in_files:
+        origin: Any = [file.content_id for file in list_files(source)]
     else:
-        origin = [source.path, source.name, source.split, source.data_files, source.revision]
-    held_out = source.held_out and [source.held_out.fraction, source.held_out.by]
-    found = {"origin": origin, "column": source.text_column, "max_bytes": source.max_bytes, "held_out": held_out}
-    found |= {"clean_up": clean_up} if (clean_up := cleaning.identity(source)) else {}
-    return found | ({"filters": kept} if (kept := quality_filters.identity(source)) else {})
+        origin = [entry.path, entry.name, entry.split, entry.data_files, entry.revision]
+    held_out = entry.held_out and [entry.held_out.fraction, entry.held_out.by]
+    description = {"origin": origin, "column": entry.text_column, "max_bytes": entry.max_bytes, "held_out": held_out}
+    description |= {"clean_up": clean_up} if (clean_up := cleaning.describe_cleaning(entry)) else {}
+    return description | ({"filters": filters} if (filters := quality_filters.describe_filters(entry)) else {})
 
 
-def mixed(sources: list[Located], max_bytes: int | None, tallies: Sequence[Tally] | None = None) -> Iterator[tuple[int, str]]:
-    """Documents of several sources by weight, for one pass: always from the source that is furthest behind its share.
+def mix_documents(
+    sources: Sequence[DataSource], max_bytes: int | None, reports: Sequence[CleaningReport] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Mix the documents of several sources by weight, in one pass.
 
-    Yields (index of the source, text). Without `max_bytes` it ends when the first source runs out, so that the shares
-    hold; with it, a source that runs out is gone through once and the others go on until so many bytes. `tallies` are the
-    sources' own, for what their clean-up does.
+    The next document is always of the source that is furthest behind its share.
+
+    Args:
+        sources: The sources.
+        max_bytes: Where the mixture ends; a source that runs out before leaves it. None: the mixture ends when the first
+            source runs out, so that the shares hold.
+        reports: A report for each source, of what its clean-up does.
+
+    Yields:
+        The index of the source, and the text.
     """
-    open_sources = {i: texts(source, tally=tallies[i] if tallies else None) for i, source in enumerate(sources)}
-    weights = [s.source.weight for s in sources if isinstance(s.source, TextSource)]
-    given = [0.0] * len(sources)
+    open_sources = {i: read_texts(source, report=reports[i] if reports else None) for i, source in enumerate(sources)}
+    weights = [s.entry.weight for s in sources if isinstance(s.entry, TextSource)]
+    bytes_read = [0.0] * len(sources)
     total = 0
     while open_sources and (max_bytes is None or total < max_bytes):
-        i = min(open_sources, key=lambda j: (given[j] / weights[j], j))
+        i = find_furthest_behind(open_sources, bytes_read, weights)
         text = next(open_sources[i], None)
         if text is None:
             if max_bytes is None:
@@ -142,6 +170,11 @@ def mixed(sources: list[Located], max_bytes: int | None, tallies: Sequence[Tally
             del open_sources[i]
             continue
         size = len(text.encode())
-        given[i] += size
+        bytes_read[i] += size
         total += size
         yield i, text
+
+
+def find_furthest_behind(candidates: Iterable[int], bytes_read: Mapping[int, float] | Sequence[float], weights: Sequence[float]) -> int:
+    """Find the source, of some candidates, that is furthest behind its share."""
+    return min(candidates, key=lambda i: (bytes_read[i] / weights[i], i))

@@ -1,4 +1,4 @@
-"""Tokenised text: the arrays that a source becomes."""
+"""Tokenised text: the arrays of a source."""
 
 from __future__ import annotations
 
@@ -10,65 +10,83 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from azrecipe.data.sources import text_hash
+from azrecipe.data.sources import hash_text
 from azrecipe.tokenization.encoding import Ints
 
 
 @dataclass(frozen=True)
-class Store:
-    """One tokenised source. Documents are numbered among those that are kept.
+class TokenStore:
+    """One tokenised source, perhaps without some of its documents.
 
-    tokens [all tokens] uint32 and offsets [all documents + 1] are of everything that was tokenised; sizes [documents] in
-    bytes of UTF-8 text are of the kept ones, and so are kept [documents], their numbers among all (None: all are), hashes
-    [documents, 2] uint64 of their text, and signatures [documents, hashes] uint32 for MinHash. `duplicates` says what a
-    deduplication left out.
+    Attributes:
+        key: A name for the content.
+        tokens: The tokens of everything that was tokenised, [all tokens].
+        offsets: Where each document that was tokenised begins and the last ends, [all documents + 1].
+        sizes: The bytes of UTF-8 text of each document of this store, [documents].
+        num_held_out: The documents that were left out because they are held out.
+        cleaning_report: `CleaningReport.to_dict()` of a source with a clean-up or filters.
+        hashes: Hashes of the text of each document, [documents, 2].
+        signatures: MinHash signatures of each document, [documents, hashes].
+        document_indices: The numbers of this store's documents among all that were tokenised, [documents]; None: all.
+        duplicates: The counts and samples of what a deduplication left out.
     """
 
     key: str
     tokens: npt.NDArray[np.uint32]
     offsets: Ints
     sizes: Ints
-    excluded: int
-    cleaned: dict[str, Any] | None = None  # Tally.report() of a source with a clean-up or filters
+    num_held_out: int
+    cleaning_report: dict[str, Any] | None = None
     hashes: npt.NDArray[np.uint64] | None = None
     signatures: npt.NDArray[np.uint32] | None = None
-    kept: Ints | None = None
+    document_indices: Ints | None = None
     duplicates: dict[str, Any] | None = None
 
     @property
-    def documents(self) -> int:
+    def num_documents(self) -> int:
         return len(self.sizes)
 
     @cached_property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
         return int(self.sizes.sum())
 
     @cached_property
     def lengths(self) -> Ints:
         """Tokens of each document, [documents]."""
         lengths: Ints = np.diff(self.offsets)
-        return lengths if self.kept is None else lengths[self.kept]
+        return lengths if self.document_indices is None else lengths[self.document_indices]
 
     @cached_property
-    def count(self) -> int:
-        """Tokens of all documents together."""
+    def num_tokens(self) -> int:
+        """The tokens of all documents together."""
         return int(self.lengths.sum())
 
-    def document(self, nth: int) -> npt.NDArray[np.uint32]:
-        """The tokens of a document, no special ones."""
-        raw = nth if self.kept is None else int(self.kept[nth])
-        return self.tokens[self.offsets[raw] : self.offsets[raw + 1]]
+    def read_document(self, document: int) -> npt.NDArray[np.uint32]:
+        """Read the tokens of a document, without special tokens, [tokens]."""
+        index = document if self.document_indices is None else int(self.document_indices[document])
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
-    def only(self, kept: Ints, key: str, duplicates: dict[str, Any]) -> Store:
-        """The same with no documents but those numbered in `kept`, under a key of its own."""
-        before = kept if self.kept is None else self.kept[kept]
-        return replace(self, key=key, sizes=self.sizes[kept], kept=before, duplicates=duplicates).light()
+    def select_documents(self, selected: Ints, key: str, duplicates: dict[str, Any]) -> TokenStore:
+        """Copy the store with some of its documents.
 
-    def light(self) -> Store:
-        """The same without what only the search for duplicates reads."""
+        Args:
+            selected: The numbers of the documents, [selected].
+            key: A name for the content of the copy.
+            duplicates: What the other documents repeat.
+        """
+        indices = selected if self.document_indices is None else self.document_indices[selected]
+        return replace(self, key=key, sizes=self.sizes[selected], document_indices=indices, duplicates=duplicates).without_hashes()
+
+    def without_hashes(self) -> TokenStore:
+        """Copy the store without what only the search for duplicates reads."""
         return replace(self, hashes=None, signatures=None)
 
 
-def held_out_hashes(held_out: Mapping[str, list[str]], came: Iterable[bytes] = ()) -> frozenset[bytes]:
-    """The documents that no training may see: as they are measured, and by the hashes `came` as they were before a clean-up."""
-    return frozenset((*(text_hash(text) for texts in held_out.values() for text in texts), *came))
+def hash_held_out(held_out: Mapping[str, list[str]], raw_hashes: Iterable[bytes] = ()) -> frozenset[bytes]:
+    """Hash the held-out documents, which no training may see.
+
+    Args:
+        held_out: The documents of each validation set, after their clean-up.
+        raw_hashes: Hashes of the documents before their clean-up.
+    """
+    return frozenset((*(hash_text(text) for texts in held_out.values() for text in texts), *raw_hashes))

@@ -1,9 +1,9 @@
-"""How a source becomes a store on disk: tokenised once for each tokenizer, by all cores, in order, and not lost when it breaks off.
+"""Tokenise a source once per tokenizer, and cache the result on disk.
 
-A store is a folder: `tokens.bin` (uint32, all documents one after the other, no special tokens), `documents.bin` (RECORD,
-one a document), `signatures.bin` (uint32, only for MinHash) and `meta.json`. While it is made it has another name, and
-`state.json` says how much of each file, made from how many pieces of the source, is sure; what is behind that is cut off when
-the work goes on.
+All cores tokenise pieces of the source, and the pieces are written in order. A store is a folder: `tokens.bin` (uint32, all
+documents one after the other, no special tokens), `documents.bin` (DOCUMENT_DTYPE, one a document), `signatures.bin`
+(uint32, only for MinHash) and `meta.json`. While it is written it has another name, and `state.json` says how many bytes of
+each file, from how many pieces of the source, are safely on disk. A process that continues cuts the files to these bytes.
 """
 
 from __future__ import annotations
@@ -16,192 +16,291 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from azrecipe.data import deduplication, readers, sources
-from azrecipe.data.cleaning_report import Tally, nothing_left
-from azrecipe.data.sources import text_hash
-from azrecipe.data.token_store import Store
+from azrecipe.data.cleaning_report import CleaningReport, explain_missing_text
+from azrecipe.data.sources import hash_text
+from azrecipe.data.token_store import TokenStore
 from azrecipe.errors import CannotRun, RecipeError
-from azrecipe.tokenization.encoding import on_disk, reader, tokenizer_hash
-from azrecipe.tokenization.fast_encoding import Cutter
-from azrecipe.utils.atomic_files import locked, read_json, sync_folder, sync_tree, write_json
-from azrecipe.utils.process_pool import ALONE, Workers
+from azrecipe.tokenization.encoding import hash_tokenizer, load_backend, write_backend_file
+from azrecipe.tokenization.fast_encoding import FastEncoder
+from azrecipe.utils.atomic_files import hold_lock, read_json, sync_folder, sync_tree, write_json
+from azrecipe.utils.process_pool import MIN_POOL_CHARACTERS, WorkerPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from azrecipe.recipe.types import Deduplication
 
-FORMAT = 2
-COMMIT = 30.0  # seconds of work that a crash may cost
-RECORD = np.dtype([("size", "<i8"), ("length", "<i8"), ("hash", "<u8", 2)])  # bytes, tokens, text_hash
+CACHE_FORMAT = 2
+COMMIT_SECONDS = 30.0  # the most work that a crash may cost
+PROGRESS_SECONDS = 15
+DOCUMENT_DTYPE = np.dtype([("size", "<i8"), ("length", "<i8"), ("hash", "<u8", 2)])  # bytes, tokens, hash_text
 
 
 @dataclass(frozen=True)
-class Making:
-    """What the store of a source is made by. `exclude`: the hashes of documents that are held out; `near`: MinHash's settings."""
+class TokenizeSpec:
+    """How sources are tokenised.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        excluded_hashes: Hashes of the held-out documents, which are left out.
+        minhash: The settings of MinHash signatures; None: no signatures.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    exclude: frozenset[bytes]
-    near: Deduplication | None = None
+    excluded_hashes: frozenset[bytes]
+    minhash: Deduplication | None = None
 
 
 @dataclass
-class Made:
-    """What a piece, or all pieces so far, came to. `read`: bytes of text before held-out documents were taken out."""
+class PieceStats:
+    """Counts of a piece, or of all pieces so far.
 
-    excluded: int = 0
-    read: int = 0
+    Attributes:
+        num_held_out: The documents that were left out because they are held out.
+        bytes_read: The bytes of text with these documents.
+        documents: The documents without them.
+        tokens: The tokens of these.
+        bytes: The bytes of text of these.
+        report: What the clean-up did.
+    """
+
+    num_held_out: int = 0
+    bytes_read: int = 0
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
-    tally: Tally = field(default_factory=Tally)
+    report: CleaningReport = field(default_factory=CleaningReport)
 
-    def add(self, other: Made) -> None:
-        for name in ("excluded", "read", "documents", "tokens", "bytes"):
+    def merge(self, other: PieceStats) -> None:
+        """Add the counts of a later piece."""
+        for name in ("num_held_out", "bytes_read", "documents", "tokens", "bytes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.tally.add(other.tally)
+        self.report.merge(other.report)
+
+    def to_state(self) -> dict[str, Any]:
+        """Convert to plain data for state.json."""
+        return {
+            "excluded": self.num_held_out,
+            "read": self.bytes_read,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "tally": self.report.to_state(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PieceStats:
+        """Convert back what `to_state` returned."""
+        return cls(
+            num_held_out=state["excluded"],
+            bytes_read=state["read"],
+            documents=state["documents"],
+            tokens=state["tokens"],
+            bytes=state["bytes"],
+            report=CleaningReport.from_state(state["tally"]),
+        )
 
 
-def store(located: readers.Located, making: Making, cache: Path) -> Store:
-    """The tokenised source, from the cache or made now. Processes that start together wait for the one that makes it.
+TokenizedPiece = tuple[PieceStats, list[npt.NDArray[Any]]]  # the arrays are in the order of the files
 
-    Raises RecipeError for a source without any text, CannotRun for a full disk or a source that cannot be reached; what
-    was done by then is kept.
+
+def load_or_tokenize(source: readers.DataSource, spec: TokenizeSpec, cache: Path) -> TokenStore:
+    """Tokenise a source, or read the result from the cache.
+
+    Processes that start together wait for the one that tokenises.
+
+    Raises:
+        RecipeError: The source has no text.
+        CannotRun: The disk is full, or the source cannot be read; the work so far is kept.
     """
-    what = {
-        "format": FORMAT,
-        "source": sources.identity(located),
-        "tokenizer": tokenizer_hash(making.tokenizer),
-        "exclude": hashlib.sha256(b"".join(sorted(making.exclude))).hexdigest(),
-        **({"signatures": deduplication.identity(making.near)} if making.near else {}),
+    inputs = {
+        "format": CACHE_FORMAT,
+        "source": sources.describe_source(source),
+        "tokenizer": hash_tokenizer(spec.tokenizer),
+        "exclude": hashlib.sha256(b"".join(sorted(spec.excluded_hashes))).hexdigest(),
+        **({"signatures": deduplication.describe_signatures(spec.minhash)} if spec.minhash else {}),
     }
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
     if not folder.is_dir():
-        with locked(cache / f"{key}.lock", lambda: _wait(located)):
+        with hold_lock(cache / f"{key}.lock", lambda: _print_waiting(source)):
             if not folder.is_dir():
-                _make(located, making, folder)
+                _tokenize_source(source, spec, folder)
     meta = read_json(folder / "meta.json")
-    records = np.memmap(folder / "documents.bin", RECORD, "r")
+    records = np.memmap(folder / "documents.bin", DOCUMENT_DTYPE, "r")
     offsets = np.zeros(len(records) + 1, np.int64)
     np.cumsum(records["length"], out=offsets[1:])
-    signatures = np.memmap(folder / "signatures.bin", np.uint32, "r").reshape(len(records), -1) if making.near else None
-    tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
-    sizes = np.ascontiguousarray(records["size"])
-    return Store(key, tokens, offsets, sizes, meta["excluded"], meta.get("cleaned"), records["hash"], signatures)
+    signatures = np.memmap(folder / "signatures.bin", np.uint32, "r").reshape(len(records), -1) if spec.minhash else None
+    return TokenStore(
+        key,
+        tokens=np.memmap(folder / "tokens.bin", np.uint32, "r"),
+        offsets=offsets,
+        sizes=np.ascontiguousarray(records["size"]),
+        num_held_out=meta["excluded"],
+        cleaning_report=meta.get("cleaned"),
+        hashes=records["hash"],
+        signatures=signatures,
+    )
 
 
-def _wait(located: readers.Located) -> None:
+def _print_waiting(source: readers.DataSource) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"  waiting for another process that tokenises {located.title}", file=sys.stderr, flush=True)
+        print(f"  waiting for another process that tokenises {source.title}", file=sys.stderr, flush=True)
 
 
-def _make(located: readers.Located, making: Making, folder: Path) -> None:
-    aside = folder.with_name(f".{folder.name}.partial")
-    told = Progress(located.title)
-    with _pinned(located) as (pinned, revision), _Log(aside, making.near is not None, revision) as log, _explained(located, log):
-        if log.pieces:
-            told.say(log.made, f"going on after {log.made.documents:,} documents that were tokenised before")
-        for made, arrays in _worked(pinned, making, log):
-            log.append(made, arrays)
-            told.now(log.made)
-        made = log.made
-        if not made.documents:
-            why = f" ({made.excluded} documents are all held out)" if made.excluded else ""
-            raise located.wrong(f"{located.title} holds no text{why}{nothing_left(made.tally)}")
-    counts = {"title": located.title, "documents": made.documents, "tokens": made.tokens, "bytes": made.bytes, "excluded": made.excluded}
-    write_json(aside / "meta.json", counts | ({"cleaned": made.tally.report()} if located.cleaned else {}))
-    sync_tree(aside)
-    with suppress(OSError) if folder.exists() else ExitStack():  # another machine may have made the same
-        aside.replace(folder)
+def _tokenize_source(source: readers.DataSource, spec: TokenizeSpec, folder: Path) -> None:
+    """Tokenise a source into a folder, which appears when it is complete."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    progress = TokenizeProgress(source.title)
+    with (
+        _pin_revision(source) as (pinned, revision),
+        _StoreWriter(partial, spec.minhash is not None, revision) as writer,
+        _keep_work(source, writer),
+    ):
+        if writer.num_pieces:
+            progress.print_line(writer.stats, f"continuing after {writer.stats.documents:,} documents that were tokenised before")
+        for piece_stats, arrays in _tokenize_pieces(pinned, spec, writer):
+            writer.append(piece_stats, arrays)
+            progress.update(writer.stats)
+        stats = writer.stats
+        if not stats.documents:
+            reason = f" ({stats.num_held_out} documents are all held out)" if stats.num_held_out else ""
+            raise source.error(f"{source.title} holds no text{reason}{explain_missing_text(stats.report)}")
+    meta = {
+        "title": source.title,
+        "documents": stats.documents,
+        "tokens": stats.tokens,
+        "bytes": stats.bytes,
+        "excluded": stats.num_held_out,
+        **({"cleaned": stats.report.to_dict()} if source.is_cleaned else {}),
+    }
+    write_json(partial / "meta.json", meta)
+    sync_tree(partial)
+    with suppress(OSError) if folder.exists() else ExitStack():  # another machine may have written the same
+        partial.replace(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     (folder / "state.json").unlink(missing_ok=True)
-    told.say(made, "done", seconds=5)
+    progress.print_line(stats, "done", min_seconds=5)
 
 
-def _worked(located: readers.Located, making: Making, log: _Log) -> Iterator[tuple[Made, list[npt.NDArray[Any]]]]:
-    """Every piece that is not in the log yet, made by as many processes as there are cores, in order, up to max_bytes."""
-    source = sources.Reader(located)
-    limit = source.source.max_bytes
-    if limit is not None and log.made.read >= limit:
+class _WorkerInputs(NamedTuple):
+    """What a process needs to tokenise pieces, as it is pickled."""
+
+    source: readers.DataSource
+    tokenizer_file: str
+    excluded_hashes: frozenset[bytes]
+    minhash: Deduplication | None
+
+
+class _WorkerState(NamedTuple):
+    """What a process keeps open from piece to piece."""
+
+    reader: sources.DocumentReader
+    encoder: FastEncoder
+    excluded_hashes: frozenset[bytes]
+    minhash: Deduplication | None
+
+
+def _tokenize_pieces(source: readers.DataSource, spec: TokenizeSpec, writer: _StoreWriter) -> Iterator[TokenizedPiece]:
+    """Tokenise the pieces that are not written yet, in order, up to max_bytes.
+
+    As many processes as there are cores work on them.
+    """
+    reader = sources.DocumentReader(source)
+    limit = reader.entry.max_bytes
+    if limit is not None and writer.stats.bytes_read >= limit:
         return
-    with TemporaryDirectory() as folder, on_disk(making.tokenizer) as tokenizer, Workers(alone=ALONE) as workers:
-        file = Path(folder, "work")  # once for each process: with each piece it would be much to send
-        file.write_bytes(pickle.dumps((located, tokenizer, making.exclude, making.near)))
-        held: list[readers.Piece] = []
-        pieces = islice(readers.pieces(located, source.columns), log.pieces, None)
+    with (
+        TemporaryDirectory() as folder,
+        write_backend_file(spec.tokenizer) as tokenizer_file,
+        WorkerPool(alone=MIN_POOL_CHARACTERS) as workers,
+    ):
+        file = Path(folder, "work")  # each process reads it once: it is too large to send with each piece
+        file.write_bytes(pickle.dumps(_WorkerInputs(source, tokenizer_file, spec.excluded_hashes, spec.minhash)))
+        pending: list[readers.SourcePiece] = []
+        pieces = islice(readers.read_pieces(source, reader.columns), writer.num_pieces, None)
 
-        def given() -> Iterator[readers.Piece]:
+        def feed_pieces() -> Iterator[readers.SourcePiece]:
             for piece in pieces:
                 if limit is not None:
-                    held.append(piece)
+                    pending.append(piece)
                 yield piece
 
-        for made, arrays in workers.map(_work, (str(file),), given(), lambda piece: piece.size):
-            if limit is not None and log.made.read + made.read >= limit:
-                yield _work(str(file), held[0], limit - log.made.read)  # again, up to the document that reaches the limit
+        for stats, arrays in workers.map_chunks(_tokenize_piece, (str(file),), feed_pieces(), lambda piece: piece.size):
+            if limit is not None and writer.stats.bytes_read + stats.bytes_read >= limit:
+                # Once more, up to the document that reaches the limit
+                yield _tokenize_piece(str(file), pending[0], limit - writer.stats.bytes_read)
                 return
-            del held[:1]
-            yield made, arrays
+            del pending[:1]
+            yield stats, arrays
 
 
 @lru_cache(maxsize=1)
-def _opened(file: str) -> tuple[sources.Reader, Cutter, frozenset[bytes], Deduplication | None]:
-    located, tokenizer, exclude, near = pickle.loads(Path(file).read_bytes())
-    return sources.Reader(located), Cutter(reader(tokenizer)), exclude, near
+def _load_worker_state(file: str) -> _WorkerState:
+    inputs: _WorkerInputs = pickle.loads(Path(file).read_bytes())
+    encoder = FastEncoder(load_backend(inputs.tokenizer_file))
+    return _WorkerState(sources.DocumentReader(inputs.source), encoder, inputs.excluded_hashes, inputs.minhash)
 
 
-def _work(file: str, piece: readers.Piece, limit: int | None = None) -> tuple[Made, list[npt.NDArray[Any]]]:
-    """One piece of the source: its tokens, the RECORDs of its documents, and their signatures."""
-    source, cut, exclude, near = _opened(file)
-    made = Made()
-    kept: list[str] = []
+def _tokenize_piece(file: str, piece: readers.SourcePiece, limit: int | None = None) -> TokenizedPiece:
+    """Tokenise a piece: its tokens, the records of its documents, and their signatures."""
+    reader, encoder, excluded_hashes, minhash = _load_worker_state(file)
+    stats = PieceStats()
+    texts: list[str] = []
     hashes: list[bytes] = []
-    for document in sources.until(source.read(piece.rows(source.located, source.source.text_column), made.tally), limit):
-        own = text_hash(document.text)
-        made.read += len(document.text.encode())
-        if own in exclude or document.came in exclude:
-            made.excluded += 1
+    rows = piece.read_rows(reader.source, reader.entry.text_column)
+    for document in sources.limit_bytes(reader.read_documents(rows, stats.report), limit):
+        text_hash = hash_text(document.text)
+        stats.bytes_read += len(document.text.encode())
+        if text_hash in excluded_hashes or document.raw_hash in excluded_hashes:
+            stats.num_held_out += 1
         else:
-            kept.append(document.text)
-            hashes.append(own)
-    records = np.zeros(len(kept), RECORD)
-    records["size"] = [len(text.encode()) for text in kept]
+            texts.append(document.text)
+            hashes.append(text_hash)
+    records = np.zeros(len(texts), DOCUMENT_DTYPE)
+    records["size"] = [len(text.encode()) for text in texts]
     records["hash"] = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
-    tokens = cut(kept)
+    tokens = encoder(texts)
     records["length"] = [len(ids) for ids in tokens]
-    made.documents, made.tokens, made.bytes = len(kept), int(records["length"].sum()), int(records["size"].sum())
+    stats.documents, stats.tokens, stats.bytes = len(texts), int(records["length"].sum()), int(records["size"].sum())
     arrays = [np.concatenate([np.zeros(0, np.uint32), *tokens]), records]
-    return made, arrays + ([deduplication.signatures(kept, near)] if near else [])
+    return stats, arrays + ([deduplication.compute_signatures(texts, minhash)] if minhash else [])
 
 
-class _Log:
-    """The files of a store that is being made. What `commit` has seen is found again by the next process."""
+class _StoreWriter:
+    """Writes the files of a store; a later process continues after the last `commit`.
 
-    def __init__(self, folder: Path, signatures: bool, revision: str | None) -> None:
+    Args:
+        folder: The folder of the files while they are not complete.
+        has_signatures: Whether there are MinHash signatures.
+        revision: A name for the content of the source; None: another process cannot continue.
+    """
+
+    def __init__(self, folder: Path, has_signatures: bool, revision: str | None) -> None:
         self.folder, self.revision = folder, revision
-        self.names = ["tokens.bin", "documents.bin", *(["signatures.bin"] if signatures else [])]
-        self.pieces, self.made, self.sizes = 0, Made(), [0] * len(self.names)
+        self.names = ["tokens.bin", "documents.bin", *(["signatures.bin"] if has_signatures else [])]
+        self.num_pieces, self.stats, self.sizes = 0, PieceStats(), [0] * len(self.names)
         self.files: list[IO[bytes]] = []
-        self.saved = time.monotonic()
+        self.committed_at = time.monotonic()
 
-    def __enter__(self) -> _Log:
+    def __enter__(self) -> _StoreWriter:
         if not self._restore():
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.pieces, self.made, self.sizes = 0, Made(), [0] * len(self.names)
+            self.num_pieces, self.stats, self.sizes = 0, PieceStats(), [0] * len(self.names)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, size in zip(self.names, self.sizes, strict=True):
             file = (self.folder / name).open("ab")
@@ -210,41 +309,47 @@ class _Log:
         return self
 
     def _restore(self) -> bool:
-        """Take over what a process that broke off has left, if it is of the same revision and all there."""
+        """Restore the work of an interrupted process, if it is complete and of the same revision."""
         try:
             state = read_json(self.folder / "state.json")
-            self.pieces, self.sizes, revision = state["pieces"], state["sizes"], state["revision"]
-            self.made = Made(**{**state["made"], "tally": Tally.unpacked(state["made"]["tally"])})
-            there = [(self.folder / name).stat().st_size for name in self.names]
+            self.num_pieces, self.sizes, revision = state["pieces"], state["sizes"], state["revision"]
+            self.stats = PieceStats.from_state(state["made"])
+            file_sizes = [(self.folder / name).stat().st_size for name in self.names]
         except (OSError, ValueError, TypeError, KeyError):
             return False
         return (
             revision == self.revision
-            and state["cut"] == [readers.PIECE, readers.BATCH]
-            and all(size >= sure for size, sure in zip(there, self.sizes, strict=True))
+            and state["cut"] == [readers.PIECE_BYTES, readers.BATCH_ROWS]
+            and all(size >= committed for size, committed in zip(file_sizes, self.sizes, strict=True))
         )
 
-    def append(self, made: Made, arrays: list[npt.NDArray[Any]]) -> None:
+    def append(self, stats: PieceStats, arrays: list[npt.NDArray[Any]]) -> None:
+        """Append a piece; commit every COMMIT_SECONDS."""
         for file, array in zip(self.files, arrays, strict=True):
             file.write(array.tobytes())
         for i, array in enumerate(arrays):
             self.sizes[i] += array.nbytes
-        self.made.add(made)
-        self.pieces += 1
-        if time.monotonic() > self.saved + COMMIT:
+        self.stats.merge(stats)
+        self.num_pieces += 1
+        if time.monotonic() > self.committed_at + COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        """Make sure of all that was appended."""
+        """Write all that was appended to disk, and record its size."""
         if self.revision is None:
             return
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())
-        made = {**vars(self.made), "tally": self.made.tally.packed()}
-        state = {"revision": self.revision, "cut": [readers.PIECE, readers.BATCH], "pieces": self.pieces, "sizes": self.sizes, "made": made}
+        state = {
+            "revision": self.revision,
+            "cut": [readers.PIECE_BYTES, readers.BATCH_ROWS],
+            "pieces": self.num_pieces,
+            "sizes": self.sizes,
+            "made": self.stats.to_state(),
+        }
         write_json(self.folder / "state.json", state)
-        self.saved = time.monotonic()
+        self.committed_at = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         for file in self.files:
@@ -253,65 +358,71 @@ class _Log:
 
 
 @contextmanager
-def _explained(located: readers.Located, log: _Log) -> Iterator[None]:
-    """Keep what is done when the work breaks off; a source that is wrong leaves nothing. A full disk is told in words."""
+def _keep_work(source: readers.DataSource, writer: _StoreWriter) -> Iterator[None]:
+    """Commit the work when it is interrupted; remove it when the source is wrong.
+
+    Raises:
+        CannotRun: The disk is full.
+    """
     try:
         yield
-        for file in log.files:
+        for file in writer.files:
             file.flush()
     except RecipeError:
-        shutil.rmtree(log.folder, ignore_errors=True)
+        shutil.rmtree(writer.folder, ignore_errors=True)
         raise
     except BaseException as error:
         with suppress(OSError):
-            log.commit()
+            writer.commit()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CannotRun(
-                f"the disk is full: no room in {log.folder.parent} for the tokens of {located.title}. "
-                "Free space, then run the same command again: it goes on from there"
+                f"the disk is full: no space in {writer.folder.parent} for the tokens of {source.title}. "
+                "Free space, then run the same command again: it continues there"
             ) from None
         raise
 
 
 @contextmanager
-def _pinned(located: readers.Located) -> Iterator[tuple[readers.Located, str | None]]:
-    """The source at one revision, and a name for that: work that breaks off must not go on with other text.
+def _pin_revision(source: readers.DataSource) -> Iterator[tuple[readers.DataSource, str | None]]:
+    """Pin a source to one revision, and name it, so that work continues with the same text.
 
-    Files are known by their content already. None where the hub does not say which commit a revision is: then work that
-    breaks off begins anew.
+    Files are identified by their content already. The name is None where the hub does not tell the commit of a revision:
+    then interrupted work starts again.
     """
-    if located.in_files:
-        yield located, "files"
+    if source.in_files:
+        yield source, "files"
         return
     commit = None
     with suppress(Exception):  # no network: the dataset may be in the hub's cache
         from huggingface_hub import HfApi
 
-        commit = HfApi().dataset_info(located.source.path, revision=located.source.revision, timeout=20).sha
-    yield (replace(located, source=replace(located.source, revision=commit)) if commit else located), commit
+        commit = HfApi().dataset_info(source.entry.path, revision=source.entry.revision, timeout=20).sha
+    yield (replace(source, entry=replace(source.entry, revision=commit)) if commit else source), commit
 
 
-class Progress:
-    """A line every 15 seconds."""
+class TokenizeProgress:
+    """Prints a line about the progress every PROGRESS_SECONDS."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.began = self.last = time.monotonic()
-        self.first: tuple[int, int] | None = None
+        self.start_time = self.line_time = time.monotonic()
+        self.first_counts: tuple[int, int] | None = None  # tokens and bytes of the first update
 
-    def now(self, made: Made) -> None:
-        if self.first is None:
-            self.first = (made.tokens, made.read)
-        if time.monotonic() > self.last + 15:
-            self.say(made)
+    def update(self, stats: PieceStats) -> None:
+        """Print a line if it is time for one."""
+        if self.first_counts is None:
+            self.first_counts = (stats.tokens, stats.bytes_read)
+        if time.monotonic() > self.line_time + PROGRESS_SECONDS:
+            self.print_line(stats)
 
-    def say(self, made: Made, more: str = "", seconds: float = 0) -> None:
-        """A line about all that is done, where it took longer than `seconds`."""
-        self.last = time.monotonic()
-        took = self.last - self.began
-        if took < seconds:
+    def print_line(self, stats: PieceStats, message: str = "", min_seconds: float = 0) -> None:
+        """Print a line about all pieces so far, unless they took less than `min_seconds`."""
+        self.line_time = time.monotonic()
+        seconds = self.line_time - self.start_time
+        if seconds < min_seconds:
             return
-        tokens, read = self.first or (made.tokens, made.read)
-        rate = f", {(made.tokens - tokens) / took:,.0f} tokens/s, {(made.read - read) / 1e6 / took:.1f} MB/s" if took > 1 else ""
-        done = f"{made.documents:,} documents, {made.tokens:,} tokens{rate}"
-        print(f"  tokenising {self.title}: {more or done}{f' ({done})' if more else ''}", file=sys.stderr, flush=True)
+        first_tokens, first_bytes = self.first_counts or (stats.tokens, stats.bytes_read)
+        tokens_rate, bytes_rate = (stats.tokens - first_tokens) / max(seconds, 1), (stats.bytes_read - first_bytes) / max(seconds, 1)
+        rate = f", {tokens_rate:,.0f} tokens/s, {bytes_rate / 1e6:.1f} MB/s" if seconds > 1 else ""
+        counts = f"{stats.documents:,} documents, {stats.tokens:,} tokens{rate}"
+        print(f"  tokenising {self.title}: {message or counts}{f' ({counts})' if message else ''}", file=sys.stderr, flush=True)

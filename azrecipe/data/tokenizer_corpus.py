@@ -7,71 +7,82 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from azrecipe.data.cleaning_report import Tally
-from azrecipe.data.readers import Located
-from azrecipe.data.sources import mixed, text_hash
+from azrecipe.data.cleaning_report import CleaningReport
+from azrecipe.data.readers import DataSource
+from azrecipe.data.sources import hash_text, mix_documents
 
-PORTION = 1_000_000  # characters that a trainer is given at a time
+PORTION_CHARACTERS = 1_000_000  # the most that a trainer gets at a time
 
 
 @dataclass
-class Text:
-    """What tokenizers are trained on: documents mixed by weight, held-out ones left out, tokens that stand outside BPE cut out.
+class TokenizerCorpus:
+    """The text that tokenizers are trained on, read anew by each iteration.
 
-    Iterating reads it once more, from the start; the counts are those of the last time.
+    Held-out documents are left out, and added tokens are cut out of the text. The counts are those of the last iteration.
+
+    Attributes:
+        sources: The sources, which are mixed by weight.
+        max_bytes: Where the text ends; None: when the first source runs out.
+        excluded_hashes: Hashes of the held-out documents.
+        added_tokens: The tokens outside BPE.
+        source_bytes: The bytes of text of each source.
+        num_documents: The documents of all sources.
+        num_held_out: The held-out documents that were left out.
+        num_special_tokens: The added tokens that were cut out.
+        cleaning_reports: What the clean-up of each source did.
     """
 
-    sources: list[Located]
+    sources: list[DataSource]
     max_bytes: int | None
-    excluded: frozenset[bytes]
-    outside: Sequence[str]
-    bytes: list[int] = field(default_factory=list)
-    documents: int = 0
-    left_out: int = 0
-    spelled_out: int = 0
-    tallies: list[Tally] = field(default_factory=list)
+    excluded_hashes: frozenset[bytes]
+    added_tokens: Sequence[str]
+    source_bytes: list[int] = field(default_factory=list)
+    num_documents: int = 0
+    num_held_out: int = 0
+    num_special_tokens: int = 0
+    cleaning_reports: list[CleaningReport] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[str]:
-        self.bytes = [0] * len(self.sources)
-        self.documents = self.left_out = self.spelled_out = 0
-        self.tallies = [Tally() for _ in self.sources]
-        names = re.compile("|".join(map(re.escape, sorted(self.outside, key=len, reverse=True)))) if self.outside else None
-        for i, text in mixed(self.sources, self.max_bytes, self.tallies):
-            if text_hash(text) in self.excluded:
-                self.left_out += 1
+        self.source_bytes = [0] * len(self.sources)
+        self.num_documents = self.num_held_out = self.num_special_tokens = 0
+        self.cleaning_reports = [CleaningReport() for _ in self.sources]
+        names = re.compile("|".join(map(re.escape, sorted(self.added_tokens, key=len, reverse=True)))) if self.added_tokens else None
+        for i, text in mix_documents(self.sources, self.max_bytes, self.cleaning_reports):
+            if hash_text(text) in self.excluded_hashes:
+                self.num_held_out += 1
                 continue
-            self.bytes[i] += len(text.encode())
-            self.documents += 1
+            self.source_bytes[i] += len(text.encode())
+            self.num_documents += 1
             pieces = names.split(text) if names else [text]
-            self.spelled_out += len(pieces) - 1
+            self.num_special_tokens += len(pieces) - 1
             for piece in filter(None, pieces):
-                yield from _portions(piece)
+                yield from _split_portions(piece)
 
-    def report(self) -> dict[str, Any]:
-        """What was read, for result.json."""
-        total = sum(self.bytes)
+    def to_dict(self) -> dict[str, Any]:
+        """Summarise what was read for result.json."""
+        total = sum(self.source_bytes)
         return {
-            "documents": self.documents,
+            "documents": self.num_documents,
             "bytes": total,
-            "held_out_left_out": self.left_out,
-            "special_tokens_in_text": self.spelled_out,
+            "held_out_left_out": self.num_held_out,
+            "special_tokens_in_text": self.num_special_tokens,
             "sources": [
                 {
-                    "source": s.title,
+                    "source": source.title,
                     "bytes": size,
                     "share": round(size / total, 4) if total else 0.0,
-                    **({"cleaned": tally.report()} if s.cleaned else {}),
+                    **({"cleaned": report.to_dict()} if source.is_cleaned else {}),
                 }
-                for s, size, tally in zip(self.sources, self.bytes, self.tallies, strict=True)
+                for source, size, report in zip(self.sources, self.source_bytes, self.cleaning_reports, strict=True)
             ],
         }
 
 
-def _portions(text: str) -> Iterator[str]:
-    """A text, or a very long one (a whole corpus as one .txt file) in parts that end with a line."""
-    at = 0
-    while len(text) - at > PORTION:
-        end = text.rfind("\n", at, at + PORTION) + 1 or at + PORTION
-        yield text[at:end]
-        at = end
-    yield text[at:] if at else text
+def _split_portions(text: str) -> Iterator[str]:
+    """Split a very long text, as of a corpus in one .txt file, at ends of lines."""
+    begin = 0
+    while len(text) - begin > PORTION_CHARACTERS:
+        end = text.rfind("\n", begin, begin + PORTION_CHARACTERS) + 1 or begin + PORTION_CHARACTERS
+        yield text[begin:end]
+        begin = end
+    yield text[begin:] if begin else text

@@ -1,8 +1,8 @@
-"""How the processes of a run share the work, as the launcher asked for it.
+"""Read and set up the launcher's parallelism strategy.
 
-Accelerate and torchrun leave their wishes in environment variables. On a machine without an accelerator some of them
-are dropped without a word (a sharded job then trains a full replica in each process), so they are read here first and
-refused where they cannot be real.
+Accelerate and torchrun describe it in environment variables. On a machine without an accelerator Accelerate drops some of
+them silently (a sharded job then trains a full replica in each process). So they are read here first, and refused where
+they cannot work.
 """
 
 from __future__ import annotations
@@ -12,32 +12,25 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from azrecipe.distributed import cpu_backend, local_storage
 from azrecipe.errors import CannotRun, CommandError
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Backend:
-    """How the processes of a run share the work. kind: single, ddp, fsdp2, hsdp or zero1/2/3.
+    """The parallelism strategy of a run, seen from one process."""
 
-    `context` processes at a time read the same sequences, each a part of every one.
-    """
-
-    kind: str
-    world: int
+    strategy: str  # single, ddp, fsdp2, hsdp, zero1, zero2 or zero3
+    world_size: int
     rank: int
-    replicate: int = 1
-    context: int = 1
+    replicate_size: int = 1  # replicas of the model
+    context_parallel_size: int = 1  # processes that each read a part of the same sequences
 
     @property
-    def readers(self) -> int:
-        """How many processes, or groups of `context` of them, read different sequences."""
-        return self.world // self.context
+    def data_parallel_size(self) -> int:
+        """The number of processes, or groups of them, that read different sequences."""
+        return self.world_size // self.context_parallel_size
 
     @property
     def main(self) -> bool:
@@ -45,29 +38,35 @@ class Backend:
 
     @property
     def sharded(self) -> bool:
-        return self.kind not in ("single", "ddp")
+        return self.strategy not in ("single", "ddp")
 
     @property
-    def shards(self) -> int:
-        """Processes that the weights are split over; 1: each has all of them."""
-        return 1 if self.kind in ("single", "ddp", "zero1", "zero2") else self.world // self.replicate
+    def num_shards(self) -> int:
+        """The number of processes that the weights are split over.
+
+        It is 1 where each process has all weights.
+        """
+        return 1 if self.strategy in ("single", "ddp", "zero1", "zero2") else self.world_size // self.replicate_size
 
     @property
-    def zero(self) -> bool:
-        """Whether DeepSpeed runs it."""
-        return self.kind.startswith("zero")
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed trains the model."""
+        return self.strategy.startswith("zero")
 
     @property
-    def fsdp(self) -> bool:
-        return self.kind in ("fsdp2", "hsdp")
+    def uses_fsdp(self) -> bool:
+        return self.strategy in ("fsdp2", "hsdp")
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "false").lower() in ("1", "true", "yes")
 
 
-def asked(environment: Mapping[str, str]) -> Backend:
-    """Read the launcher's wish from a worker's environment. Raises CommandError for what was not really started."""
+def backend_from_env(environment: Mapping[str, str]) -> Backend:
+    """Read the launcher's strategy from a worker's environment.
+
+    Raises CommandError where the launcher did not start what the environment describes, or azrecipe does not support it.
+    """
     if "MASTER_ADDR" in environment and "RANK" not in environment:
         raise CommandError(
             "several processes were asked for and one was started: accelerate's --cpu (and --num_processes without a GPU) only reaches "
@@ -88,7 +87,7 @@ def asked(environment: Mapping[str, str]) -> Backend:
         return Backend(f"zero{_zero_stage(environment)}", world, rank)
     if _flag(environment, "ACCELERATE_USE_FSDP"):
         return _fsdp(environment, world, rank)
-    return Backend("ddp" if world > 1 else "single", world, rank, replicate=world)
+    return Backend("ddp" if world > 1 else "single", world, rank, replicate_size=world)
 
 
 def _fsdp(environment: Mapping[str, str], world: int, rank: int) -> Backend:
@@ -98,39 +97,43 @@ def _fsdp(environment: Mapping[str, str], world: int, rank: int) -> Backend:
         if "HYBRID" in environment.get("FSDP_SHARDING_STRATEGY", ""):
             raise CommandError("HYBRID_SHARD belongs to FSDP 1 and FSDP 2 ignores it: use accelerate_configs/hsdp.yaml")
         return Backend("fsdp2", world, rank)
-    size = {key: int(environment.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1")) for key in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
-    if size["TP"] * size["SP"] != 1:
+    sizes = {key: int(environment.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1")) for key in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
+    if sizes["TP"] * sizes["SP"] != 1:
         raise CommandError(
             "tensor and sequence parallelism are not supported; parallelism_config_cp_size is for sequences that outgrow a GPU"
         )
-    mesh = Mesh(size["DP_REPLICATE"], size["DP_SHARD"], size["CP"])
-    wrong = mesh.problem(world)
-    if wrong:
-        raise CommandError(wrong)
-    return Backend("hsdp" if mesh.replicate > 1 else "fsdp2", world, rank, mesh.replicate, mesh.context)
+    dims = ParallelDims(sizes["DP_REPLICATE"], sizes["DP_SHARD"], sizes["CP"])
+    problem = dims.find_problem(world)
+    if problem:
+        raise CommandError(problem)
+    return Backend("hsdp" if dims.replicate_size > 1 else "fsdp2", world, rank, dims.replicate_size, dims.context_parallel_size)
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """The sizes in an accelerate config's parallelism_config. A shard of -1 is azrecipe's word for what is left over."""
+class ParallelDims:
+    """The sizes in an accelerate config's parallelism_config."""
 
-    replicate: int = 1
-    shard: int = 1
-    context: int = 1
+    replicate_size: int = 1
+    shard_size: int = 1  # -1: as many as the other sizes leave
+    context_parallel_size: int = 1
 
-    def problem(self, world: int) -> str:
-        """What is wrong with it where `world` processes are started, or ""."""
-        if min(self.replicate, self.context) < 1 or (self.shard < 1 and self.shard != -1):
+    def find_problem(self, world: int) -> str:
+        """Return what is wrong with the sizes for `world` processes, or ""."""
+        if min(self.replicate_size, self.context_parallel_size) < 1 or (self.shard_size < 1 and self.shard_size != -1):
             return "the accelerate config has a size below 1 in its parallelism_config"
-        groups = self.replicate * self.context
-        if self.replicate > 1 and self.context > 1:
+        groups = self.replicate_size * self.context_parallel_size
+        if self.replicate_size > 1 and self.context_parallel_size > 1:
             return "the accelerate config splits sequences and replicates the model as well, which is not verified: dp_replicate_size 1"
-        if self.shard == -1 and world % groups:
-            what = f"splits each sequence over {self.context}" if self.context > 1 else f"replicates over {self.replicate} groups of"
+        if self.shard_size == -1 and world % groups:
+            what = (
+                f"splits each sequence over {self.context_parallel_size}"
+                if self.context_parallel_size > 1
+                else f"replicates over {self.replicate_size} groups of"
+            )
             return f"the accelerate config {what} processes, and {world} do not divide by that"
-        if self.shard != -1 and groups * self.shard != world:
-            context = f", splits sequences over {self.context}" if self.context > 1 else ""
-            return f"the accelerate config replicates over {self.replicate}{context} and shards over {self.shard} processes, and {world} are started"
+        if self.shard_size != -1 and groups * self.shard_size != world:
+            context = f", splits sequences over {self.context_parallel_size}" if self.context_parallel_size > 1 else ""
+            return f"the accelerate config replicates over {self.replicate_size}{context} and shards over {self.shard_size} processes, and {world} are started"
         return ""
 
 
@@ -141,33 +144,37 @@ def _zero_stage(environment: Mapping[str, str]) -> int:
     return int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
 
 
-def nodes(environment: Mapping[str, str]) -> int:
-    """How many machines the launcher started processes on."""
+def count_nodes(environment: Mapping[str, str]) -> int:
+    """Return the number of machines that the launcher started processes on."""
     world = int(environment.get("WORLD_SIZE", "1"))
     return max(world // int(environment.get("LOCAL_WORLD_SIZE", world)), 1)
 
 
 def has_accelerator() -> bool:
-    """Whether torch sees a GPU or its like, and the user has not turned it off."""
+    """Whether torch sees an accelerator that the user has not disabled."""
     import torch
 
     return torch.accelerator.is_available() and not _flag(os.environ, "ACCELERATE_USE_CPU")
 
 
-def set_up() -> Backend:
-    """Read the launcher's wish and prepare this process for it. Call before transformers is imported.
+def set_up_backend() -> Backend:
+    """Prepare this process for the launcher's strategy.
 
-    Raises CommandError or CannotRun.
+    Call it before transformers is imported. It changes environment variables.
+
+    Raises:
+        CommandError: The strategy is not supported.
+        CannotRun: This machine cannot run it.
     """
     import torch
 
-    backend = asked(os.environ)
-    if local_storage.apart() and backend.zero and nodes(os.environ) > 1:
-        raise CommandError(f"{local_storage.SWITCH}=local is not verified with DeepSpeed: use accelerate_configs/fsdp.yaml")
-    if _flag(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not know what a shard size of -1 stands for
-        os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world // (backend.replicate * backend.context))
+    backend = backend_from_env(os.environ)
+    if local_storage.storage_is_local() and backend.uses_deepspeed and count_nodes(os.environ) > 1:
+        raise CommandError(f"{local_storage.STORAGE_VARIABLE}=local is not verified with DeepSpeed: use accelerate_configs/fsdp.yaml")
+    if _flag(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not accept a shard size of -1
+        os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world_size // (backend.replicate_size * backend.context_parallel_size))
     if not has_accelerator():
-        cpu_backend.bring_up(backend.kind, backend.sharded, backend.context > 1)
+        cpu_backend.set_up_cpu(backend.strategy, backend.sharded, backend.context_parallel_size > 1)
     elif backend.sharded and not torch.cuda.is_available():
-        raise CannotRun(f"{backend.kind} needs GPUs of CUDA or ROCm, or a machine without any accelerator. What runs here: one process")
+        raise CannotRun(f"{backend.strategy} needs GPUs of CUDA or ROCm, or a machine without any accelerator. What runs here: one process")
     return backend

@@ -1,4 +1,4 @@
-"""How a fixed global batch falls on a machine: sequences at once on a device, and how often they accumulate."""
+"""Split a global batch into device batches and accumulation steps."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from azrecipe.errors import CommandError
 
 
 @dataclass(frozen=True)
-class Split:
-    """global_batch_size = world x per_device x accumulation."""
+class BatchSplit:
+    """A device's share of a global batch.
+
+    global_batch_size = world × per_device × accumulation, in sequences.
+    """
 
     per_device: int
     accumulation: int
 
 
-def split(global_batch_size: int, ceiling: int, world: int) -> Split:
-    """The largest batch a device that divides its share and is at most `ceiling`. Raises CommandError where none does."""
+def split_batch(global_batch_size: int, ceiling: int, world: int) -> BatchSplit:
+    """Return the largest device batch of at most `ceiling` sequences.
+
+    It divides the device's share. Raises CommandError where the global batch does not divide over `world` processes.
+    """
     if global_batch_size % world:
-        fitting = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
-        nearest = sorted(sorted(fitting, key=lambda n: abs(n - world))[:5])
+        divisors = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+        nearest = sorted(sorted(divisors, key=lambda n: abs(n - world))[:5])
         raise CommandError(
             f"training.global_batch_size = {global_batch_size} does not divide over {world} processes. "
             f"Numbers of processes that do: {', '.join(map(str, nearest))}; or set a multiple of {world}"
         )
     share = global_batch_size // world
     per_device = next(n for n in range(min(share, ceiling), 0, -1) if share % n == 0)
-    return Split(per_device, share // per_device)
+    return BatchSplit(per_device, share // per_device)

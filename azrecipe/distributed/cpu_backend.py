@@ -1,6 +1,6 @@
-"""Knows how Accelerate's processes are brought up on a machine without an accelerator, so that what was asked for is what runs.
+"""Set up Accelerate's processes on a machine without an accelerator.
 
-Left alone, Accelerate drops FSDP and DeepSpeed there without a word: every process trains its own replica.
+Accelerate drops FSDP and DeepSpeed there silently, and every process trains a replica. The patches below prevent that.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import os
 from typing import Any
 
 from azrecipe.errors import CannotRun
-from azrecipe.utils.process_pool import cores
+from azrecipe.utils.process_pool import count_cores
 
 
-def problem(kind: str) -> str:
-    """Why a sharded backend cannot be real on this machine's CPU, or ""."""
+def find_problem(kind: str) -> str:
+    """Return why this CPU cannot run a sharded strategy, or ""."""
     import torch
     import torch.distributed as dist
 
@@ -27,35 +27,36 @@ def problem(kind: str) -> str:
     return ""
 
 
-def bring_up(kind: str, sharded: bool, context: bool) -> None:
-    """Prepare this process, before transformers is imported; `context`: for sequences split over processes.
+def set_up_cpu(kind: str, sharded: bool, context: bool) -> None:
+    """Prepare this process for a strategy on the CPU.
 
-    Raises CannotRun where sharding cannot be real.
+    Call it before transformers is imported. It changes environment variables. `context` says that sequences are split over
+    processes. Raises CannotRun where this machine cannot shard a model.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"  # Accelerate imports DeepSpeed wherever it is installed, which else looks for one and warns
+    os.environ["DS_ACCELERATOR"] = "cpu"  # Accelerate imports an installed DeepSpeed, which looks for an accelerator otherwise
     if not sharded:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate's own gloo path
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # Accelerate then uses gloo
     else:
-        why = problem(kind)
-        if why:
-            raise CannotRun(why)
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # Accelerate takes it for "neither FSDP nor DeepSpeed"
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # which PartialState.set_device leaves alone
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # it leaves the other processes' weights unset until they are sharded
-        _say_gloo()
+        reason = find_problem(kind)
+        if reason:
+            raise CannotRun(reason)
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate uses neither FSDP nor DeepSpeed
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # PartialState.set_device does not change it
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # "true" leaves other processes' weights unset until they are sharded
+        _patch_accelerate_gloo()
         if kind.startswith("zero"):
-            _build_nothing()
+            _patch_deepspeed_compilation()
         if context:
-            _split_attention()
-    _use_the_cores()
+            _patch_ring_attention()
+    _set_num_threads()
 
 
-def _say_gloo() -> None:
-    """Make PartialState start gloo and call the processes distributed; AcceleratorState turns that into FSDP or DeepSpeed.
+def _patch_accelerate_gloo() -> None:
+    """Make PartialState start gloo and count as distributed.
 
-    Accelerate chooses by the hardware it finds, and without any says "not distributed" (accelerate 1.15.0, state.py,
-    PartialState._prepare_backend: no branch for LOCAL_RANK without an accelerator). `backend="gloo"` alone connects the
-    processes and leaves the type at NO, by which AcceleratorState then drops FSDP.
+    AcceleratorState then chooses FSDP or DeepSpeed. Accelerate chooses the type by the hardware, and without an accelerator
+    the type is NO (accelerate 1.15.0, state.py, PartialState._prepare_backend: no branch for LOCAL_RANK without one).
+    `backend="gloo"` alone connects the processes and leaves the type at NO, with which AcceleratorState drops FSDP.
     """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -68,21 +69,22 @@ def _say_gloo() -> None:
     PartialState._prepare_backend = prepare
 
 
-def _build_nothing() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives, for minutes at the first start: inference alone uses them.
+def _patch_deepspeed_compilation() -> None:
+    """Prevent DeepSpeed from compiling its shared-memory collectives.
 
-    deepspeed 0.19.8, comm/torch.py, build_shm_op: the table of compatible operators is what it asks, and no setting.
+    The compilation takes minutes at the first start, and only inference uses the result. deepspeed 0.19.8, comm/torch.py,
+    build_shm_op reads the table of compatible operators; there is no setting.
     """
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _split_attention() -> None:
-    """Give PyTorch's context parallelism the CPU's attention operator, forward and backward.
+def _patch_ring_attention() -> None:
+    """Add the CPU's attention operators to PyTorch's context parallelism.
 
-    Its dispatcher asks a table that names CUDA's operators only (torch 2.13.0, distributed/tensor/experimental/_context_parallel/
-    _attention.py, custom_ops); the ring that the sequence goes round is PyTorch's own and serves any of them.
+    Its table of operators names those of CUDA only (torch 2.13.0, distributed/tensor/experimental/_context_parallel/
+    _attention.py, custom_ops). PyTorch's ring attention works with any of them.
     """
     import torch
     from torch.distributed.tensor import DTensor
@@ -93,24 +95,27 @@ def _split_attention() -> None:
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-    def attend(operator: Any, arguments: tuple[Any, ...], more: dict[str, Any]) -> tuple[DTensor, ...]:
-        given = dict(zip((argument.name for argument in operator._schema.arguments), arguments, strict=False)) | more
-        mesh, placements = given["query"].device_mesh, given["query"].placements
-        if given.pop("attn_mask", None) is not None:
-            raise CannotRun("sequences that are split over processes are attended to without a mask only")
-        local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in given.items()}
-        group, tokens = mesh.get_group(), 2  # the dimension of [batch, heads, tokens, width]
+    def attend(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[DTensor, ...]:
+        arguments = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | kwargs
+        mesh, placements = arguments["query"].device_mesh, arguments["query"].placements
+        if arguments.pop("attn_mask", None) is not None:
+            raise CannotRun("attention over sequences that are split over processes takes no mask")
+        local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in arguments.items()}
+        group, sequence_dim = mesh.get_group(), 2  # of [batch, heads, tokens, head_dim]
         if operator is forward:
-            found = ring._templated_ring_attention(group, tokens, operator, **{"is_causal": False, **local})
+            outputs = ring._templated_ring_attention(group, sequence_dim, operator, **{"is_causal": False, **local})
         else:
-            found = ring._templated_ring_attention_backward(group, tokens, operator, grad_out_name="grad_out", **local)
-        return tuple(DTensor.from_local(each, mesh, placements, run_check=False) for each in found)
+            outputs = ring._templated_ring_attention_backward(group, sequence_dim, operator, grad_out_name="grad_out", **local)
+        return tuple(DTensor.from_local(output, mesh, placements, run_check=False) for output in outputs)
 
     ring.custom_ops |= {forward: attend, backward: attend}
 
 
-def _use_the_cores() -> None:
-    """A process' share of the cores: accelerate launch sets OMP_NUM_THREADS=1, which leaves the others of a laptop idle."""
+def _set_num_threads() -> None:
+    """Use this process' share of the machine's cores.
+
+    accelerate launch sets OMP_NUM_THREADS=1, which leaves the other cores idle.
+    """
     import torch
 
-    torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

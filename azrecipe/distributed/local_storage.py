@@ -1,9 +1,9 @@
-"""Knows whether the machines of a run see one run directory or have one each, and how those that have one each come to know the same.
+"""Collectives for machines that each have their own run directory.
 
-One each is for machines whose files are uploaded in the background to one common place, which is copied down to every machine before a
-run goes on: names must be unique by process, deletions reach the common place, and of two files that were written one after the other
-either may be missing there. AZRECIPE_STORAGE=local says so; nothing else does, as without the upload a restart would not find the other
-machines' files.
+AZRECIPE_STORAGE=local selects this. It is for machines whose files are uploaded in the background to one place, which is copied
+to every machine before a run continues. There, file names must be unique for each process, deletions reach the common place, and
+of two files that were written one after the other either may be missing. Without the upload a restart would not find the files of
+the other machines, so nothing else selects it.
 """
 
 from __future__ import annotations
@@ -17,119 +17,153 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from azrecipe.errors import CannotRun, CommandError, RunFailed
-from azrecipe.utils.atomic_files import file_sizes, read_json, whole_folder
+from azrecipe.utils.atomic_files import atomic_folder, list_file_sizes, read_json
 
-SWITCH = "AZRECIPE_STORAGE"
-KINDS = ("shared", "local")
-CHUNK = 64 * 2**20  # bytes that are sent at a time
+STORAGE_VARIABLE = "AZRECIPE_STORAGE"
+STORAGE_KINDS = ("shared", "local")
+CHUNK_BYTES = 64 * 2**20  # size of one message
 
 Value = TypeVar("Value")
 
 
-def apart() -> bool:
-    """Whether each machine has a run directory of its own. Raises CommandError for a word that is not known."""
-    asked = os.environ.get(SWITCH) or "shared"
-    if asked not in KINDS:
+def storage_is_local() -> bool:
+    """Whether each machine has its own run directory.
+
+    Raises CommandError for an unknown value of the variable.
+    """
+    storage = os.environ.get(STORAGE_VARIABLE) or "shared"
+    if storage not in STORAGE_KINDS:
         raise CommandError(
-            f"{SWITCH}={asked} is not known: shared (all machines see one run directory, the default) or local (each has its own)"
+            f"{STORAGE_VARIABLE}={storage} is not known: shared (all machines see one run directory, the default) or local (each has its own)"
         )
-    return asked == "local"
+    return storage == "local"
 
 
-def writes(main: bool) -> bool:
-    """Whether this process acts for a run directory: the main one, or where each machine has its own the first process of each."""
-    return main or (apart() and os.environ.get("LOCAL_RANK", "0") == "0")
+def is_writer(main: bool) -> bool:
+    """Whether this process writes a run directory.
+
+    The main process does, and with local storage the first process of each machine.
+    """
+    return main or (storage_is_local() and os.environ.get("LOCAL_RANK", "0") == "0")
 
 
-def gathered(value: Value) -> list[Value]:
-    """Every process' value, in the order of their ranks; the own one where no others are connected. A collective."""
+def all_gather_object(value: Value) -> list[Value]:
+    """Return the values of all processes, in the order of ranks.
+
+    Without a process group it is the value of this process alone. A collective.
+    """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return every
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def from_main(value: Value) -> Value:
-    """The main process' value, where machines are apart and connected; else this process' own. A collective."""
-    return gathered(value)[0] if apart() else value
+def broadcast_from_main(value: Value) -> Value:
+    """Return the main process' value with local storage.
+
+    With shared storage the value of this process is returned. A collective.
+    """
+    return all_gather_object(value)[0] if storage_is_local() else value
 
 
-def merged(sizes: Mapping[str, int]) -> dict[str, int]:
-    """What each process lists of a folder's files, all together; this process' own where storage is shared. A collective."""
-    every = gathered(dict(sizes)) if apart() else [sizes]
-    return {name: size for each in every for name, size in each.items()}
+def merge_file_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the file sizes of all processes in one mapping.
+
+    With shared storage they are those of this process. A collective.
+    """
+    size_maps = all_gather_object(dict(sizes)) if storage_is_local() else [sizes]
+    return {name: size for size_map in size_maps for name, size in size_map.items()}
 
 
-def agree(status: Path, seen: Mapping[str, str]) -> None:
-    """Check that no machine holds another run's files, and that all see the same inputs. Raises CannotRun; a collective."""
-    every = gathered(((read_json(status) or {}).get("run_id"), dict(seen)))
-    run_id, inputs = every[0]
+def check_same_inputs(status: Path, inputs: Mapping[str, str]) -> None:
+    """Check that all machines hold the same run and inputs.
+
+    Raises CannotRun. A collective.
+    """
+    states = all_gather_object(((read_json(status) or {}).get("run_id"), dict(inputs)))
+    main_id, main_inputs = states[0]
     problems = []
-    for rank, (own, other) in enumerate(every):
-        if own not in (None, run_id):
+    for rank, (run_id, rank_inputs) in enumerate(states):
+        if run_id not in (None, main_id):
             problems.append(
                 f"{status.parent} of process {rank} holds another run than that of process 0: give both what was uploaded, or nothing"
             )
-        if other != inputs:
-            names = ", ".join(sorted(key for key in {*inputs, *other} if inputs.get(key) != other.get(key)))
+        if rank_inputs != main_inputs:
+            names = ", ".join(sorted(key for key in {*main_inputs, *rank_inputs} if main_inputs.get(key) != rank_inputs.get(key)))
             problems.append(f"process {rank} sees other inputs than process 0: {names}. Every machine needs the same files")
     if problems:
         raise CannotRun("\n".join(problems))
 
 
 @contextlib.contextmanager
-def everywhere(folder: Path, cache: Path, main: bool) -> Iterator[Path]:
-    """A folder that the main process has, for every process to read within the block. A collective.
+def replicate_folder(folder: Path, cache: Path, main: bool) -> Iterator[Path]:
+    """Yield a path where every process can read the folder.
 
-    Where machines are apart the others' first processes receive it into `cache` for as long as the block lasts, unless they have it
-    already. Raises RunFailed, or OSError where this machine cannot write it.
+    A collective. The main process has the folder. With local storage the first process of each other machine receives it into `cache`, unless
+    the machine has the same files, and removes it after the block.
+
+    Raises:
+        RunFailed: Another machine could not write the folder.
+        OSError: This machine could not write it.
     """
-    if not apart():
+    if not storage_is_local():
         yield folder
         return
-    wanted = from_main(file_sizes(folder))
-    here = folder
-    if not all(gathered(file_sizes(folder) == wanted)):
-        own = main or file_sizes(folder) == wanted
-        here = folder if own else cache / f"received-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
-        _send(folder, wanted, None if own or not writes(main) else here, main)
-    yield here
-    gathered(None)  # every process has read it
-    if here != folder and writes(main):
-        shutil.rmtree(here, ignore_errors=True)
+    main_sizes = broadcast_from_main(list_file_sizes(folder))
+    local_folder = folder
+    if not all(all_gather_object(list_file_sizes(folder) == main_sizes)):
+        has_folder = main or list_file_sizes(folder) == main_sizes
+        local_folder = folder if has_folder else cache / f"received-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+        _broadcast_folder(folder, main_sizes, target=None if has_folder or not is_writer(main) else local_folder, main=main)
+    yield local_folder
+    all_gather_object(None)  # every process has read it
+    if local_folder != folder and is_writer(main):
+        shutil.rmtree(local_folder, ignore_errors=True)
 
 
-def _send(folder: Path, sizes: Mapping[str, int], to: Path | None, main: bool) -> None:
-    """Send the main process' folder to all; written to `to` by those that give one. What fails on one fails on all, when all is sent."""
+def _broadcast_folder(folder: Path, sizes: Mapping[str, int], *, target: Path | None, main: bool) -> None:
+    """Send the main process' folder to all processes. A collective.
+
+    A failure in one process fails all of them, after everything was sent.
+
+    Args:
+        folder: The folder in the main process.
+        sizes: Its files and their sizes in bytes.
+        target: Where this process writes the folder; None: it does not.
+        main: Whether this is the main process.
+    """
     error: OSError | None = None
     try:
         with contextlib.ExitStack() as stack:
-            aside = None
+            tmp = None
             try:
-                aside = stack.enter_context(whole_folder(to)) if to is not None else None
-            except OSError as failed:
-                error = failed
+                tmp = stack.enter_context(atomic_folder(target)) if target is not None else None
+            except OSError as failure:
+                error = failure
             for name, size in sizes.items():
-                error = _send_file(folder / name, size, aside / name if aside else None, main) or error
-            if aside is not None and error is None and file_sizes(aside) != sizes:
-                error = OSError(f"{to}: what was received has other sizes than what was sent")
+                error = _broadcast_file(folder / name, size, target=tmp / name if tmp else None, main=main) or error
+            if tmp is not None and error is None and list_file_sizes(tmp) != sizes:
+                error = OSError(f"{target}: the files that were received have other sizes than those that were sent")
             if error is not None:
                 raise error
-    except OSError as failed:
-        error = failed
-    failures = gathered(str(error or ""))
+    except OSError as failure:
+        error = failure
+    failures = all_gather_object(str(error or ""))
     if error is not None:
         raise error
     if any(failures):
         rank = next(rank for rank, text in enumerate(failures) if text)
-        raise RunFailed(f"{folder} could not be brought to the machine of process {rank}: {failures[rank]}")
+        raise RunFailed(f"{folder} could not be copied to the machine of process {rank}: {failures[rank]}")
 
 
-def _send_file(source: Path, size: int, to: Path | None, main: bool) -> OSError | None:
-    """One file, in chunks; an error is returned, as the others go on with what is sent."""
+def _broadcast_file(source: Path, size: int, *, target: Path | None, main: bool) -> OSError | None:
+    """Send one file in chunks; return an error. A collective.
+
+    An error is not raised, as the other processes wait for the remaining chunks.
+    """
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
@@ -137,24 +171,24 @@ def _send_file(source: Path, size: int, to: Path | None, main: bool) -> OSError 
     device, error = PartialState().device, None
     with contextlib.ExitStack() as stack:
         try:
-            read = stack.enter_context(source.open("rb")) if main else None
-            if to is not None:
-                to.parent.mkdir(parents=True, exist_ok=True)
-            written = stack.enter_context(to.open("wb")) if to is not None else None
-        except OSError as failed:
-            read, written, error = None, None, failed
-        for begin in range(0, size, CHUNK):
-            chunk = bytearray(min(CHUNK, size - begin))
+            input_file = stack.enter_context(source.open("rb")) if main else None
+            if target is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            output_file = stack.enter_context(target.open("wb")) if target is not None else None
+        except OSError as failure:
+            input_file, output_file, error = None, None, failure
+        for begin in range(0, size, CHUNK_BYTES):
+            chunk = bytearray(min(CHUNK_BYTES, size - begin))
             try:
-                if read is not None and read.readinto(chunk) != len(chunk):
+                if input_file is not None and input_file.readinto(chunk) != len(chunk):
                     error = OSError(f"{source} became shorter while it was sent")
-            except OSError as failed:
-                error = failed
-            sent = torch.frombuffer(chunk, dtype=torch.uint8).to(device)
-            dist.broadcast(sent, src=0)
+            except OSError as failure:
+                error = failure
+            tensor = torch.frombuffer(chunk, dtype=torch.uint8).to(device)
+            dist.broadcast(tensor, src=0)
             try:
-                if written is not None and error is None:
-                    written.write(sent.cpu().numpy().tobytes())
-            except OSError as failed:
-                error = failed
+                if output_file is not None and error is None:
+                    output_file.write(tensor.cpu().numpy().tobytes())
+            except OSError as failure:
+                error = failure
     return error

@@ -1,9 +1,9 @@
-"""Bits per byte: how well a model predicts text, in a unit that does not depend on its tokenizer.
+"""Bits per byte: how well a model predicts text, for any tokenizer.
 
-BPB = (sum of -ln p over the tokens of the text) / (ln 2 x UTF-8 bytes of the text), sums over the whole set. A
-document is scored whole: BOS (or, where there is none, EOS) is context and not scored, no EOS is asked for. A
-document longer than the model's window is scored in windows that overlap by half, each token once, with at least half
-a window before it.
+BPB = (sum of -ln p over the tokens of the text) / (ln 2 x UTF-8 bytes of the text), with sums over the whole set. All tokens of a
+document are scored. BOS (or EOS where there is none) is context and is not scored, and no EOS is expected at the end. A document
+longer than the model's window is scored in windows that overlap by half. Each token is scored once, with at least half a window
+before it.
 """
 
 from __future__ import annotations
@@ -17,113 +17,134 @@ import torch
 import torch.nn.functional as F
 
 from azrecipe.errors import CannotRun
+from azrecipe.evaluation.likelihood import pad_batch
 from azrecipe.modeling import chunked_loss
-from azrecipe.tokenization.encoding import encode
+from azrecipe.tokenization.encoding import IGNORE_INDEX, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Window:
-    """A stretch of a document: token ids, and how many of the first are context only."""
+class ScoringWindow:
+    """A part of a document; its first `num_context` tokens are not scored."""
 
     ids: list[int]
-    context: int
+    num_context: int
 
 
 @dataclass(frozen=True)
-class Bits:
-    """A sum over a set of documents: nats of all scored tokens, bytes of UTF-8 text, tokens scored.
+class TextScore:
+    """The score of a set of documents.
 
-    `of_documents`, of each document by itself: nats and tokens, both [documents]. Nats are 0 where the model takes its loss in chunks.
+    `nats` sums -ln p of all scored tokens, and `num_bytes` counts the UTF-8 text. `document_nats` and `document_tokens`, tensors
+    [documents], have the sums of each document. The nats of documents are 0 where the model computes its loss in chunks.
     """
 
     nats: float
-    bytes: int
-    tokens: int
-    of_documents: tuple[torch.Tensor, torch.Tensor]
+    num_bytes: int
+    num_tokens: int
+    document_nats: torch.Tensor
+    document_tokens: torch.Tensor
 
     @property
-    def per_byte(self) -> float:
-        return self.nats / (math.log(2) * self.bytes)
+    def bits_per_byte(self) -> float:
+        """The bits per byte of the whole set."""
+        return self.nats / (math.log(2) * self.num_bytes)
 
 
-def windows(ids: list[int], first: int, max_length: int) -> Iterator[Window]:
-    """Cut one document into windows of at most `max_length` tokens; `first` is the token that precedes it."""
-    whole = [first, *ids]
-    yield Window(whole[:max_length], 1)
-    stride = max(max_length // 2, 1)
-    scored = max_length
-    while scored < len(whole):
-        end = min(scored + stride, len(whole))
-        start = max(end - max_length, 0)
-        yield Window(whole[start:end], scored - start)
-        scored = end
+def split_windows(ids: list[int], first_token: int, max_length: int) -> Iterator[ScoringWindow]:
+    """Split one document into windows of at most `max_length` tokens.
 
-
-def bits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int) -> Bits:
-    """Score documents with a model. In a distributed run the processes share the work and all get the sum.
-
-    Every process runs the same number of forward passes, as sharded models need. The model's mode is kept.
+    `first_token` is the token that precedes the document.
     """
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
+    tokens = [first_token, *ids]
+    yield ScoringWindow(tokens[:max_length], 1)
+    stride = max(max_length // 2, 1)
+    num_scored = max_length
+    while num_scored < len(tokens):
+        end = min(num_scored + stride, len(tokens))
+        start = max(end - max_length, 0)
+        yield ScoringWindow(tokens[start:end], num_scored - start)
+        num_scored = end
+
+
+def score_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int
+) -> TextScore:
+    """Score documents with a model.
+
+    In a distributed run the processes share the work, and all get the sum. Every process runs the same number of forward passes, as
+    sharded models need. The model's mode (train or eval) is kept.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        texts: The documents.
+        max_length: Tokens in a window at most, and never more than the model's positions.
+        batch_size: Windows in a forward pass.
+
+    Raises:
+        CannotRun: The tokenizer has neither a BOS nor an EOS token.
+    """
+    first_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first_token is None:
         raise CannotRun("the tokenizer has neither a BOS nor an EOS token: the first token of a document cannot be scored")
     limit = getattr(model.config, "max_position_embeddings", None) or max_length
-    encoded = encode(tokenizer, texts)
-    pieces = [(window, nth) for nth, ids in enumerate(encoded) for window in windows(ids, first, min(max_length, limit))]
-    pieces.sort(key=lambda piece: len(piece[0].ids))  # less padding; the sum does not depend on the order
-    rank, world = _position()
-    batches = [pieces[i : i + batch_size] for i in range(0, len(pieces), batch_size)]
-    rounds = math.ceil(len(batches) / world)
+    encoded = encode_texts(tokenizer, texts)
+    scored_windows = [
+        (window, document) for document, ids in enumerate(encoded) for window in split_windows(ids, first_token, min(max_length, limit))
+    ]
+    scored_windows.sort(key=lambda pair: len(pair[0].ids))  # less padding; the sum does not depend on the order
+    rank, world_size = _get_rank_and_size()
+    batches = [scored_windows[i : i + batch_size] for i in range(0, len(scored_windows), batch_size)]
+    rounds = math.ceil(len(batches) / world_size)
     was_training = model.training
     model.eval()
-    nats = torch.zeros(1 + len(texts), dtype=torch.float64)  # of all, then of each document
+    nats = torch.zeros(1 + len(texts), dtype=torch.float64)  # of all documents, then of each
     with torch.no_grad():
         for i in range(rounds):
-            nth = i * world + rank
-            batch = batches[nth if nth < len(batches) else 0]
-            scores = _scores(model, [window for window, _ in batch])
-            if nth < len(batches):
+            batch_index = i * world_size + rank
+            batch = batches[batch_index if batch_index < len(batches) else 0]
+            scores = _score_batch(model, [window for window, _ in batch])
+            if batch_index < len(batches):
                 nats[0] += scores.sum()
-                if not chunked_loss.chunked(model):
+                if not chunked_loss.uses_chunked_loss(model):
                     nats.index_add_(0, torch.tensor([1 + document for _, document in batch]), scores)
     model.train(was_training)
-    total = _sum(nats.to(model.device) if model.device.type == "cuda" else nats).cpu()
+    total = _all_reduce_sum(nats.to(model.device) if model.device.type == "cuda" else nats).cpu()
     tokens = torch.tensor([len(ids) for ids in encoded])
-    return Bits(float(total[0]), sum(len(t.encode()) for t in texts), int(tokens.sum()), (total[1:], tokens))
+    return TextScore(float(total[0]), sum(len(t.encode()) for t in texts), int(tokens.sum()), total[1:], tokens)
 
 
-def _scores(model: PreTrainedModel, batch: list[Window]) -> torch.Tensor:
-    """Sum of -ln p over the scored tokens of each window, in float64; of all of them [1] where the model takes its loss in chunks.
+def _score_batch(model: PreTrainedModel, batch: list[ScoringWindow]) -> torch.Tensor:
+    """Sum -ln p over the scored tokens of each window, in float64.
 
-    Padding stands at the end, where it is seen by nothing.
+    Returns [windows], or [1], the sum of all, where the model computes its loss in chunks. Padding is at the end, where no token
+    attends to it.
     """
-    longest = max(len(window.ids) for window in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    labels = torch.full((len(batch), longest), -100)
-    for row, window in enumerate(batch):
-        ids[row, : len(window.ids)] = torch.tensor(window.ids)
-        labels[row, window.context : len(window.ids)] = torch.tensor(window.ids[window.context :])
-    ids, labels = ids.to(model.device), labels.to(model.device)
-    positions = torch.arange(longest, device=ids.device).expand_as(ids)
-    if chunked_loss.chunked(model):
-        total: torch.Tensor = model(input_ids=ids, labels=labels, position_ids=positions, use_cache=False, num_items_in_batch=1).loss
+    labels = [[IGNORE_INDEX] * window.num_context + window.ids[window.num_context :] for window in batch]
+    padded = pad_batch([window.ids for window in batch], labels)
+    ids, label_ids = padded.ids.to(model.device), padded.labels.to(model.device)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if chunked_loss.uses_chunked_loss(model):
+        total: torch.Tensor = model(input_ids=ids, labels=label_ids, position_ids=positions, use_cache=False, num_items_in_batch=1).loss
         return total.double().cpu()[None]
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     # a row at a time: float32 logits of a whole batch at a large vocabulary would not fit
-    rows = [F.cross_entropy(logits[row, :-1].float(), labels[row, 1:], reduction="sum").double().cpu() for row in range(len(batch))]
+    rows = [F.cross_entropy(logits[row, :-1].float(), label_ids[row, 1:], reduction="sum").double().cpu() for row in range(len(batch))]
     return torch.stack(rows)
 
 
-def _position() -> tuple[int, int]:
+def _get_rank_and_size() -> tuple[int, int]:
+    """Get this process' rank and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
-def _sum(value: torch.Tensor) -> torch.Tensor:
-    if _position()[1] > 1:
+def _all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the processes, in place."""
+    if _get_rank_and_size()[1] > 1:
         torch.distributed.all_reduce(value)
     return value

@@ -1,4 +1,7 @@
-"""What a model writes after prompts: in batches padded on the left, greedy or drawn with a seed of each prompt's own, kept line by line."""
+"""Generate text after prompts, in batches, and store it line by line.
+
+Batches are padded on the left. Decoding is greedy, or sampled with a seed for each prompt.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -15,17 +18,17 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from azrecipe.errors import CommandError
-from azrecipe.recipe.types import Generation, Prompt
-from azrecipe.utils.atomic_files import append_lines, whole_lines
+from azrecipe.recipe.types import Generation, PromptEntry
+from azrecipe.utils.atomic_files import append_json_lines, read_and_repair_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Asked = str | list[dict[str, str]]  # text to continue, or messages of which the last one is to be answered
+PromptContent = str | list[dict[str, str]]  # text to continue, or messages that end with the one to answer
 
 
-def asked(prompt: str | Prompt) -> Asked:
-    """A recipe's prompt as text or messages."""
+def to_prompt_content(prompt: str | PromptEntry) -> PromptContent:
+    """Convert a recipe's prompt to text or messages."""
     if isinstance(prompt, str):
         return prompt
     if prompt.text is not None:
@@ -34,35 +37,56 @@ def asked(prompt: str | Prompt) -> Asked:
     return [{"role": message.role, "content": message.content} for message in prompt.messages]
 
 
-def title(prompt: Asked) -> str:
-    """How a report names a prompt."""
+def get_prompt_title(prompt: PromptContent) -> str:
+    """Get the text that names a prompt in a report."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Asked) -> tuple[list[int], str]:
-    """Token ids of a prompt, and its form: "chat" by the tokenizer's chat template, or "text".
+class EncodedPrompt(NamedTuple):
+    """The token ids of a prompt, and its form: "chat" or "text"."""
 
-    A tokenizer without a template gets the last message as plain text. Raises CommandError where the template refuses the messages.
+    ids: list[int]
+    form: str
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptContent) -> EncodedPrompt:
+    """Encode a prompt, by the chat template if there is one.
+
+    A tokenizer without a template gets the last message as plain text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: Text or messages.
+
+    Raises:
+        CommandError: The template refuses the messages.
     """
     if isinstance(prompt, str) or tokenizer.chat_template is None:
-        return list(tokenizer(title(prompt))["input_ids"]), "text"
+        return EncodedPrompt(list(tokenizer(get_prompt_title(prompt))["input_ids"]), "text")
     try:
         encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
     except TemplateError as error:
-        raise CommandError(f"the chat template refuses the conversation that ends with '{title(prompt)[:60]}': {error}") from None
-    return list(encoded["input_ids"]), "chat"
+        raise CommandError(
+            f"the chat template refuses the conversation that ends with '{get_prompt_title(prompt)[:60]}': {error}"
+        ) from None
+    return EncodedPrompt(list(encoded["input_ids"]), "chat")
 
 
-def ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end what a model writes: generation_config's, and the tokenizer's own end."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [] if own is None else [own]
-    return list(dict.fromkeys([*own, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+def find_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """List the tokens that end a generation.
+
+    They come from generation_config and from the tokenizer.
+    """
+    config_ids = model.generation_config.eos_token_id
+    config_ids = config_ids if isinstance(config_ids, list) else [] if config_ids is None else [config_ids]
+    return list(dict.fromkeys([*config_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
 
 
-class Drawn(LogitsProcessor):  # type: ignore[misc]
-    """Adds Gumbel noise, each row from a generator of its own: the largest score is then a draw from the softmax of the scores
-    (the Gumbel-max trick, Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030), and no row's draw depends on the others.
+class GumbelSampler(LogitsProcessor):  # type: ignore[misc]
+    """Samples tokens by Gumbel noise, with one random generator a row.
+
+    The largest score plus noise is a draw from the softmax of the scores (the Gumbel-max trick, Gumbel 1954; Maddison et al. 2014,
+    arXiv 1411.0030). No row's draw depends on the others.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -74,95 +98,116 @@ class Drawn(LogitsProcessor):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Writer:
-    """A model that writes; settings and seed are the recipe's. The model's own sampling settings take no part."""
+class TextGenerator:
+    """A model that generates text by the recipe's settings.
+
+    The model's own sampling settings are not used.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: Generation
     seed: int
 
-    def write(self, prompts: Sequence[Asked]) -> list[dict[str, Any]]:
-        """One batch: for each prompt {"form", "output", "tokens", "ended"}.
+    def generate(self, prompts: Sequence[PromptContent]) -> list[dict[str, Any]]:
+        """Generate after one batch of prompts.
 
-        `tokens` counts what was written, its end included; `ended` tells whether the model stopped by itself.
+        Returns:
+            For each prompt {"form", "output", "tokens", "ended"}. `tokens` counts the generated tokens with the end token. `ended` tells
+            whether the model stopped by itself.
         """
-        encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
-        stops = ends(self.model, self.tokenizer)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stops[0] if stops else 0
-        width = max(len(ids) for ids, _ in encoded)
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row, _ in encoded])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row, _ in encoded])
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        stop_tokens = find_stop_tokens(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop_tokens[0] if stop_tokens else 0
+        prompt_length = max(len(ids) for ids, _ in encoded)
+        ids = torch.tensor([[pad] * (prompt_length - len(row)) + row for row, _ in encoded])
+        mask = torch.tensor([[0] * (prompt_length - len(row)) + [1] * len(row) for row, _ in encoded])
         device = self.model.device
-        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        original_config, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             with torch.no_grad():
-                whole = self.model.generate(
+                sequences = self.model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     max_new_tokens=self.settings.max_new_tokens,
-                    do_sample=False,  # `Drawn` draws
-                    logits_processor=self._processors(prompts, [width - len(row) for row, _ in encoded]),
-                    eos_token_id=stops or None,
+                    do_sample=False,  # `GumbelSampler` samples
+                    logits_processor=self._build_processors(prompts, [prompt_length - len(row) for row, _ in encoded]),
+                    eos_token_id=stop_tokens or None,
                     pad_token_id=pad,
                 )
         finally:
-            self.model.generation_config = own
-        return [self._told(row, form, stops) for row, (_, form) in zip(whole[:, width:].tolist(), encoded, strict=True)]
+            self.model.generation_config = original_config
+        return [
+            self._describe(row, form, stop_tokens) for row, (_, form) in zip(sequences[:, prompt_length:].tolist(), encoded, strict=True)
+        ]
 
-    def _processors(self, prompts: Sequence[Asked], padding: Sequence[int]) -> list[LogitsProcessor]:
-        asked = self.settings
-        found: list[LogitsProcessor] = []
-        if asked.repetition_penalty != 1:  # of the prompt and what follows it, not of the padding before it
-            found.append(RepetitionPenaltyLogitsProcessor(asked.repetition_penalty, torch.tensor(padding)))
-        if asked.temperature > 0:
-            found.append(TemperatureLogitsWarper(asked.temperature))
-            if asked.top_p < 1:
-                found.append(TopPLogitsWarper(asked.top_p))
-            found.append(Drawn([seed_of(prompt, self.seed) for prompt in prompts]))
-        return found
+    def _build_processors(self, prompts: Sequence[PromptContent], padding: Sequence[int]) -> list[LogitsProcessor]:
+        """Build the logits processors of the recipe's settings."""
+        settings = self.settings
+        processors: list[LogitsProcessor] = []
+        if settings.repetition_penalty != 1:  # it counts the prompt and the output, not the padding
+            processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty, torch.tensor(padding)))
+        if settings.temperature > 0:
+            processors.append(TemperatureLogitsWarper(settings.temperature))
+            if settings.top_p < 1:
+                processors.append(TopPLogitsWarper(settings.top_p))
+            processors.append(GumbelSampler([derive_seed(prompt, self.seed) for prompt in prompts]))
+        return processors
 
-    def _told(self, new: list[int], form: str, stops: Sequence[int]) -> dict[str, Any]:
-        stop = next((i + 1 for i, token in enumerate(new) if token in stops), None)
-        new = new[:stop]
+    def _describe(self, output_ids: list[int], form: str, stop_tokens: Sequence[int]) -> dict[str, Any]:
+        """Cut an output after its end token and describe it."""
+        length = next((i + 1 for i, token in enumerate(output_ids) if token in stop_tokens), None)
+        output_ids = output_ids[:length]
         return {
             "form": form,
-            "output": self.tokenizer.decode(new, skip_special_tokens=True),
-            "tokens": len(new),
-            "ended": stop is not None,
+            "output": self.tokenizer.decode(output_ids, skip_special_tokens=True),
+            "tokens": len(output_ids),
+            "ended": length is not None,
         }
 
 
-def seed_of(prompt: Asked, seed: int) -> int:
-    """A prompt's own seed: made of the recipe's and its content."""
+def derive_seed(prompt: PromptContent, seed: int) -> int:
+    """Derive a prompt's seed from the recipe's seed and its content."""
     text = json.dumps([seed, prompt], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def missing(file: Path, count: int) -> bool:
-    """Whether a file does not yet hold what was written after so many prompts."""
-    return len({line["nth"] for line in whole_lines(file)}) < count
+def is_incomplete(file: Path, count: int) -> bool:
+    """Tell whether a file lacks generations of some prompts."""
+    return len({line["nth"] for line in read_and_repair_lines(file)}) < count
 
 
-def fill(file: Path, prompts: Sequence[Asked], writer: Writer, batch_size: int) -> Iterator[int]:
-    """Write after every prompt that the file does not hold, adding a line for each as soon as its batch is done. Yields how many are.
+def generate_missing(file: Path, prompts: Sequence[PromptContent], generator: TextGenerator, batch_size: int) -> Iterator[int]:
+    """Generate after every prompt that the file lacks.
 
-    Batches are the same whatever the file holds already, so that going on gives what a run left alone gives; prompts of like
-    length stand together, the longest first.
+    A line is added for each prompt as soon as its batch is done. Batches do not depend on what the file holds, so a resumed run gives the
+    same text as an uninterrupted one. Prompts of similar length share a batch, the longest first.
+
+    Args:
+        file: One JSON line a prompt.
+        prompts: All prompts.
+        generator: The model.
+        batch_size: Prompts in a batch.
+
+    Yields:
+        The number of prompts that are done.
     """
-    have = {line["nth"] for line in whole_lines(file)}
-    lengths = [len(encode(writer.tokenizer, prompt)[0]) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda nth: (-lengths[nth], nth))
+    finished = {line["nth"] for line in read_and_repair_lines(file)}
+    lengths = [len(encode_prompt(generator.tokenizer, prompt).ids) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: (-lengths[index], index))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        if have.issuperset(batch):
+        if finished.issuperset(batch):
             continue
-        written = zip(batch, writer.write([prompts[nth] for nth in batch]), strict=True)
-        append_lines(file, [{"nth": nth, "prompt": title(prompts[nth]), **found} for nth, found in written if nth not in have])
+        outputs = zip(batch, generator.generate([prompts[index] for index in batch]), strict=True)
+        append_json_lines(
+            file,
+            [{"nth": index, "prompt": get_prompt_title(prompts[index]), **output} for index, output in outputs if index not in finished],
+        )
         yield min(start + batch_size, len(order))
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """What `fill` wrote, in the order of the prompts."""
-    lines = sorted(whole_lines(file), key=lambda line: line["nth"])
+def read_generations(file: Path) -> list[dict[str, Any]]:
+    """Read the generations in the order of the prompts."""
+    lines = sorted(read_and_repair_lines(file), key=lambda line: line["nth"])
     return [{key: value for key, value in line.items() if key != "nth"} for line in lines]

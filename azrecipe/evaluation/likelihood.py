@@ -1,58 +1,95 @@
-"""How likely a model finds answers: losses and preferences."""
+"""How likely a model finds reference answers: losses and preferences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from azrecipe.data.finetuning_examples import PairExample
-from azrecipe.tokenization.chat_templates import Example
-from azrecipe.tokenization.encoding import IGNORED
+from azrecipe.data.finetuning_examples import PreferenceExample
+from azrecipe.tokenization.chat_templates import TokenizedExample
+from azrecipe.tokenization.encoding import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-TOGETHER = 4_096  # tokens whose logits are there at once
+MAX_BATCH_TOKENS = 4_096  # tokens whose logits are in memory at once
 
 
-def log_likelihoods(model: PreTrainedModel, given: Sequence[Example], batch_size: int) -> list[tuple[float, int]]:
-    """ln p of the trained tokens of each example, and how many they are."""
-    found: list[tuple[float, int]] = []
+class Likelihood(NamedTuple):
+    """The ln p of an example's trained tokens, and their number."""
+
+    log_p: float
+    num_tokens: int
+
+
+class PaddedBatch(NamedTuple):
+    """Token ids and labels of some sequences, both int64 [sequences, length]."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def pad_batch(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> PaddedBatch:
+    """Pad sequences at the end, where no token attends to the padding.
+
+    Args:
+        ids: Token ids of each sequence.
+        labels: Their labels, IGNORE_INDEX where a token is not scored.
+    """
+    longest = max(map(len, ids))
+    batch = PaddedBatch(torch.zeros(len(ids), longest, dtype=torch.long), torch.full((len(ids), longest), IGNORE_INDEX))
+    for row, (sequence, sequence_labels) in enumerate(zip(ids, labels, strict=True)):
+        batch.ids[row, : len(sequence)] = torch.tensor(sequence)
+        batch.labels[row, : len(sequence_labels)] = torch.tensor(sequence_labels)
+    return batch
+
+
+def compute_log_likelihoods(model: PreTrainedModel, examples: Sequence[TokenizedExample], batch_size: int) -> list[Likelihood]:
+    """Compute ln p of the trained tokens of each example.
+
+    Args:
+        model: The model; its mode is kept.
+        examples: Token ids and labels of each example.
+        batch_size: Examples in a forward pass at most.
+
+    Returns:
+        For each example its ln p and its number of trained tokens.
+    """
+    likelihoods: list[Likelihood] = []
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        at = 0
-        while at < len(given):
-            longest = max(len(e.input_ids) for e in given[at : at + batch_size])
-            batch = given[at : at + max(1, min(batch_size, TOGETHER // longest))]
-            at += len(batch)
-            width = max(len(e.input_ids) for e in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            labels = torch.full((len(batch), width), IGNORED)
-            for row, example in enumerate(batch):
-                ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-                labels[row, : len(example.labels)] = torch.tensor(example.labels)
+        start = 0
+        while start < len(examples):
+            longest = max(len(e.input_ids) for e in examples[start : start + batch_size])
+            batch = examples[start : start + max(1, min(batch_size, MAX_BATCH_TOKENS // longest))]
+            start += len(batch)
+            ids, labels = pad_batch([e.input_ids for e in batch], [e.labels for e in batch])
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits
             for row, label in enumerate(labels[:, 1:].to(model.device)):
-                on = label != IGNORED  # what is not trained takes no memory in float32
-                found.append((-float(F.cross_entropy(logits[row, :-1][on].float(), label[on], reduction="sum")), int(on.sum())))
+                trained = label != IGNORE_INDEX  # only trained tokens take float32 memory
+                nats = float(F.cross_entropy(logits[row, :-1][trained].float(), label[trained], reduction="sum"))
+                likelihoods.append(Likelihood(-nats, int(trained.sum())))
     model.train(was_training)
-    return found
+    return likelihoods
 
 
-def loss(model: PreTrainedModel, given: Sequence[Example], batch_size: int) -> float | None:
-    """Mean -ln p a trained token over examples, in the model's own vocabulary; None where there are none."""
-    if not given:
+def compute_mean_loss(model: PreTrainedModel, examples: Sequence[TokenizedExample], batch_size: int) -> float | None:
+    """Compute the mean -ln p of a trained token, in nats.
+
+    It is comparable between models of one vocabulary only. None where there are no examples.
+    """
+    if not examples:
         return None
-    found = log_likelihoods(model, given, batch_size)
-    return -sum(value for value, _ in found) / sum(count for _, count in found)
+    likelihoods = compute_log_likelihoods(model, examples, batch_size)
+    return -sum(example.log_p for example in likelihoods) / sum(example.num_tokens for example in likelihoods)
 
 
-def preferences(model: PreTrainedModel, given: Sequence[PairExample], batch_size: int) -> list[float]:
-    """ln p(chosen) - ln p(rejected) of each pair, given its prompt."""
-    sides = [[value for value, _ in log_likelihoods(model, [pair.side(chosen) for pair in given], batch_size)] for chosen in (True, False)]
-    return [a - b for a, b in zip(*sides, strict=True)]
+def compute_preferences(model: PreTrainedModel, pairs: Sequence[PreferenceExample], batch_size: int) -> list[float]:
+    """Compute ln p(chosen) - ln p(rejected) of each pair."""
+    chosen, rejected = (compute_log_likelihoods(model, [pair.to_example(side) for pair in pairs], batch_size) for side in (True, False))
+    return [a.log_p - b.log_p for a, b in zip(chosen, rejected, strict=True)]

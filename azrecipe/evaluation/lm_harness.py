@@ -1,10 +1,12 @@
-"""Benchmark tasks of EleutherAI's lm-evaluation-harness: found by name or file before anything runs, then run on a loaded model."""
+"""Benchmark tasks of EleutherAI's lm-evaluation-harness.
+
+Tasks are checked by name or file before anything runs, then run on a loaded model.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import logging
 import os
@@ -20,231 +22,282 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from azrecipe.errors import AzrecipeError, CannotRun, RecipeError, did_you_mean
+from azrecipe.recipe.extras import check_extra
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import Evaluate, HarnessTask
-from azrecipe.utils.atomic_files import sha256
+from azrecipe.recipe.types import EvaluateConfig, HarnessTask
+from azrecipe.utils.atomic_files import hash_file
 from azrecipe.utils.bootstrap import Resampling
 from azrecipe.utils.paths import is_local_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MISSING = "benchmark tasks need lm-evaluation-harness: pip install 'azrecipe[harness]'"
-BOOTSTRAPS = 1_000  # of metrics whose standard error the harness has no formula for
+BOOTSTRAP_ITERATIONS = 1_000  # for metrics whose standard error the harness has no formula for
 
 
-def asked(config: Evaluate) -> list[HarnessTask]:
-    """The recipe's tasks, those given by name alone with the defaults."""
+def requested_tasks(config: EvaluateConfig) -> list[HarnessTask]:
+    """List the recipe's tasks, with defaults where only a name is written."""
     return [HarnessTask(task) if isinstance(task, str) else task for task in config.tasks]
 
 
-def version() -> str:
-    """Of the installed lm-evaluation-harness."""
+def get_harness_version() -> str:
+    """Get the version of the installed lm-evaluation-harness."""
     return importlib.metadata.version("lm-eval")
 
 
-def needed(config: Evaluate) -> None:
-    """Raise CannotRun for a recipe with tasks where the harness is not installed."""
-    if config.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise CannotRun(MISSING)
+def check_harness_installed(config: EvaluateConfig) -> None:
+    """Check that the harness is installed if a recipe has tasks.
+
+    Raises CannotRun.
+    """
+    if config.tasks:
+        check_extra("harness", "benchmark tasks need lm-evaluation-harness")
 
 
 @lru_cache
-def _manager(folders: tuple[str, ...], own: bool) -> Any:
-    """lm_eval.TaskManager for task files in some folders and, with `own`, the harness' own tasks; read once by a process."""
+def _load_manager(folders: tuple[str, ...], with_defaults: bool) -> Any:
+    """Load lm_eval.TaskManager for task files in folders, once a process.
+
+    `with_defaults` adds the harness' own tasks.
+    """
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        return TaskManager(include_path=list(folders) or None, include_defaults=own)
+        return TaskManager(include_path=list(folders) or None, include_defaults=with_defaults)
 
 
 @dataclass(frozen=True)
 class Harness:
-    """The tasks of a recipe. Reading the index of the harness' own tasks takes some twenty seconds; task files need none."""
+    """The benchmark tasks of a recipe.
+
+    Reading the index of the harness' own tasks takes some twenty seconds. Task files need no index.
+    """
 
     recipe: Recipe
 
     @property
     def _manager(self) -> Any:
-        names = [task.task for task in asked(self.recipe.config)]
+        """The harness' task manager for the recipe's tasks."""
+        names = [task.task for task in requested_tasks(self.recipe.config)]
         folders = dict.fromkeys(str(Path(name).resolve().parent) for name in names if is_local_task(name))
-        return _manager(tuple(folders), not all(map(is_local_task, names)))
+        return _load_manager(tuple(folders), not all(map(is_local_task, names)))
 
-    def check_names(self) -> None:
-        """Raise RecipeError for tasks that are not there, all at once; needs no data of theirs."""
+    def check_task_names(self) -> None:
+        """Check that all tasks exist, without their data.
+
+        Raises RecipeError with every task that does not exist.
+        """
         problems = []
-        for i, task in enumerate(asked(self.recipe.config)):
+        for i, task in enumerate(requested_tasks(self.recipe.config)):
             if is_local_task(task.task):
                 file = Path(task.task)
-                near = did_you_mean(file.name, (p.name for p in file.parent.glob("*.y*ml"))) if file.parent.is_dir() else ""
-                message = None if file.is_file() else f"no such task file: {task.task}{near}"
+                suggestion = did_you_mean(file.name, (p.name for p in file.parent.glob("*.y*ml"))) if file.parent.is_dir() else ""
+                message = None if file.is_file() else f"no such task file: {task.task}{suggestion}"
             else:
-                known = task.task in self._manager.all_tasks
-                message = None if known else f"lm-evaluation-harness {version()} has no task '{task.task}'"
-                message = message and f"{message}{did_you_mean(task.task, self._manager.all_tasks) or '.'} A file of your own ends in .yaml"
+                known_tasks = self._manager.all_tasks
+                suggestion = did_you_mean(task.task, known_tasks) or "."
+                unknown = f"lm-evaluation-harness {get_harness_version()} has no task '{task.task}'{suggestion}"
+                message = None if task.task in known_tasks else f"{unknown} The name of a task file ends in .yaml"
             if message:
-                problems += self.recipe.problem(message, "tasks", i).problems
+                problems += self.recipe.error(message, "tasks", i).problems
         if problems:
             raise RecipeError(problems)
 
-    def open(self) -> list[str]:
-        """Load every task with its data; returns the names that they have in results.
+    def load_tasks(self) -> list[str]:
+        """Load every task with its data.
 
-        Raises RecipeError for task files that the harness cannot load, CannotRun for data that cannot be reached.
+        Returns:
+            The names that the tasks have in results.
+
+        Raises:
+            RecipeError: The harness cannot load a task file.
+            CannotRun: The data of a task cannot be reached.
         """
-        self.check_names()
+        self.check_task_names()
         names: list[str] = []
-        for i, task in enumerate(asked(self.recipe.config)):
-            loaded = self._load(i)
-            found = [*loaded["groups"]][:1] or [*loaded["tasks"]]
+        for i, task in enumerate(requested_tasks(self.recipe.config)):
+            loaded = self._load_task(i)
+            task_names = [*loaded["groups"]][:1] or [*loaded["tasks"]]
             if task.task in loaded["groups"]:
-                found = [task.task]
-            if twice := [name for name in found if name in names]:
-                raise self.recipe.problem(f"two tasks are called '{twice[0]}': their results would have one name", "tasks", i)
-            names += found
+                task_names = [task.task]
+            if duplicates := [name for name in task_names if name in names]:
+                raise self.recipe.error(f"two tasks are called '{duplicates[0]}': their results would have one name", "tasks", i)
+            names += task_names
         return names
 
-    def inputs(self) -> dict[str, str]:
-        """Hashes of task files and of the data files that they name."""
-        found = {}
-        for i, task in enumerate(asked(self.recipe.config)):
+    def hash_inputs(self) -> dict[str, str]:
+        """Hash the task files and the data files that they name."""
+        hashes = {}
+        for i, task in enumerate(requested_tasks(self.recipe.config)):
             if is_local_task(task.task):
                 folder = Path(task.task).parent
                 files = [Path(task.task)]
-                for one in self._load(i)["tasks"].values():
-                    files += [folder / name for name in _names((one.config.dataset_kwargs or {}).get("data_files"))]
-                found[f"tasks[{i}]"] = " ".join(sha256(file)[:16] for file in files if file.is_file())
-        return found
+                for loaded_task in self._load_task(i)["tasks"].values():
+                    files += [folder / name for name in _list_data_files((loaded_task.config.dataset_kwargs or {}).get("data_files"))]
+                hashes[f"tasks[{i}]"] = " ".join(hash_file(file)[:16] for file in files if file.is_file())
+        return hashes
 
-    def _load(self, nth: int) -> Any:
-        task = asked(self.recipe.config)[nth].task
+    def _load_task(self, index: int) -> Any:
+        """Load one task as the harness' dict of tasks and groups."""
+        task = requested_tasks(self.recipe.config)[index].task
         spec = str(Path(task).resolve()) if is_local_task(task) else task
         try:
-            with _quiet(), _beside(task):
+            with _quiet(), _working_dir(task):
                 return self._manager.load([spec])
         except AzrecipeError:
             raise
-        except Exception as error:  # of the harness, of datasets, of the hub's client, of a user's own functions
+        except Exception as error:  # from the harness, datasets, the hub's client or a user's own functions
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if is_local_task(task) and not isinstance(error, ConnectionError):
-                raise self.recipe.problem(f"{task}: no task that lm-evaluation-harness can load: {reason}", "tasks", nth) from None
+                raise self.recipe.error(f"{task}: lm-evaluation-harness cannot load this task: {reason}", "tasks", index) from None
             raise CannotRun(
-                f"{self.recipe.place('tasks', nth)}: the data of the task {task} cannot be opened: {reason}\n"
-                "  They come from the Hugging Face hub and need the network, or the hub's local cache"
+                f"{self.recipe.locate('tasks', index)}: the data of the task {task} cannot be opened: {reason}\n"
+                "  The data are on the Hugging Face hub: they need the network, or the hub's local cache"
             ) from None
 
-    def run(self, nth: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Any]:
-        """Run one task, or group of them, on a model.
+    def run_task(self, index: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Any]:
+        """Run one task, or a group of tasks, on a model.
 
-        {"tasks": {name: {"version", "num_fewshot", "questions"}}, "metrics": {name: {metric: {"value", "stderr"}}},
-        "values": {name: {metric: its value for each question}}}.
+        Args:
+            index: The task's position in the recipe.
+            model: The model.
+            tokenizer: Its tokenizer.
+            batch_size: Requests in a forward pass.
+
+        Returns:
+            {"tasks": {name: {"version", "num_fewshot", "questions"}}, "metrics": {name: {metric: {"value", "stderr"}}},
+            "values": {name: {metric: its value for each question}}}.
         """
         import torch
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        task, seed = asked(self.recipe.config)[nth], self.recipe.config.seed
-        loaded = self._load(nth)
-        for one in loaded["tasks"].values():  # as lm_eval.simple_evaluate does, which also asks pip and git about the machine
-            own = one.get_config("num_fewshot")
-            if own is None or (task.num_fewshot is not None and own != 0):
-                one.set_config("num_fewshot", task.num_fewshot or 0)
-            one.set_fewshot_seed(seed=seed)
+        task, seed = requested_tasks(self.recipe.config)[index], self.recipe.config.seed
+        loaded = self._load_task(index)
+        for loaded_task in loaded["tasks"].values():  # as lm_eval.simple_evaluate does, which also calls pip and git
+            default_fewshot = loaded_task.get_config("num_fewshot")
+            if default_fewshot is None or (task.num_fewshot is not None and default_fewshot != 0):
+                loaded_task.set_config("num_fewshot", task.num_fewshot or 0)
+            loaded_task.set_fewshot_seed(seed=seed)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        with _quiet(), _beside(task.task):
-            found = evaluate(
+        with _quiet(), _working_dir(task.task):
+            results = evaluate(
                 lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 task_dict=loaded,
                 limit=task.limit,
                 apply_chat_template=task.apply_chat_template,
                 fewshot_as_multiturn=task.apply_chat_template,
-                bootstrap_iters=BOOTSTRAPS,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
             )
-        about = {
+        descriptions = {
             name: {
-                "version": found["versions"].get(name),
-                "num_fewshot": found["n-shot"].get(name),
-                "questions": (found["n-samples"].get(name) or {}).get("effective"),
+                "version": results["versions"].get(name),
+                "num_fewshot": results["n-shot"].get(name),
+                "questions": (results["n-samples"].get(name) or {}).get("effective"),
                 "limit": task.limit,
                 "apply_chat_template": task.apply_chat_template,
             }
-            for name in found["results"]
+            for name in results["results"]
         }
-        metrics = {name: _metrics(line) for name, line in found["results"].items()}
-        values = {name: _values(samples, metrics[name]) for name, samples in found["samples"].items() if name in metrics}
-        return {"tasks": about, "metrics": metrics, "values": values}
+        metrics = {name: _parse_metrics(task_metrics) for name, task_metrics in results["results"].items()}
+        values = {name: _collect_values(samples, metrics[name]) for name, samples in results["samples"].items() if name in metrics}
+        return {"tasks": descriptions, "metrics": metrics, "values": values}
 
 
-def _metrics(line: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The harness' "acc,none" and "acc_stderr,none" as {"acc": {"value", "stderr"}}; a filter other than "none" stays in the name."""
-    found = {}
+def _parse_metrics(line: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Parse "acc,none" and "acc_stderr,none" into {"acc": {"value", "stderr"}}.
+
+    A filter other than "none" stays in the name.
+    """
+    metrics = {}
     for key, value in line.items():
-        metric, comma, chosen = key.partition(",")
+        metric, comma, filter_name = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
-            error = line.get(f"{metric}_stderr,{chosen}")
-            name = metric if chosen == "none" else key
-            found[name] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
-    return found
+            error = line.get(f"{metric}_stderr,{filter_name}")
+            name = metric if filter_name == "none" else key
+            metrics[name] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
+    return metrics
 
 
-def _values(samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, list[float]]:
-    """A task's metrics question by question, those that are means over questions."""
-    found: dict[str, list[float]] = defaultdict(list)
+def _collect_values(samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, list[float]]:
+    """Collect the values question by question of metrics that are means."""
+    values: dict[str, list[float]] = defaultdict(list)
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         for metric in sample["metrics"]:
             name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
             if isinstance(sample[metric], (bool, int, float)):
-                found[name].append(float(sample[metric]))
-    means = {name: metrics[name]["value"] for name in found if name in metrics}
-    return {name: found[name] for name, mean in means.items() if mean is not None and abs(float(np.mean(found[name])) - mean) < 1e-9}
+                values[name].append(float(sample[metric]))
+    means = {name: metrics[name]["value"] for name in values if name in metrics}
+    return {name: values[name] for name, mean in means.items() if mean is not None and abs(float(np.mean(values[name])) - mean) < 1e-9}
 
 
-def differences(mine: Mapping[str, Any], baseline: Mapping[str, Any], seed: int) -> dict[str, dict[str, Any]]:
-    """By task and metric, how much one model is above another on the same questions; no interval where it is no mean over questions."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, metrics in mine["metrics"].items():
-        found[name] = {}
-        for metric, measured in metrics.items():
-            ours, theirs = (side["values"].get(name, {}).get(metric, []) for side in (mine, baseline))
-            if ours and len(ours) == len(theirs):
-                resampling, ones = Resampling([str(i) for i in range(len(ours))], seed), np.ones(len(ours))
-                found[name][metric] = resampling.difference(
-                    resampling.estimate(np.array(ours), ones), resampling.estimate(np.array(theirs), ones)
+def compare_results(results: Mapping[str, Any], baseline: Mapping[str, Any], seed: int) -> dict[str, dict[str, Any]]:
+    """Compare a model's results with a baseline's on the same questions.
+
+    Args:
+        results: What `Harness.run_task` returned for the model.
+        baseline: The same for the baseline.
+        seed: Of the bootstrap.
+
+    Returns:
+        {task: {metric: {"value", "interval"}}}. The interval is None for a metric that is no mean over questions.
+    """
+    differences: dict[str, dict[str, Any]] = {}
+    for name, metrics in results["metrics"].items():
+        differences[name] = {}
+        for metric, score in metrics.items():
+            values, baseline_values = (side["values"].get(name, {}).get(metric, []) for side in (results, baseline))
+            if values and len(values) == len(baseline_values):
+                resampling, ones = Resampling([str(i) for i in range(len(values))], seed), np.ones(len(values))
+                differences[name][metric] = resampling.summarize_difference(
+                    resampling.estimate_ratio(np.array(values), ones), resampling.estimate_ratio(np.array(baseline_values), ones)
                 )
             else:
-                other = baseline["metrics"].get(name, {}).get(metric)
-                found[name][metric] = {"value": measured["value"] - other["value"] if other else None, "interval": None}
-    return found
+                baseline_score = baseline["metrics"].get(name, {}).get(metric)
+                differences[name][metric] = {
+                    "value": score["value"] - baseline_score["value"] if baseline_score else None,
+                    "interval": None,
+                }
+    return differences
 
 
 @contextlib.contextmanager
-def _beside(task: str) -> Iterator[None]:
-    """Work in a task file's own folder, so that the data files that it names are found beside it."""
+def _working_dir(task: str) -> Iterator[None]:
+    """Work in a task file's folder.
+
+    Paths of data files are relative to it.
+    """
     with contextlib.chdir(Path(task).resolve().parent) if is_local_task(task) else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave the terminal to our own progress: the harness' notices go, its bars too where there is no terminal."""
+    """Keep the harness' notices off the terminal.
+
+    Its progress bars are hidden too where there is no terminal.
+    """
     import datasets
 
     datasets.disable_progress_bars()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    original_level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(original_level)
 
 
-def _names(files: Any) -> list[str]:
-    """The file names in a `data_files` of datasets.load_dataset: one, a list, or either by split."""
+def _list_data_files(files: Any) -> list[str]:
+    """List the file names in `data_files` of datasets.load_dataset.
+
+    It is one name, a list, or either of these by split.
+    """
     if isinstance(files, Mapping):
-        return [name for inner in files.values() for name in _names(inner)]
+        return [name for inner in files.values() for name in _list_data_files(inner)]
     return [files] if isinstance(files, str) else list(files or ())

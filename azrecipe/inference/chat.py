@@ -1,4 +1,4 @@
-"""`azrecipe chat`: a conversation in a terminal, or through a pipe. Knows its history, its commands, and what fits the context."""
+"""`azrecipe chat`: a conversation in a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import json
 import sys
 from pathlib import Path
 
-from azrecipe.errors import DONE, CommandError
+from azrecipe.errors import EXIT_SUCCESS, CommandError
 from azrecipe.inference import streaming
 from azrecipe.runs import finished_model
 from azrecipe.utils.atomic_files import write_text
-from azrecipe.utils.console import check_text, say, show
+from azrecipe.utils.console import check_utf8, print_answer, print_progress
 
-HELP = """\
+HELP_TEXT = """\
 /reset         forget the conversation (the system message stays)
 /system TEXT   another system message, and a new conversation; without TEXT: none
 /save FILE     add the conversation to FILE, a line of JSON in the format `messages`, which `stage: sft` reads
@@ -22,146 +22,155 @@ HELP = """\
 /exit          end (so does Ctrl-D). Ctrl-C stops an answer"""
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Talk until the input ends; returns the exit code. Answers go to stdout, all else to stderr."""
-    check_text(arguments.system, "--system")
-    model = finished_model.find(arguments.model)
-    reader = streaming.reader(model)
-    if not reader.chats:
+def run_chat(arguments: argparse.Namespace) -> int:
+    """Answer until the input ends; return the exit code.
+
+    Answers go to stdout, all else to stderr.
+    """
+    check_utf8(arguments.system, "--system")
+    model = finished_model.resolve_model(arguments.model)
+    reader = streaming.open_reader(model)
+    if not reader.has_chat_template:
         raise CommandError(
             f"{model.path} has no chat template: it continues text and does not answer. Use azrecipe generate --text. {streaming.NO_TEMPLATE}"
         )
     if arguments.system:
-        reader.rendered([{"role": "system", "content": arguments.system}, {"role": "user", "content": "?"}])  # a template may refuse it
-    talk = Conversation(reader.writer(arguments.precision), streaming.settings(arguments), arguments.seed)
-    talk.begin(arguments.system)
+        reader.render(
+            [{"role": "system", "content": arguments.system}, {"role": "user", "content": "?"}]
+        )  # a template may refuse system messages
+    session = ChatSession(reader.load_generator(arguments.precision), streaming.read_settings(arguments), arguments.seed)
+    session.reset(arguments.system)
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - input() edits lines and knows the earlier ones with it
+            import readline  # noqa: F401 - gives input() line editing and a history
     else:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    say(f"{model.name}. /help lists the commands, Ctrl-D ends")
+    print_progress(f"{model.name}. /help lists the commands, Ctrl-D ends")
     while True:
         try:
             line = input("> " if terminal else "").strip()
         except EOFError:
             if terminal:
                 print()
-            return DONE
+            return EXIT_SUCCESS
         except KeyboardInterrupt:
-            say("\n/exit or Ctrl-D ends")
+            print_progress("\n/exit or Ctrl-D ends")
             continue
         if not line:
             continue
         if line == "/exit":
-            return DONE
+            return EXIT_SUCCESS
         if line.startswith("/"):
-            _command(talk, *line[1:].split(maxsplit=1))
+            _run_chat_command(session, *line[1:].split(maxsplit=1))
         else:
-            talk.ask(line)
+            session.ask(line)
 
 
-class Conversation:
-    """The messages so far and the model that answers them."""
+class ChatSession:
+    """The messages of a conversation, and the model that answers them."""
 
-    def __init__(self, writer: streaming.Writer, settings: streaming.Settings, seed: int) -> None:
-        self.writer, self.settings, self.seed = writer, settings, seed
+    def __init__(self, generator: streaming.StreamingGenerator, settings: streaming.GenerationSettings, seed: int) -> None:
+        self.generator, self.settings, self.seed = generator, settings, seed
         self.system = ""
         self.turns: list[dict[str, str]] = []
-        self.unfinished = 0  # answers that Ctrl-C or the length cut short
+        self.num_cut_short = 0  # answers that Ctrl-C or the length limit ended
 
-    def begin(self, system: str) -> None:
-        """A conversation without turns, the random numbers of sampling included."""
-        self.system, self.turns, self.unfinished = system, [], 0
-        streaming.seed(self.seed)
+    def reset(self, system: str) -> None:
+        """Start a new conversation, with the first seed of sampling."""
+        self.system, self.turns, self.num_cut_short = system, [], 0
+        streaming.seed_sampling(self.seed)
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """All of it, in the format `messages`."""
+        """The conversation in the format `messages`."""
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]
 
-    def rendered(self) -> list[int]:
-        """The whole as ids, up to where the assistant begins to speak."""
-        return self.writer.reader.rendered(self.messages)
+    def render(self) -> list[int]:
+        """Render the conversation as ids, up to the assistant's turn."""
+        return self.generator.reader.render(self.messages)
 
     def ask(self, text: str) -> None:
-        """A turn of the user, and the answer to it; what cannot be answered leaves no trace in the history."""
-        before = list(self.turns)
+        """Answer a turn of the user.
+
+        A turn that gets no answer is removed from the history.
+        """
+        old_turns = list(self.turns)
         self.turns.append({"role": "user", "content": text})
         try:
-            ids = self._fitted()
+            ids = self._fit_context()
         except CommandError as error:
-            self.turns = before
-            say(str(error))
+            self.turns = old_turns
+            print_progress(str(error))
             return
-        answer = self.writer.write(ids, self.settings, show)
+        answer = self.generator.generate(ids, self.settings, print_answer)
         print(flush=True)
-        if answer.why == "stopped":
-            say("[stopped]")
-        elif answer.why == "length":
-            say(f"[cut off after {answer.tokens:,} tokens]")
+        if answer.stop_reason == "stopped":
+            print_progress("[stopped]")
+        elif answer.stop_reason == "length":
+            print_progress(f"[cut off after {answer.num_tokens:,} tokens]")
         if answer.text.strip():
             self.turns.append({"role": "assistant", "content": answer.text})
-            self.unfinished += answer.why != "end"
+            self.num_cut_short += answer.stop_reason != "end"
         else:
             self.turns.pop()
-            say("[no answer; your message is left out of the conversation]")
+            print_progress("[no answer; your message is left out of the conversation]")
 
-    def _fitted(self) -> list[int]:
-        """The prompt, the oldest turns dropped as far as an answer needs the room. Raises CommandError where the last alone is too long."""
-        context = self.writer.reader.context
-        room = min(self.settings.max_new_tokens, context // 4)
-        ids, dropped = self.rendered(), 0
-        while len(ids) + room > context and len(self.turns) > 1:
-            second = next((i for i, turn in enumerate(self.turns) if i and turn["role"] == "user"), len(self.turns) - 1)
-            del self.turns[:second]
-            dropped += second
-            ids = self.rendered()
+    def _fit_context(self) -> list[int]:
+        """Render the prompt; drop the oldest turns until an answer fits.
+
+        Raises CommandError where the last turn alone is too long.
+        """
+        context = self.generator.reader.context
+        answer_tokens = min(self.settings.max_new_tokens, context // 4)
+        ids, num_dropped = self.render(), 0
+        while len(ids) + answer_tokens > context and len(self.turns) > 1:
+            next_question = next((i for i, turn in enumerate(self.turns) if i and turn["role"] == "user"), len(self.turns) - 1)
+            del self.turns[:next_question]
+            num_dropped += next_question
+            ids = self.render()
         if len(ids) >= context:
             raise CommandError(f"[your message has {len(ids):,} tokens and the model's context {context:,}: it was not sent]")
-        if dropped:
-            say(f"[the conversation outgrew the model's {context:,} tokens: its oldest {dropped} messages are dropped]")
+        if num_dropped:
+            print_progress(f"[the conversation outgrew the model's {context:,} tokens: its oldest {num_dropped} messages are dropped]")
         return ids
 
 
-def _command(talk: Conversation, verb: str = "", rest: str = "") -> None:
+def _run_chat_command(session: ChatSession, verb: str = "", argument: str = "") -> None:
     if verb == "reset":
-        talk.begin(talk.system)
-        say("[forgotten]")
+        session.reset(session.system)
+        print_progress("[forgotten]")
     elif verb == "system":
-        talk.begin(rest)
-        say("[a new conversation, with that system message]" if rest else "[a new conversation, with no system message]")
+        session.reset(argument)
+        print_progress("[a new conversation, with that system message]" if argument else "[a new conversation, with no system message]")
     elif verb == "save":
-        say(_saved(talk, rest))
+        print_progress(_save_conversation(session, argument))
     elif verb == "help":
-        say(HELP)
+        print_progress(HELP_TEXT)
     else:
-        say(f"there is no command /{verb}\n{HELP}")
+        print_progress(f"there is no command /{verb}\n{HELP_TEXT}")
 
 
-def _saved(talk: Conversation, name: str) -> str:
-    """Add the conversation to a file as one line; returns what there is to say. A file that holds something else is left alone."""
+def _save_conversation(session: ChatSession, name: str) -> str:
+    """Add the conversation to a file as one line; return a message.
+
+    A file with other content is not changed.
+    """
     if not name:
-        return "/save FILE: say which"
-    if not any(turn["role"] == "assistant" for turn in talk.turns):
+        return "/save FILE: name a file"
+    if not any(turn["role"] == "assistant" for turn in session.turns):
         return "[nothing to save: there is no answer yet]"
     path = Path(name).expanduser().resolve()
     try:
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [line for line in before.split("\n") if line.strip()]
+        old_text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = [line for line in old_text.split("\n") if line.strip()]
         if lines and "messages" not in json.loads(lines[-1]):
             return f"[{name} holds something other than conversations: not saved]"
-        write_text(
-            path,
-            before
-            + ("\n" if before and not before.endswith("\n") else "")
-            + json.dumps({"messages": talk.messages}, ensure_ascii=False)
-            + "\n",
-        )
+        separator = "\n" if old_text and not old_text.endswith("\n") else ""
+        write_text(path, f"{old_text}{separator}{json.dumps({'messages': session.messages}, ensure_ascii=False)}\n")
     except (ValueError, TypeError):
         return f"[{name} holds something other than conversations: not saved]"
     except OSError as error:
         return f"[{name} cannot be written: {error.strerror}]"
-    cut = f"; {talk.unfinished} of its answers were cut short" if talk.unfinished else ""
-    return f"[saved to {name}, line {len(lines) + 1}{cut}]"
+    note = f"; {session.num_cut_short} of its answers were cut short" if session.num_cut_short else ""
+    return f"[saved to {name}, line {len(lines) + 1}{note}]"

@@ -1,4 +1,4 @@
-"""Knows how one prompt becomes an answer while it is being written: rendered, fitted into the context, streamed, stopped."""
+"""Generate an answer to a prompt, and stream it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from azrecipe.errors import CannotRun, CommandError
-from azrecipe.runs.finished_model import Finished
-from azrecipe.utils.console import say
+from azrecipe.runs.finished_model import FinishedModel
+from azrecipe.utils.console import print_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, str]]
-NO_LIMIT = 2**31  # a model that does not say how many tokens it was made for
+NO_LIMIT = 2**31  # tokens of a model whose configuration has no limit
 NO_TEMPLATE = "Instruction tuning (stage: sft) gives a model one, with chat_template: llama3"
-BROKEN = "\ufffd"  # what decoding leaves of a character whose last bytes are still to come
+REPLACEMENT_CHARACTER = "\ufffd"  # decoding gives it for a character whose last bytes are not there yet
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to write; names are transformers.GenerationConfig's. A temperature of 0 is greedy."""
+class GenerationSettings:
+    """Options of generation, named as in transformers' GenerationConfig.
+
+    A temperature of 0 means greedy decoding.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -32,28 +35,40 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What was written: its text, its tokens, and why it ended: "end" (the model's own), "length" or "stopped" (Ctrl-C)."""
+class GeneratedAnswer:
+    """A generated text.
+
+    Attributes:
+        text: The text.
+        num_tokens: Its length.
+        stop_reason: "end" (the model's end token), "length" (the limit) or "stopped" (Ctrl-C).
+    """
 
     text: str
-    tokens: int
-    why: str
+    num_tokens: int
+    stop_reason: str
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What a model can be asked, known before its weights are loaded. `context`: the most tokens, prompt and answer, it was made for."""
+class PromptReader:
+    """A model's tokenizer and limits, before its weights are loaded.
 
-    model: Finished
+    `context` is the largest number of tokens, prompt and answer together.
+    """
+
+    model: FinishedModel
     tokenizer: PreTrainedTokenizerBase
     context: int
 
     @property
-    def chats(self) -> bool:
+    def has_chat_template(self) -> bool:
         return self.tokenizer.chat_template is not None
 
-    def rendered(self, messages: Messages) -> list[int]:
-        """A conversation as ids, up to where the assistant begins to speak. Raises CommandError where the template refuses it."""
+    def render(self, messages: Messages) -> list[int]:
+        """Render a conversation as ids, up to the assistant's turn.
+
+        Raises CommandError where the chat template refuses it.
+        """
         from jinja2 import TemplateError
 
         try:
@@ -61,119 +76,132 @@ class Reader:
         except TemplateError as error:
             raise CommandError(f"the chat template of {self.model.path} refuses the conversation: {error}") from None
 
-    def continued(self, text: str) -> list[int]:
-        """Plain text as ids, begun as the tokenizer begins a text."""
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode plain text, with the tokenizer's begin token."""
         return list(self.tokenizer(text)["input_ids"])
 
-    def writer(self, precision: str | None) -> Writer:
-        """Load the weights, onto the accelerator where there is one. None: float32 on a CPU, bfloat16 on an accelerator."""
+    def load_generator(self, precision: str | None) -> StreamingGenerator:
+        """Load the weights, onto the accelerator where there is one.
+
+        Without a precision: float32 on a CPU, bfloat16 on an accelerator that has it. Raises CannotRun where it lacks bfloat16.
+        """
         import torch
         from transformers.utils.logging import disable_progress_bar
 
         from azrecipe.distributed.backend import has_accelerator
         from azrecipe.modeling.loading import load_model
 
-        old = has_accelerator() and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-        if precision == "bfloat16" and old:
+        lacks_bfloat16 = has_accelerator() and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bfloat16" and lacks_bfloat16:
             raise CannotRun(
                 f"bfloat16 needs a GPU of NVIDIA's Ampere or newer, and this is {torch.cuda.get_device_name()}: --precision float32"
             )
         if not sys.stderr.isatty():
             disable_progress_bar()
-        say(f"loading {self.model.path}")
-        net = load_model(self.model.path, precision or ("bfloat16" if has_accelerator() and not old else "float32")).eval()
+        print_progress(f"loading {self.model.path}")
+        dtype = precision or ("bfloat16" if has_accelerator() and not lacks_bfloat16 else "float32")
+        model = load_model(self.model.path, dtype).eval()
         if has_accelerator():
-            net = net.to(torch.accelerator.current_accelerator())
-        return Writer(self, net)
+            model = model.to(torch.accelerator.current_accelerator())
+        return StreamingGenerator(self, model)
 
 
 @dataclass(frozen=True)
-class Writer:
-    """A model that is loaded."""
+class StreamingGenerator:
+    """A loaded model."""
 
-    reader: Reader
-    net: PreTrainedModel
+    reader: PromptReader
+    model: PreTrainedModel
 
-    def write(self, ids: Sequence[int], settings: Settings, shown: Callable[[str], None]) -> Answer:
-        """Continue `ids`; `shown` gets the text piece by piece, whole characters only, and Ctrl-C ends it."""
+    def generate(self, ids: Sequence[int], settings: GenerationSettings, on_text: Callable[[str], None]) -> GeneratedAnswer:
+        """Generate a continuation; Ctrl-C ends it.
+
+        `on_text` is called with each new part of the text, in complete characters.
+        """
         import torch
 
         tokenizer = self.reader.tokenizer
-        room = self.reader.context - len(ids)
-        assert room > 0, "the caller fits the prompt into the context"
-        stream = _Stream(tokenizer, shown)
-        sampled = settings.temperature > 0
-        ways: dict[str, Any] = (
+        num_free = self.reader.context - len(ids)
+        assert num_free > 0, "the caller fits the prompt into the context"
+        streamer = _CharacterStreamer(tokenizer, on_text)
+        sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-            if sampled
-            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # a model's own would only be warned about
+            if settings.temperature > 0
+            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # the model's values would only cause a warning
         )
-        prompt = torch.tensor([list(ids)], device=self.net.device)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        stopped = False
+        prompt = torch.tensor([list(ids)], device=self.model.device)
+        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        interrupted = False
         try:
             with torch.no_grad():
-                self.net.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=stream, pad_token_id=pad,
-                    max_new_tokens=min(settings.max_new_tokens, room), repetition_penalty=settings.repetition_penalty, **ways,
+                self.model.generate(
+                    input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, pad_token_id=pad_token_id,
+                    max_new_tokens=min(settings.max_new_tokens, num_free), repetition_penalty=settings.repetition_penalty, **sampling,
                 )  # fmt: skip
         except KeyboardInterrupt:
-            stopped = True
-            stream.end()
-        ends = self.net.generation_config.eos_token_id
-        ended = bool(stream.ids) and stream.ids[-1] in (ends if isinstance(ends, list) else [ends])
-        return Answer(stream.text, len(stream.ids), "stopped" if stopped else "end" if ended else "length")
+            interrupted = True
+            streamer.end()
+        end_ids = self.model.generation_config.eos_token_id
+        has_ended = bool(streamer.ids) and streamer.ids[-1] in (end_ids if isinstance(end_ids, list) else [end_ids])
+        return GeneratedAnswer(streamer.text, len(streamer.ids), "stopped" if interrupted else "end" if has_ended else "length")
 
 
-class _Stream:
-    """A transformers streamer that passes on every character as soon as it is whole (theirs wait for the end of a word)."""
+class _CharacterStreamer:
+    """A transformers streamer that passes on every complete character.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shown: Callable[[str], None]) -> None:
-        self.tokenizer, self.shown = tokenizer, shown
+    The streamers of transformers wait for the end of a word.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.on_text = tokenizer, on_text
         self.ids: list[int] = []
         self.text = ""
-        self.prompt = True
+        self.expects_prompt = True
 
     def put(self, value: Any) -> None:
-        """Token ids from generate: the prompt first, then one at a time."""
-        if self.prompt:
-            self.prompt = False
+        """Take token ids: first the prompt, then one at a time."""
+        if self.expects_prompt:
+            self.expects_prompt = False
             return
         self.ids.extend(value.flatten().tolist())
-        text = self._decoded()
-        if not text.endswith(BROKEN):
-            self._show(text)
+        text = self._decode()
+        if not text.endswith(REPLACEMENT_CHARACTER):
+            self._emit(text)
 
     def end(self) -> None:
-        """The rest, a character that was never finished included."""
-        self._show(self._decoded())
+        """Pass on the rest, an incomplete character included."""
+        self._emit(self._decode())
 
-    def _decoded(self) -> str:
+    def _decode(self) -> str:
         return str(self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _show(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         piece, self.text = text[len(self.text) :], text
         if piece:
-            self.shown(piece)
+            self.on_text(piece)
 
 
-def reader(model: Finished) -> Reader:
-    """Open a model's tokenizer and configuration. Raises CommandError or CannotRun where they cannot be, or do not belong together."""
-    from azrecipe.modeling.loading import check_sizes, skeleton
+def open_reader(model: FinishedModel) -> PromptReader:
+    """Open a model's tokenizer and configuration.
+
+    Raises CommandError or CannotRun where they cannot be opened, or do not fit each other.
+    """
+    from azrecipe.modeling.loading import check_vocabulary_size, load_meta_model
     from azrecipe.tokenization.tokenizer import load_tokenizer
 
-    tokenizer, net = load_tokenizer(model.path), skeleton(model.path)
-    check_sizes(net, tokenizer, model.path)
-    return Reader(model, tokenizer, int(getattr(net.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT))
+    tokenizer, meta_model = load_tokenizer(model.path), load_meta_model(model.path)
+    check_vocabulary_size(meta_model, tokenizer, model.path)
+    context = getattr(meta_model.config.get_text_config(), "max_position_embeddings", None)
+    return PromptReader(model, tokenizer, int(context or NO_LIMIT))
 
 
-def settings(arguments: argparse.Namespace) -> Settings:
-    """The options of a command line as Settings."""
-    return Settings(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.repetition_penalty)
+def read_settings(arguments: argparse.Namespace) -> GenerationSettings:
+    """Read the generation options of a command line."""
+    return GenerationSettings(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.repetition_penalty)
 
 
-def seed(number: int) -> None:
-    """Begin the random numbers that sampling draws anew."""
+def seed_sampling(seed: int) -> None:
+    """Seed the random numbers of sampling."""
     import torch
 
-    torch.manual_seed(number)
+    torch.manual_seed(seed)

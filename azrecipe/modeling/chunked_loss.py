@@ -1,8 +1,8 @@
-"""PyTorch's chunked loss in a model: its head and cross entropy in one, so that the logits of a whole batch are never in memory.
+"""PyTorch's chunked loss, which never holds a whole batch's logits.
 
-A model's class becomes one derived from it, and its head's likewise, as fully_shard does it too. So the loss is computed
-inside the forward of the wrapped model and of its head, where DDP, FSDP and ZeRO expect it and have gathered the weights.
-Both classes keep their names: a saved model's configuration is the plain one.
+It computes a model's head and cross entropy together. The model's class becomes a subclass of it, and the head's likewise, as
+fully_shard does too. So the loss is computed inside the forward of the wrapped model and of its head, where DDP, FSDP and ZeRO
+expect it and have gathered the weights. Both classes keep their names: the configuration of a saved model is the plain one.
 """
 
 from __future__ import annotations
@@ -17,127 +17,151 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from azrecipe.errors import CommandError
-from azrecipe.modeling.flops import EXPERTS
-from azrecipe.tokenization.encoding import IGNORED
+from azrecipe.modeling.flops import EXPERT_COUNT_KEYS
+from azrecipe.tokenization.encoding import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ROWS = 512  # of logits at once where no gradient is asked for
+ROWS_PER_CHUNK = 512  # rows of logits in memory where no gradient is needed
 
 
-class _Head(nn.Linear):
-    """A head that gives the sum of a batch's -ln p where it is given labels, and logits where it is not."""
+class _ChunkedLossHead(nn.Linear):
+    """A head that returns the summed loss if it gets labels.
+
+    Without labels it returns logits.
+    """
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., width] → logits [..., vocabulary]; with labels [...] already shifted → a float32 scalar, without gradients a float64 one."""
+        """Compute logits, or the sum of -ln p of the labels.
+
+        Args:
+            hidden: [..., width].
+            labels: [...], already shifted; None for logits.
+
+        Returns:
+            Logits [..., vocabulary]. With labels a float32 scalar, or a float64 one where gradients are off.
+        """
         if labels is None:
             return super().forward(hidden)
-        if not torch.is_grad_enabled():  # measured, not trained: the plain loss, to the last bit that float32 logits give
+        if not torch.is_grad_enabled():  # evaluation: the plain loss, as exact as float32 logits give it
             total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-            for part, its in zip(hidden.flatten(0, -2).split(ROWS), labels.flatten().split(ROWS), strict=True):
-                total += cross_entropy(super().forward(part).float(), its, ignore_index=IGNORED, reduction="sum")
+            for part, part_labels in zip(hidden.flatten(0, -2).split(ROWS_PER_CHUNK), labels.flatten().split(ROWS_PER_CHUNK), strict=True):
+                total += cross_entropy(super().forward(part).float(), part_labels, ignore_index=IGNORE_INDEX, reduction="sum")
             return total
         weight: torch.Tensor = self.weight
         bias: torch.Tensor | None = self.bias
         device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # the operator is none that autocast knows, and the plain head's is
+        if torch.is_autocast_enabled(device):  # autocast does not know this operator, but knows the plain head's
             dtype = torch.get_autocast_dtype(device)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        # A sum in bfloat16 would be kept in bfloat16, chunk after chunk: there each token's loss is asked for, and added up here
-        exact = hidden.dtype == torch.float32
+        # The operator would sum bfloat16 losses in bfloat16. So it returns each token's loss, and the sum is taken here
+        is_float32 = hidden.dtype == torch.float32
         loss = linear_cross_entropy(
-            hidden.flatten(0, -2), weight, labels.flatten(), linear_bias=bias, ignore_index=IGNORED,
-            reduction="sum" if exact else "none", options=LinearCrossEntropyOptions(),
+            hidden.flatten(0, -2), weight, labels.flatten(), linear_bias=bias, ignore_index=IGNORE_INDEX,
+            reduction="sum" if is_float32 else "none", options=LinearCrossEntropyOptions(),
         )  # fmt: skip
-        return loss if exact else loss.float().sum()
+        return loss if is_float32 else loss.float().sum()
 
 
-class _Chunked:
-    """What a model's class is derived from, beside its own: with labels, the loss alone is computed."""
+class _ChunkedLossModel:
+    """A base for model classes that computes only the loss from labels."""
 
-    def forward(self: Any, *given: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As the model's own; with labels [batch, length], `loss` as transformers' ForCausalLMLoss gives it, and no logits."""
+    def forward(self: Any, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Compute the loss of transformers' ForCausalLMLoss without logits.
+
+        With labels [batch, length] the output has `loss` and no logits. Without labels this is the model's own forward.
+        """
         if labels is None:
-            return super().forward(*given, **kwargs)  # type: ignore[misc]
-        count, following = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
-        hidden = self.base_model(*given, **kwargs).last_hidden_state
-        if following is None:  # given where a sequence is split over processes: a token's next may be another's
-            following = pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
-        total = self.get_output_embeddings()(hidden, following)
-        count = (following != IGNORED).sum() if count is None else count
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        count, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        if shift_labels is None:  # it is passed where a sequence is split over processes: the next token may be on another
+            shift_labels = pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
+        total = self.get_output_embeddings()(hidden, shift_labels)
+        count = (shift_labels != IGNORE_INDEX).sum() if count is None else count
         return CausalLMOutputWithPast(loss=total / (count.to(total.device) if torch.is_tensor(count) else count))
 
 
-def chunk(model: PreTrainedModel) -> None:
-    """Compute a model's loss a chunk of the logits at a time from now on. `check` says whether a model can have it.
+def enable_chunked_loss(model: PreTrainedModel) -> None:
+    """Switch a model to the chunked loss.
 
-    To be said again after a change of the vocabulary, which gives the model another head.
+    `check_chunked_loss` tells whether it can. Call this again after a change of the vocabulary, which gives the model another head.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, _Head):
-        head.__class__ = _derived(_Head, type(head))
-    if not isinstance(model, _Chunked):
-        model.__class__ = _derived(_Chunked, type(model))
+    if not isinstance(head, _ChunkedLossHead):
+        head.__class__ = _derive_class(_ChunkedLossHead, type(head))
+    if not isinstance(model, _ChunkedLossModel):
+        model.__class__ = _derive_class(_ChunkedLossModel, type(model))
 
 
-def chunked(model: Any) -> bool:
-    """Whether a model's loss is computed so; looks below the wrapping of DeepSpeed and of torch.compile."""
-    inner = getattr(model, "module", model)
-    return isinstance(getattr(inner, "_orig_mod", inner), _Chunked)
+def uses_chunked_loss(model: Any) -> bool:
+    """Tell whether a model's loss is computed in chunks.
 
-
-def _derived(first: type, own: type) -> type:
-    return type(own.__name__, (first, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
-
-
-def check(skeleton: PreTrainedModel) -> None:
-    """Raise CommandError for a model that does more with its logits, or before its head, than a matrix product.
-
-    Such a model (Gemma 2 caps its logits, Granite and Cohere scale them) would train on another loss. What it does is seen
-    in a run on PyTorch's meta device, which costs nothing: `skeleton` stands there.
+    It looks below the wrappers of DeepSpeed and torch.compile.
     """
-    kind = skeleton.config.model_type
-    head = skeleton.get_output_embeddings()
+    inner = getattr(model, "module", model)
+    return isinstance(getattr(inner, "_orig_mod", inner), _ChunkedLossModel)
+
+
+def _derive_class(base: type, original: type) -> type:
+    """Derive a class that keeps the original's name."""
+    return type(original.__name__, (base, original), {"__module__": original.__module__, "__qualname__": original.__qualname__})
+
+
+def check_chunked_loss(meta_model: PreTrainedModel) -> None:
+    """Check that the chunked loss equals a model's own.
+
+    The head must be a plain matrix and the loss cross entropy. Other models (Gemma 2 caps its logits, Granite and Cohere scale them)
+    would train on another loss. A forward pass on PyTorch's meta device, which costs nothing, shows what the model does.
+
+    Args:
+        meta_model: The model on the meta device.
+
+    Raises:
+        CommandError: The chunked loss would differ from the model's own.
+    """
+    model_type = meta_model.config.model_type
+    head = meta_model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise CommandError(f"a {kind}'s head is no plain matrix")
-    if skeleton.loss_function is not ForCausalLMLoss:
-        raise CommandError(f"a {kind} has a loss of its own")
-    if any(getattr(skeleton.config, name, None) for name in EXPERTS):
-        raise CommandError(f"a {kind} has experts, whose balancing loss the chunked loss would leave out")
-    seen: dict[str, Any] = {}
+        raise CommandError(f"a {model_type}'s head is no plain matrix")
+    if meta_model.loss_function is not ForCausalLMLoss:
+        raise CommandError(f"a {model_type} has its own loss function")
+    if any(getattr(meta_model.config, name, None) for name in EXPERT_COUNT_KEYS):
+        raise CommandError(f"a {model_type} has experts, whose balancing loss the chunked loss would leave out")
+    tensors: dict[str, Any] = {}
 
     def loss(logits: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        seen["logits"] = logits
+        tensors["logits"] = logits
         return logits.sum()
 
     hooks = [
-        head.register_forward_hook(lambda _module, given, out: seen.update(given=given[0], out=out)),
-        skeleton.base_model.register_forward_hook(lambda _module, _given, out: seen.update(hidden=out.last_hidden_state)),
+        head.register_forward_hook(lambda _module, inputs, output: tensors.update(head_input=inputs[0], head_output=output)),
+        meta_model.base_model.register_forward_hook(lambda _module, _inputs, output: tensors.update(hidden=output.last_hidden_state)),
     ]
-    before, skeleton.loss_function = skeleton.loss_function, loss
-    attention = skeleton.config._attn_implementation
-    skeleton.set_attn_implementation("eager")  # runs on any device, with any mask
+    original_loss, meta_model.loss_function = meta_model.loss_function, loss
+    attention = meta_model.config._attn_implementation
+    meta_model.set_attn_implementation("eager")  # runs on any device, with any mask
     tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
-    mask = torch.zeros(1, 1, 8, 8, device="meta")  # given whole, as making one looks at values
+    mask = torch.zeros(1, 1, 8, 8, device="meta")  # passed complete, as building one reads values
     try:
-        skeleton.train()(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False)
+        meta_model.train()(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        raise CommandError(f"what a {kind} does with its logits cannot be seen ({str(error).partition(chr(10))[0]})") from None
+        raise CommandError(f"the loss of a {model_type} cannot be traced ({str(error).partition(chr(10))[0]})") from None
     finally:
-        skeleton.loss_function = before
-        skeleton.set_attn_implementation(attention)
+        meta_model.loss_function = original_loss
+        meta_model.set_attn_implementation(attention)
         for hook in hooks:
             hook.remove()
-    if "logits" not in seen or seen["logits"] is not seen.get("out"):
-        raise CommandError(f"a {kind} scales or caps its logits between head and loss, which the chunked loss would leave out")
-    if not _is_view(seen["given"], seen.get("hidden")):
-        raise CommandError(f"a {kind} changes the hidden states before its head, which the chunked loss would leave out")
+    if "logits" not in tensors or tensors["logits"] is not tensors.get("head_output"):
+        raise CommandError(f"a {model_type} scales or caps its logits between head and loss, which the chunked loss would leave out")
+    if not _is_view(tensors["head_input"], tensors.get("hidden")):
+        raise CommandError(f"a {model_type} changes the hidden states before its head, which the chunked loss would leave out")
 
 
 def _is_view(tensor: torch.Tensor, whole: torch.Tensor | None) -> bool:
-    """Whether a tensor is another one, or the whole of it by slices that cut nothing off."""
+    """Tell whether a tensor is `whole`, possibly through slices that cut nothing."""
     if whole is None or tensor.shape != whole.shape:
         return False
     node = tensor.grad_fn

@@ -1,7 +1,7 @@
-"""The types that weights are kept in, by precision."""
+"""The type of a model's weights for each precision."""
 
 from __future__ import annotations
 
 import torch
 
-STORED = {"float32": torch.float32, "bf16_mixed": torch.float32, "bf16_pure": torch.bfloat16}
+PARAM_DTYPES = {"float32": torch.float32, "bf16_mixed": torch.float32, "bf16_pure": torch.bfloat16}

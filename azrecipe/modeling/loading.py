@@ -1,125 +1,166 @@
-"""Models: opened or built, and written so that plain transformers opens them again."""
+"""Open, build and save models that plain transformers opens again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from azrecipe.errors import CommandError, RunFailed, allowed, did_you_mean, explain
+from azrecipe.errors import CommandError, RunFailed, did_you_mean, explain_error, list_choices
 from azrecipe.modeling import new_tokens
-from azrecipe.modeling.dtypes import STORED
+from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.modeling.vocabulary_swap import adopt_special_tokens
-from azrecipe.tokenization.tokenizer import rows_needed, save_tokenizer
-from azrecipe.utils.atomic_files import whole_folder
-from azrecipe.utils.hub_errors import opening
+from azrecipe.tokenization.tokenizer import count_embedding_rows, save_tokenizer
+from azrecipe.utils.atomic_files import atomic_folder
+from azrecipe.utils.hub_errors import translate_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHTS = {**STORED, "bfloat16": torch.bfloat16}
+WEIGHT_DTYPES = {**PARAM_DTYPES, "bfloat16": torch.bfloat16}
+
+
+class EmbeddingShape(NamedTuple):
+    """The size of a model's embeddings."""
+
+    rows: int
+    width: int
+    matrices: int  # 1 where input and output are tied, else 2
 
 
 def load_model(path: str, precision: str, attn_implementation: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
-    """A causal language model from a folder or the hub, its weights in what `precision` keeps them in."""
+    """Load a causal language model from a folder or the hub.
+
+    Args:
+        path: A folder, or a name on the hub.
+        precision: The recipe's precision, which sets the type of the weights.
+        attn_implementation: As transformers names it.
+        revision: Of the hub's repository; None for main.
+
+    Raises:
+        AzrecipeError: The model cannot be opened; the message says why.
+    """
     from transformers import AutoModelForCausalLM
 
-    with opening("model", path):
+    with translate_hub_errors("model", path):
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=WEIGHTS[precision], attn_implementation=attn_implementation, revision=revision or "main"
+            path, dtype=WEIGHT_DTYPES[precision], attn_implementation=attn_implementation, revision=revision or "main"
         )
 
 
-def skeleton(path: str, attn_implementation: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
-    """The same without its weights, on PyTorch's meta device: enough to check names and shapes before anything is loaded."""
+def load_meta_model(path: str, attn_implementation: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
+    """Load a model without weights, on PyTorch's meta device.
+
+    It is enough to check names and shapes before weights are loaded.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with opening("model", path), torch.device("meta"):
+    with translate_hub_errors("model", path), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(path, revision=revision or "main"), attn_implementation=attn_implementation
         )
 
 
-def unsplittable(net: PreTrainedModel) -> str:
-    """Why a model's sequences cannot be split over processes (accelerate's big_modeling, _attach_context_parallel_hooks), or ""."""
-    config = net.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if getattr(config, "sliding_window", None) else [])
-    partial = sorted({kind for kind in kinds if kind != "full_attention"})
-    if partial:
-        return f"has {', '.join(partial)} layers, which see less than all that precedes"
-    if sum(name.rsplit(".", 1)[-1] == "self_attn" for name, _ in net.named_modules()) != config.num_hidden_layers:
+def find_context_parallel_obstacle(model: PreTrainedModel) -> str:
+    """Say why a model's sequences cannot be split over processes, or "".
+
+    The conditions are Accelerate's (big_modeling, _attach_context_parallel_hooks).
+    """
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None) or (["sliding_attention"] if getattr(config, "sliding_window", None) else [])
+    partial_types = sorted({layer_type for layer_type in layer_types if layer_type != "full_attention"})
+    if partial_types:
+        return f"has {', '.join(partial_types)} layers, which do not attend to all earlier tokens"
+    if sum(name.rsplit(".", 1)[-1] == "self_attn" for name, _ in model.named_modules()) != config.num_hidden_layers:
         return f"is a {config.model_type}, whose attention Accelerate does not find by its name (self_attn)"
     if getattr(config, "attention_dropout", 0):
-        return "has attention_dropout, which PyTorch's ring attention does not take back alike"
+        return "has attention_dropout, whose mask PyTorch's ring attention does not repeat in the backward pass"
     return ""
 
 
-def embedding_shape(path: str, revision: str | None = None) -> tuple[int, int, int] | None:
-    """(rows, width, matrices: 1 where input and output are tied, else 2) by a model's configuration; None where there is none."""
+def read_embedding_shape(path: str, revision: str | None = None) -> EmbeddingShape | None:
+    """Read the shape of a model's embeddings from its configuration.
+
+    Returns None where the folder holds a tokenizer alone, or a model of another kind.
+    """
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path, revision=revision or "main").get_text_config()
-        return int(config.vocab_size), int(config.hidden_size), 1 if config.tie_word_embeddings else 2
-    except Exception:  # a tokenizer by itself, or beside a model of another kind: what its configuration raises, it alone knows
+        return EmbeddingShape(int(config.vocab_size), int(config.hidden_size), 1 if config.tie_word_embeddings else 2)
+    except Exception:  # no configuration, or one of another kind of model, which may raise anything
         return None
 
 
 def build_model(
     config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str, attn_implementation: str, seed: int
 ) -> PreTrainedModel:
-    """A new model of a transformers configuration, with the tokenizer's vocabulary. Raises CommandError for a key it lacks."""
+    """Build a new model from a transformers configuration and a tokenizer's vocabulary.
+
+    Args:
+        config: The fields of the configuration, `model_type` among them.
+        tokenizer: It gives the size of the vocabulary and the special tokens.
+        precision: The recipe's precision, which sets the type of the weights.
+        attn_implementation: As transformers names it.
+        seed: Of the random weights.
+
+    Raises:
+        CommandError: The configuration lacks a field that is named, or transformers refuses it.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given = dict(config)
-    kind = given.pop("model_type")
+    fields = dict(config)
+    model_type = fields.pop("model_type")
     try:
-        known = AutoConfig.for_model(kind)
+        default_config = AutoConfig.for_model(model_type)
     except ValueError:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         raise CommandError(
-            f"model.config.model_type: transformers has no model '{kind}'{did_you_mean(kind, CONFIG_MAPPING.keys())}"
+            f"model.config.model_type: transformers has no model '{model_type}'{did_you_mean(model_type, CONFIG_MAPPING.keys())}"
         ) from None
-    names = known.to_dict()
-    unknown = [key for key in given if key not in names]
+    default_fields = default_config.to_dict()
+    unknown = [key for key in fields if key not in default_fields]
     if unknown:
-        lines = [f"model.config: a {kind} has no field '{key}'{did_you_mean(key, names)}" for key in unknown]
-        raise CommandError("\n".join([*lines, f"Fields: {allowed(names)}"]))
+        lines = [f"model.config: a {model_type} has no field '{key}'{did_you_mean(key, default_fields)}" for key in unknown]
+        raise CommandError("\n".join([*lines, f"Fields: {list_choices(default_fields)}"]))
     torch.manual_seed(seed)
     try:
-        built = AutoConfig.for_model(
-            kind,
-            **given,
-            vocab_size=rows_needed(tokenizer),
+        model_config = AutoConfig.for_model(
+            model_type,
+            **fields,
+            vocab_size=count_embedding_rows(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model = AutoModelForCausalLM.from_config(built, dtype=WEIGHTS[precision], attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=WEIGHT_DTYPES[precision], attn_implementation=attn_implementation)
     except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
-        if explain(error) is not None:
+        if explain_error(error) is not None:
             raise
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise CommandError(f"model.config: transformers cannot build this {kind}: {reason}") from None
+        raise CommandError(f"model.config: transformers cannot build this {model_type}: {reason}") from None
     adopt_special_tokens(model, tokenizer)
     return model
 
 
-def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Raise CommandError for a model that lacks rows for its tokenizer's tokens (padding rows beyond them are fine)."""
+def check_vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Check that a model has a row for each token.
+
+    Rows beyond the tokens are padding. Raises CommandError where the model has too few.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    needed = rows_needed(tokenizer)
+    needed = count_embedding_rows(tokenizer)
     if needed > rows:
-        has = f"has {needed:,} tokens" if needed == len(tokenizer) else f"has ids up to {needed - 1:,}"
-        raise CommandError(f"{path}: its tokenizer {has} and its embeddings {rows:,} rows: they do not belong together")
+        size = f"has {needed:,} tokens" if needed == len(tokenizer) else f"has ids up to {needed - 1:,}"
+        raise CommandError(f"{path}: its tokenizer {size} and its embeddings {rows:,} rows: they do not belong together")
 
 
-def count(model: torch.nn.Module) -> int:
-    """Parameters, a tied matrix counted once."""
+def count_parameters(model: torch.nn.Module) -> int:
+    """Count a model's parameters, a tied matrix once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -127,29 +168,40 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    state: Mapping[str, torch.Tensor] | None = None,
-    new: Sequence[int] = (),
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    new_token_ids: Sequence[int] = (),
 ) -> None:
-    """Write model and tokenizer into a folder that appears whole or not at all. `state` where the live one is sharded.
+    """Write a model and its tokenizer into a folder, atomically.
 
-    `new`: the ids of the tokens that are new to it.
+    Args:
+        model: The model whose configuration is written.
+        tokenizer: Its tokenizer.
+        folder: It appears complete or not at all.
+        state_dict: The gathered weights, where the live ones are sharded.
+        new_token_ids: Ids of the tokens that the base model's vocabulary lacks.
+
+    Raises:
+        RunFailed: A gathered weight was written incompletely.
     """
-    with whole_folder(folder) as aside:
-        model.save_pretrained(aside, state_dict=state)
-        if state is not None:
-            _check_saved(aside, state)
-        save_tokenizer(tokenizer, aside)
-        new_tokens.save(new, aside)
+    with atomic_folder(folder) as partial_folder:
+        model.save_pretrained(partial_folder, state_dict=state_dict)
+        if state_dict is not None:
+            _check_saved(partial_folder, state_dict)
+        save_tokenizer(tokenizer, partial_folder)
+        new_tokens.save_new_tokens(new_token_ids, partial_folder)
 
 
 def _check_saved(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Read back the shapes of a model that was gathered from its shards. Raises RunFailed for a weight that is not there whole."""
+    """Check the shapes of a gathered model that was written.
+
+    Raises RunFailed for a weight that is missing or incomplete.
+    """
     from safetensors import safe_open
 
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    torn = [name for name, tensor in state.items() if found.get(name) != tuple(tensor.shape)]
-    if torn:
-        raise RunFailed(f"the gathered model was not written whole: {', '.join(torn[:5])}")
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    incomplete = [name for name, tensor in state.items() if shapes.get(name) != tuple(tensor.shape)]
+    if incomplete:
+        raise RunFailed(f"the gathered model was not written completely: {', '.join(incomplete[:5])}")

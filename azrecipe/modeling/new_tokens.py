@@ -1,4 +1,4 @@
-"""Knows which tokens of a model its base's vocabulary lacks, and hands that on in a file beside the model."""
+"""The tokens that a model's base vocabulary lacks, stored beside the model."""
 
 from __future__ import annotations
 
@@ -7,49 +7,60 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from azrecipe.errors import CommandError
-from azrecipe.modeling.vocabulary_swap import shared_tokens
-from azrecipe.tokenization.tokenizer import same_vocabulary
+from azrecipe.modeling.vocabulary_swap import find_shared_tokens
+from azrecipe.tokenization.tokenizer import have_same_vocabulary
 from azrecipe.utils.atomic_files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILE = "new_tokens.json"
+FILE_NAME = "new_tokens.json"
 
 
-def find(model: str | None, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids, in `tokenizer`, of the tokens that are new, ascending. Empty where nothing is known of any.
+def find_new_tokens(model_path: str | None, model_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Find the ids of a model's new tokens, in ascending order.
 
-    Where the run gives the model another vocabulary than its `own`: those that this lacks. Else what stands in the model's folder,
-    from the run that made it. Rows that pad the vocabulary are no tokens. Raises CommandError for a file that cannot be read.
+    If the run swaps the vocabulary, these are the tokens that the model's own tokenizer lacks. Otherwise they come from the file
+    that an earlier run wrote into the model's folder. Padding rows are no tokens.
+
+    Args:
+        model_path: The model's folder or hub name; None for a new model, which has no new tokens.
+        model_tokenizer: The tokenizer that the model came with.
+        tokenizer: The tokenizer that the run uses; ids refer to it.
+
+    Raises:
+        CommandError: The file cannot be read.
     """
     ids = set(tokenizer.get_vocab().values())
-    if model is None:
+    if model_path is None:
         return []
-    if not same_vocabulary(own, tokenizer):
-        return sorted(ids - shared_tokens(own, tokenizer).keys())
-    return sorted(ids & set(_read(Path(model) / FILE)))
+    if not have_same_vocabulary(model_tokenizer, tokenizer):
+        return sorted(ids - find_shared_tokens(model_tokenizer, tokenizer).keys())
+    return sorted(ids & set(_read_ids(Path(model_path) / FILE_NAME)))
 
 
-def save(ids: Sequence[int], folder: Path) -> None:
-    """Write the file, ids as [first, last] of each unbroken run of them; nothing where none is new."""
+def save_new_tokens(ids: Sequence[int], folder: Path) -> None:
+    """Write the ids as [first, last] pairs of consecutive ids.
+
+    No file is written where there are none.
+    """
     if ids:
-        write_json(folder / FILE, {"count": len(ids), "ids": _runs(ids)})
+        write_json(folder / FILE_NAME, {"count": len(ids), "ids": _group_consecutive(ids)})
 
 
-def _runs(ids: Iterable[int]) -> list[list[int]]:
-    runs: list[list[int]] = []
+def _group_consecutive(ids: Iterable[int]) -> list[list[int]]:
+    groups: list[list[int]] = []
     for i in sorted(ids):
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
+        if groups and groups[-1][1] == i - 1:
+            groups[-1][1] = i
         else:
-            runs.append([i, i])
-    return runs
+            groups.append([i, i])
+    return groups
 
 
-def _read(file: Path) -> list[int]:
+def _read_ids(file: Path) -> list[int]:
     try:
         data = read_json(file)
         return [i for first, last in data["ids"] for i in range(first, last + 1)] if data is not None else []
     except (ValueError, TypeError, KeyError) as error:
-        raise CommandError(f"{file} is not what a run writes: {error}") from None
+        raise CommandError(f"{file} was not written by a run: {error}") from None

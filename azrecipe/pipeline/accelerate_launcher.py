@@ -1,6 +1,7 @@
-"""`accelerate launch` without its traceback: a worker has told what went wrong, and one message is enough.
+"""`accelerate launch` without its traceback.
 
-Takes accelerate launch's own arguments. Used by `azrecipe run`; a user's own `accelerate launch` works the same.
+The worker that failed has printed why, so a traceback of the launcher adds nothing. Takes the arguments of accelerate launch.
+`azrecipe run` uses it; a user's `accelerate launch` works the same.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import logging
 import subprocess
 import sys
 
-from azrecipe.errors import FAILED
+from azrecipe.errors import EXIT_FAILED
 
 
 def main() -> int:
-    """Launch, wait, and return the first failing worker's exit code (or 128 + its signal)."""
-    logging.disable(logging.ERROR)  # the elastic agent's account of a worker that has told its reason
+    """Launch, wait, and return the first failing worker's exit code.
+
+    A signal gives 128 + its number.
+    """
+    logging.disable(logging.ERROR)  # the elastic agent repeats the failure of a worker that has printed its reason
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -26,7 +30,7 @@ def main() -> int:
         code = int(error.get_first_failure()[1].exitcode)
         return code if code > 0 else 128 - code
     except subprocess.CalledProcessError as error:
-        return error.returncode if error.returncode > 0 else FAILED
+        return error.returncode if error.returncode > 0 else EXIT_FAILED
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

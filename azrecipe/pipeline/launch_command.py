@@ -1,4 +1,7 @@
-"""The command lines of launchers, run as children: signals passed on, and the worker's own exit code brought back."""
+"""Build launch commands, and run them as child processes.
+
+Signals are passed on, and the exit code is that of the worker that failed.
+"""
 
 from __future__ import annotations
 
@@ -12,85 +15,111 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import DONE, FAILED, CommandError, hint
-from azrecipe.pipeline.worker import EXIT_FILE, REASON
+from azrecipe.errors import EXIT_FAILED, EXIT_SUCCESS, CommandError, suggest_choices
+from azrecipe.pipeline.worker import EXIT_CODES_VARIABLE, REASON_SUFFIX
 from azrecipe.utils import shipped_files
 
 
-def config_file(name: str) -> Path:
-    """An accelerate config by its name in accelerate_configs/, or by path. Raises CommandError for an unknown one."""
+def resolve_accelerate_config(name: str) -> Path:
+    """Return the path of an accelerate config.
+
+    `name` is a name in accelerate_configs/, or a path. Raises CommandError for an unknown one.
+    """
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = shipped_files.find(name)
+        path = shipped_files.resolve_shipped_path(name)
         if not path.is_file():
             raise CommandError(f"no such accelerate config: {name}")
         return path
-    folder = shipped_files.root() / "accelerate_configs"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise CommandError(f"there is no accelerate config '{name}'{hint(name, known, 'Known')}; or give a path")
+    folder = shipped_files.locate_root() / "accelerate_configs"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise CommandError(f"there is no accelerate config '{name}'{suggest_choices(name, names, 'Known')}; or give a path")
     return folder / f"{name}.yaml"
 
 
-def launched(worker_arguments: Sequence[str], accelerate_config: str | None, num_processes: int | None) -> list[str] | None:
-    """The accelerate launch command for a worker, or None where one process needs no launcher."""
+def build_launch_command(worker_arguments: Sequence[str], accelerate_config: str | None, num_processes: int | None) -> list[str] | None:
+    """Build the accelerate launch command for a worker.
+
+    Returns None where one process needs no launcher.
+    """
     if accelerate_config is None and num_processes in (None, 1):
         return None
     if (accelerate_config in ("ddp", None) and num_processes == 1) or (accelerate_config == "cpu" and num_processes in (None, 1)):
         return None
     if accelerate_config == "cpu":
-        raise CommandError(f"accelerate_configs/cpu.yaml is one process: for {num_processes} say --accelerate-config ddp")
-    command = [sys.executable, "-m", "azrecipe.pipeline.accelerate_launcher", "--config_file", str(config_file(accelerate_config or "ddp"))]
+        raise CommandError(f"accelerate_configs/cpu.yaml is for one process. For {num_processes}: --accelerate-config ddp")
+    command = [
+        sys.executable,
+        "-m",
+        "azrecipe.pipeline.accelerate_launcher",
+        "--config_file",
+        str(resolve_accelerate_config(accelerate_config or "ddp")),
+    ]
     if num_processes is not None:
         command += ["--num_processes", str(num_processes)]
-    return [*command, "--main_process_port", str(_free_port()), "-m", "azrecipe", *worker_arguments]
+    return [*command, "--main_process_port", str(_find_free_port()), "-m", "azrecipe", *worker_arguments]
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def _find_free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-_stopped: list[int] = []
+_stop_signals: list[int] = []  # signals that came while a child ran
 
 
-def stopped() -> int:
-    """The exit code for a signal that came while a child ran (130 or 143), 0 for none: nothing more is to be started."""
-    return 128 + _stopped[0] if _stopped else DONE
+def get_stop_code() -> int:
+    """Return the exit code for a signal during a child.
+
+    It is 130, 143, or 0 for no signal. After a signal no further child may start.
+    """
+    return 128 + _stop_signals[0] if _stop_signals else EXIT_SUCCESS
 
 
 def run_child(command: Sequence[str]) -> int:
-    """Run a command, pass SIGTERM on to it, and return the exit code that its processes left.
+    """Run a command, pass SIGTERM on, and return its exit code.
 
-    Ctrl-C reaches the child by itself; this process waits for it to save and end.
+    Ctrl-C reaches the child by itself; this process waits until the child has saved and ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
-        child = subprocess.Popen(command, env=os.environ | {EXIT_FILE: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace})
+        child = subprocess.Popen(command, env=os.environ | {EXIT_CODES_VARIABLE: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace})
 
-        def note(number: int, _frame: Any) -> None:
-            _stopped.append(number)
+        def handle_signal(number: int, _frame: Any) -> None:
+            _stop_signals.append(number)
             if number == signal.SIGTERM:
                 child.send_signal(number)
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        old_handlers = {number: signal.signal(number, handle_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             code = child.wait()
         finally:
-            for number, handler in before.items():
+            for number, handler in old_handlers.items():
                 signal.signal(number, handler)
-        left = {int(file.name): int(file.read_text(encoding="utf-8") or FAILED) for file in Path(folder).iterdir() if file.suffix != REASON}
-    return _verdict(code, left)
+        exit_codes = {
+            int(file.name): int(file.read_text(encoding="utf-8") or EXIT_FAILED)
+            for file in Path(folder).iterdir()
+            if file.suffix != REASON_SUFFIX
+        }
+    return _choose_exit_code(code, exit_codes)
 
 
-def _verdict(code: int, left: Mapping[int, int]) -> int:
-    """The exit code of a launch: the main process' own, unless another one knows better why it failed."""
-    main = left.get(0)
-    if main is not None and main != FAILED:
+def _choose_exit_code(launcher_code: int, exit_codes: Mapping[int, int]) -> int:
+    """Choose the exit code of a launch from those of its processes.
+
+    It is the main process' code, unless another process has a more specific one.
+
+    Args:
+        launcher_code: The launcher's exit code; negative for a signal.
+        exit_codes: The exit codes that processes wrote, by rank.
+    """
+    main = exit_codes.get(0)
+    if main is not None and main != EXIT_FAILED:
         return main
-    if code in (-signal.SIGTERM, -signal.SIGINT):
-        return 128 - code  # it had nothing to save yet
-    told = [found for _, found in sorted(left.items()) if found not in (DONE, FAILED)]
-    if told and (main == FAILED or code != 0):
-        return told[0]
-    return main if main is not None else code if 0 <= code < 256 else FAILED
+    if launcher_code in (-signal.SIGTERM, -signal.SIGINT):
+        return 128 - launcher_code  # it had nothing to save yet
+    specific = [code for _, code in sorted(exit_codes.items()) if code not in (EXIT_SUCCESS, EXIT_FAILED)]
+    if specific and (main == EXIT_FAILED or launcher_code != 0):
+        return specific[0]
+    return main if main is not None else launcher_code if 0 <= launcher_code < 256 else EXIT_FAILED

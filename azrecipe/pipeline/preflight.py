@@ -1,6 +1,6 @@
-"""Knows, before any process is launched, whether the launch can work for every recipe that it is to run.
+"""Refuse, before any process starts, a launch that cannot work.
 
-A pipeline's last step is looked at before its first one trains for hours.
+All steps of a pipeline are checked before its first one trains for hours.
 """
 
 from __future__ import annotations
@@ -14,168 +14,192 @@ from typing import Any
 
 from azrecipe.data import readers
 from azrecipe.distributed import backend, cpu_backend, local_storage, requirements
-from azrecipe.distributed.batch_size import split
+from azrecipe.distributed.batch_size import split_batch
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
 from azrecipe.evaluation import lm_harness, output_metrics
 from azrecipe.recipe import extras, optimizer_settings
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Source
-from azrecipe.recipe.yaml_tree import Key, parse
+from azrecipe.recipe.yaml_tree import Key, parse_yaml
 from azrecipe.utils.paths import is_local_data
 
-TRAINING = ("pretrain", "sft")  # stages that are launched in several processes; the others have no use for more
+TRAINING_STAGES = ("pretrain", "sft")  # stages that run in several processes; the others run in one
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What an accelerate config (or none) and --num-processes ask for."""
+class LaunchConfig:
+    """The launch that an accelerate config and --num-processes describe.
 
-    file: Path | None
-    kind: str
-    processes: int
-    machines: int
-    mesh: backend.Mesh | None = None
+    Attributes:
+        config_file: The accelerate config; None for a launch without one.
+        distributed_type: accelerate's distributed_type: NO, MULTI_GPU, FSDP, …
+        num_processes: Processes on all machines.
+        num_machines: Machines.
+        parallel_dims: The config's parallelism_config, if it has one.
+        zero_stage: DeepSpeed's ZeRO stage.
+        reshard: accelerate's fsdp_reshard_after_forward.
+    """
+
+    config_file: Path | None
+    distributed_type: str
+    num_processes: int
+    num_machines: int
+    parallel_dims: backend.ParallelDims | None = None
     zero_stage: int = 0
     reshard: bool = True
 
     @property
-    def context(self) -> int:
-        return self.mesh.context if self.mesh else 1
+    def context_parallel_size(self) -> int:
+        return self.parallel_dims.context_parallel_size if self.parallel_dims else 1
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.num_processes // self.context_parallel_size
 
 
-def read(file: Path | None, num_processes: int | None) -> Launch:
-    """The launch that a config file and a number of processes describe."""
+def read_launch_config(file: Path | None, num_processes: int | None) -> LaunchConfig:
+    """Read the launch that a config file and --num-processes describe."""
     if file is None:
-        return Launch(None, "MULTI_GPU" if (num_processes or 1) > 1 else "NO", num_processes or 1, 1)
-    config: Any = parse(file.read_text(encoding="utf-8"), str(file)).plain() or {}
-    return Launch(
+        return LaunchConfig(None, "MULTI_GPU" if (num_processes or 1) > 1 else "NO", num_processes or 1, 1)
+    config: Any = parse_yaml(file.read_text(encoding="utf-8"), str(file)).to_plain() or {}
+    return LaunchConfig(
         file,
         str(config.get("distributed_type", "NO")),
         num_processes or int(config.get("num_processes", 1)),
         int(config.get("num_machines", 1)),
-        _mesh(config.get("parallelism_config") or {}),
+        _read_parallel_dims(config.get("parallelism_config") or {}),
         int((config.get("deepspeed_config") or {}).get("zero_stage", 2)),
         bool((config.get("fsdp_config") or {}).get("fsdp_reshard_after_forward", True)),
     )
 
 
-def _mesh(config: Mapping[str, Any]) -> backend.Mesh | None:
+def _read_parallel_dims(config: Mapping[str, Any]) -> backend.ParallelDims | None:
     sizes = [int(config.get(f"parallelism_config_{name}_size", 1)) for name in ("dp_replicate", "dp_shard", "cp")]
-    return backend.Mesh(*sizes) if config else None
+    return backend.ParallelDims(*sizes) if config else None
 
 
-def check(recipes: Sequence[Recipe], launch: Launch) -> None:
-    """Raise RecipeError for recipes that cannot be run so, else CannotRun for what this machine lacks; all at once."""
-    _machines(launch)
-    local_storage.apart()
-    wrong: list[Problem] = []
-    lacking: list[str] = []
-    trains = [recipe for recipe in recipes if recipe.stage in TRAINING]
-    if trains:
-        lacking += _backend(launch)
+def check_launch(recipes: Sequence[Recipe], launch: LaunchConfig) -> None:
+    """Refuse recipes that this launch cannot run, all problems at once.
+
+    Raises RecipeError for wrong recipes, or else CannotRun for what this machine lacks.
+    """
+    _check_machines(launch)
+    local_storage.storage_is_local()
+    problems: list[Problem] = []
+    missing: list[str] = []
+    if any(recipe.stage in TRAINING_STAGES for recipe in recipes):
+        missing += _list_backend_problems(launch)
     for recipe in recipes:
-        for problem in (*_refusals(recipe, launch), *_evaluation(recipe)):
-            if isinstance(problem, RecipeError):
-                wrong += problem.problems
+        for error in (*_iter_recipe_problems(recipe, launch), *_iter_evaluation_problems(recipe)):
+            if isinstance(error, RecipeError):
+                problems += error.problems
             else:
-                lacking.append(f"{recipe.path}: {problem}")
-    if wrong:
-        raise RecipeError(list(dict.fromkeys(wrong)))
-    if lacking:
-        raise CannotRun("\n".join(dict.fromkeys(lacking)))
+                missing.append(f"{recipe.path}: {error}")
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+    if missing:
+        raise CannotRun("\n".join(dict.fromkeys(missing)))
 
 
-def check_data(recipes: Sequence[Recipe]) -> None:
-    """Raise RecipeError for local files that are not there."""
-    wrong = [problem for recipe in recipes for error in _missing(recipe) for problem in error.problems]
-    if wrong:
-        raise RecipeError(list(dict.fromkeys(wrong)))
+def check_local_files(recipes: Sequence[Recipe]) -> None:
+    """Raise RecipeError for local files that are missing."""
+    problems = [problem for recipe in recipes for error in _iter_missing_files(recipe) for problem in error.problems]
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
 
 
-def _machines(launch: Launch) -> None:
-    if launch.machines > 1:
+def _check_machines(launch: LaunchConfig) -> None:
+    if launch.num_machines > 1:
         raise CommandError(
-            f"{launch.file} is for {launch.machines} machines, and azrecipe run starts processes on this one only. On each machine:\n"
-            f"  accelerate launch --config_file {launch.file} --machine_rank R --main_process_ip ADDRESS --main_process_port 29500 "
+            f"{launch.config_file} is for {launch.num_machines} machines, and azrecipe run starts processes on this one only. On each machine:\n"
+            f"  accelerate launch --config_file {launch.config_file} --machine_rank R --main_process_ip ADDRESS --main_process_port 29500 "
             "-m azrecipe RECIPE [--step STEP [--cell CELL]] --runs-dir DIR\n"
-            f"  with one DIR that all of them see, or {local_storage.SWITCH}=local (docs/backends.md)"
+            f"  with one DIR that all of them see, or {local_storage.STORAGE_VARIABLE}=local (docs/backends.md)"
         )
 
 
-def _backend(launch: Launch) -> list[str]:
-    """Why this machine cannot honour a sharded config. Raises CommandError for processes that do not fit its mesh."""
-    if launch.mesh is not None:
-        wrong = (
-            launch.mesh.problem(launch.processes) if launch.kind == "FSDP" else "parallelism_config goes with distributed_type: FSDP only"
+def _list_backend_problems(launch: LaunchConfig) -> list[str]:
+    """List why this machine cannot run a sharded config.
+
+    Raises CommandError for a number of processes that does not fit the config.
+    """
+    if launch.parallel_dims is not None:
+        problem = (
+            launch.parallel_dims.find_problem(launch.num_processes)
+            if launch.distributed_type == "FSDP"
+            else "parallelism_config goes with distributed_type: FSDP only"
         )
-        if wrong:
-            raise CommandError(f"{launch.file}: {wrong}")
-    if launch.kind not in ("FSDP", "DEEPSPEED"):
+        if problem:
+            raise CommandError(f"{launch.config_file}: {problem}")
+    if launch.distributed_type not in ("FSDP", "DEEPSPEED"):
         return []
-    if launch.kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
-        return [f"{launch.file} needs DeepSpeed: pip install 'azrecipe[deepspeed]'"]
-    why = "" if backend.has_accelerator() else cpu_backend.problem(launch.kind)
-    return [why] if why else []
+    if launch.distributed_type == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        return [f"{launch.config_file} needs DeepSpeed: pip install 'azrecipe[deepspeed]'"]
+    problem = "" if backend.has_accelerator() else cpu_backend.find_problem(launch.distributed_type)
+    return [problem] if problem else []
 
 
-def _refusals(recipe: Recipe, launch: Launch) -> Iterator[AzrecipeError]:
-    """What is wrong with one recipe, as far as it can be known without loading a model or asking the hub."""
-    yield from _missing(recipe)
-    if recipe.stage not in TRAINING:
+def _iter_recipe_problems(recipe: Recipe, launch: LaunchConfig) -> Iterator[AzrecipeError]:
+    """Yield a recipe's problems that show without model and hub."""
+    yield from _iter_missing_files(recipe)
+    if recipe.stage not in TRAINING_STAGES:
         return
     training = recipe.config.training
     try:
-        split(training.global_batch_size, training.per_device_train_batch_size, launch.processes // launch.context)
+        split_batch(training.global_batch_size, training.per_device_train_batch_size, launch.data_parallel_size)
     except CommandError as error:
-        yield recipe.problem(str(error), "training", "global_batch_size")
+        yield recipe.error(str(error), "training", "global_batch_size")
     try:
-        requirements.check_context(launch.context, recipe)
+        requirements.check_context_parallel(launch.context_parallel_size, recipe)
     except RecipeError as error:
         yield error
     tokenizer = getattr(recipe.config, "tokenizer", None)
-    for asked in (
+    for check in (
         lambda: extras.check_word_vectors(getattr(tokenizer, "new_embeddings", "")),
         lambda: requirements.check_precision(training.precision, training.use_liger_kernel),
         lambda: requirements.check_compiler(training.torch_compile),
         lambda: extras.check_trackers(training.report_to),
         lambda: extras.check_adapter(getattr(recipe.config, "adapter", "")),
-        lambda: extras.check_optimizers(optimizer_settings.named(recipe.config)),
-        lambda: _sharded(recipe, launch),
+        lambda: extras.check_optimizers(optimizer_settings.list_optimizers(recipe.config)),
+        lambda: _check_sharded_recipe(recipe, launch),
     ):
         try:
-            asked()
+            check()
         except CannotRun as error:
             yield error
 
 
-def _sharded(recipe: Recipe, launch: Launch) -> None:
-    with contextlib.suppress(CommandError):  # a batch that does not divide has been told
-        requirements.check_sharded(recipe.config, launch.kind == "FSDP", launch.processes // launch.context)
+def _check_sharded_recipe(recipe: Recipe, launch: LaunchConfig) -> None:
+    with contextlib.suppress(CommandError):  # the caller reports a batch that does not divide
+        requirements.check_fsdp_limits(recipe.config, launch.distributed_type == "FSDP", launch.data_parallel_size)
 
 
-def _evaluation(recipe: Recipe) -> Iterator[AzrecipeError]:
-    """What an evaluation at the end of a pipeline lacks: packages, and tasks by their names, which take a while to look up."""
+def _iter_evaluation_problems(recipe: Recipe) -> Iterator[AzrecipeError]:
+    """Yield the missing packages and unknown tasks of an evaluation.
+
+    Finding the names of tasks takes some seconds.
+    """
     if recipe.stage != "evaluate":
         return
     try:
-        output_metrics.check(recipe.config)
-        lm_harness.needed(recipe.config)
-        lm_harness.Harness(recipe).check_names()
+        output_metrics.check_evaluation_packages(recipe.config)
+        lm_harness.check_harness_installed(recipe.config)
+        lm_harness.Harness(recipe).check_task_names()
     except (CannotRun, RecipeError) as error:
         yield error
 
 
-def _missing(recipe: Recipe) -> Iterator[RecipeError]:
-    for source, keys in _sources(recipe):
+def _iter_missing_files(recipe: Recipe) -> Iterator[RecipeError]:
+    for source, keys in _iter_sources(recipe):
         try:
-            located = readers.Located(source, recipe.place(*keys, "path"))
+            located_source = readers.DataSource(source, recipe.locate(*keys, "path"))
             if is_local_data(source.path):
-                readers.files(located)
+                readers.list_files(located_source)
         except RecipeError as error:
             yield error
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[Source, tuple[Key, ...]]]:
+def _iter_sources(recipe: Recipe) -> Iterator[tuple[Source, tuple[Key, ...]]]:
     data = getattr(recipe.config, "data", None)
     for i, source in enumerate(getattr(data, "datasets", ())):
         yield source, ("data", "datasets", i)

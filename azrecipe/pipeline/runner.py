@@ -1,4 +1,4 @@
-"""Recipes in order or as a matrix, each in processes of its own."""
+"""Run the steps of a pipeline, each in its own processes."""
 
 from __future__ import annotations
 
@@ -9,135 +9,153 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from azrecipe.errors import DONE, SIGINT, SIGTERM, CommandError, Problem, RecipeError, allowed
+from azrecipe.errors import EXIT_SIGINT, EXIT_SIGTERM, EXIT_SUCCESS, CommandError, Problem, RecipeError, list_choices
 from azrecipe.pipeline import launch_command, matrix_ranking
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.pipeline_steps import Step, load_pipeline, of_cells, taken
+from azrecipe.recipe.pipeline_steps import PipelineStep, find_upstream_references, group_by_cell, load_pipeline
 from azrecipe.report import page, terminal_tables
-from azrecipe.runs.reader import STEPS
-from azrecipe.runs.run_dir import asked, candidate_of, check_same, locate, run_of
+from azrecipe.runs.reader import STEPS_FILE
+from azrecipe.runs.run_dir import check_run_matches, find_candidate_folder, locate_named_run, locate_run, write_recipe_files
 from azrecipe.utils.atomic_files import read_json, write_json
+from azrecipe.utils.console import print_progress
 
 
-def _note(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> bool:
-    """Leave in the pipeline's own folder what was asked and where its steps' runs are, for its page. Returns True: it was tried."""
-    place = locate(recipe, arguments.runs_dir)
-    if arguments.cell:  # the page shows the others too
+def _write_steps_file(recipe: Recipe, steps: Sequence[PipelineStep], arguments: argparse.Namespace) -> None:
+    """Write a pipeline's recipe and the paths of its runs."""
+    run_dir = locate_run(recipe, arguments.runs_dir)
+    if arguments.cell:  # the page shows all cells
         steps = load_pipeline(recipe.path, parse_overrides(arguments.set))[1]
-    runs = [os.path.relpath(locate(step.recipe, arguments.runs_dir).path, place.path.parent) for step in steps]
-    listed = {"steps": [{"step": step.key, "cell": step.cell, "run": run} for step, run in zip(steps, runs, strict=True)]}
-    with contextlib.suppress(OSError):  # where nothing can be written the steps say so
-        if read_json(place.path / STEPS) != listed:
-            write_json(place.path / STEPS, listed)  # first: it proves that the folder is ours
-        asked(recipe, place)
-    return True
+    runs = [os.path.relpath(locate_run(step.recipe, arguments.runs_dir).path, run_dir.path.parent) for step in steps]
+    content = {"steps": [{"step": step.key, "cell": step.cell, "run": run} for step, run in zip(steps, runs, strict=True)]}
+    with contextlib.suppress(OSError):  # the steps report a folder that cannot be written
+        if read_json(run_dir.path / STEPS_FILE) != content:
+            write_json(run_dir.path / STEPS_FILE, content)  # first: it marks the folder as azrecipe's
+        write_recipe_files(recipe, run_dir)
 
 
 def write_page(run: Path) -> None:
-    """A page for people; that it cannot be made is no failure of a run that is complete. AZRECIPE_PAGE=0: none is wanted."""
+    """Write a run's report.html, unless AZRECIPE_PAGE=0.
+
+    A failure is printed, and does not fail the run.
+    """
     try:
-        if os.environ.get("AZRECIPE_PAGE") != "0" and run.is_dir() and not page.fresh(run):
-            page.write(run)
+        if os.environ.get("AZRECIPE_PAGE") != "0" and run.is_dir() and not page.is_page_fresh(run):
+            page.write_page(run)
     except Exception as error:
-        print(f"azrecipe: {run / 'report.html'} could not be made: {error!r}", file=sys.stderr, flush=True)
+        print_progress(f"azrecipe: {run / 'report.html'} could not be made: {error!r}")
 
 
-def worker_arguments(arguments: argparse.Namespace, step: str | None, cell: str | None) -> list[str]:
-    line = [arguments.recipe, "--runs-dir", str(arguments.runs_dir)]
-    for text in arguments.set:
-        line += ["--set", text]
-    line += ["--step", step] if step else []
-    return [*line, "--cell", cell] if cell else line
+def build_worker_arguments(arguments: argparse.Namespace, step: str | None, cell: str | None) -> list[str]:
+    """Build the command-line arguments of one process of a run."""
+    words = [arguments.recipe, "--runs-dir", str(arguments.runs_dir)]
+    for override in arguments.set:
+        words += ["--set", override]
+    words += ["--step", step] if step else []
+    return [*words, "--cell", cell] if cell else words
 
 
-def run_steps(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace) -> int:
-    """Run the steps in order. What fails ends it all, or in a cell of a matrix that cell; a signal ends it all."""
+def run_steps(recipe: Recipe, steps: Sequence[PipelineStep], arguments: argparse.Namespace) -> int:
+    """Run the steps in order; return the exit code.
+
+    A failure ends the pipeline; in a cell of a matrix, it ends that cell. A signal ends the pipeline.
+    """
     failed: dict[str, int] = {}
-    noted = False  # a pipeline whose first step is refused leaves nothing
+    has_steps_file = False  # nothing is written until a step is complete
     for number, step in enumerate(steps, 1):
         if step.cell in failed:
             continue
-        print(f"[{number}/{len(steps)}] {step.title}", file=sys.stderr, flush=True)
-        line = [sys.executable, "-m", "azrecipe", "run", *worker_arguments(arguments, step.key, step.cell), "--quiet"]
+        print_progress(f"[{number}/{len(steps)}] {step.title}")
+        command = [sys.executable, "-m", "azrecipe", "run", *build_worker_arguments(arguments, step.key, step.cell), "--quiet"]
         if arguments.accelerate_config:
-            line += ["--accelerate-config", arguments.accelerate_config]
+            command += ["--accelerate-config", arguments.accelerate_config]
         if arguments.num_processes:
-            line += ["--num-processes", str(arguments.num_processes)]
-        code = launch_command.run_child(line)
-        code = launch_command.stopped() or code
-        if code == DONE:
-            noted = noted or _note(recipe, steps, arguments)
+            command += ["--num-processes", str(arguments.num_processes)]
+        code = launch_command.run_child(command)
+        code = launch_command.get_stop_code() or code
+        if code == EXIT_SUCCESS:
+            if not has_steps_file:
+                _write_steps_file(recipe, steps, arguments)
+                has_steps_file = True
             continue
-        stops = step.cell is None or code in (SIGINT, SIGTERM)
-        then = "the same command goes on from there" if stops else "the other cells go on"
-        print(f"azrecipe: {step.title} ended with exit code {code}; {then}", file=sys.stderr, flush=True)
-        if step.cell is None or stops:
-            if code not in (SIGINT, SIGTERM):
-                write_page(locate(recipe, arguments.runs_dir).path)
+        is_signal = code in (EXIT_SIGINT, EXIT_SIGTERM)
+        advice = "the same command resumes there" if step.cell is None or is_signal else "the other cells continue"
+        print_progress(f"azrecipe: {step.title} ended with exit code {code}; {advice}")
+        if step.cell is None or is_signal:
+            if not is_signal:
+                write_page(locate_run(recipe, arguments.runs_dir).path)
             return code
         failed[step.cell] = code
-    _show(recipe, steps, arguments, failed)
+    _show_results(recipe, steps, arguments, failed)
     for cell, code in failed.items():
-        print(f"azrecipe: cell {cell} failed with exit code {code}; the same command tries it again", file=sys.stderr, flush=True)
-    return next(iter(failed.values()), DONE)
+        print_progress(f"azrecipe: cell {cell} failed with exit code {code}; the same command tries it again")
+    return next(iter(failed.values()), EXIT_SUCCESS)
 
 
-def _show(recipe: Recipe, steps: Sequence[Step], arguments: argparse.Namespace, failed: Mapping[str, int]) -> None:
-    """The end of a pipeline: its table, the comparison of its cells, or each cell's own table."""
-    runs_dir, cells = arguments.runs_dir, of_cells(steps)
+def _show_results(recipe: Recipe, steps: Sequence[PipelineStep], arguments: argparse.Namespace, failed: Mapping[str, int]) -> None:
+    """Print a pipeline's final tables, and write its page.
+
+    They show the steps, or compare the cells, or show each cell's steps.
+    """
+    runs_dir, cells = arguments.runs_dir, group_by_cell(steps)
     if recipe.config.compare is not None:
-        if arguments.cell:  # the others are compared with it as they are
-            cells = of_cells(load_pipeline(recipe.path, parse_overrides(arguments.set))[1])
-        result = matrix_ranking.compare(recipe, cells, runs_dir, failed)
-        matrix_ranking.write(recipe, runs_dir, result)
+        if arguments.cell:  # compare it with the other cells as they are
+            cells = group_by_cell(load_pipeline(recipe.path, parse_overrides(arguments.set))[1])
+        result = matrix_ranking.rank_cells(recipe, cells, runs_dir, failed)
+        matrix_ranking.write_ranking(recipe, runs_dir, result)
         if not arguments.quiet:
             terminal_tables.show_comparison(result, recipe.data["description"] or recipe.name)
     elif not arguments.quiet:
         for recipes in cells.values() or [[step.recipe for step in steps]]:
             terminal_tables.show_pipeline(recipe, recipes, runs_dir)
-    write_page(locate(recipe, runs_dir).path)
+    write_page(locate_run(recipe, runs_dir).path)
 
 
-def check_order(recipe: Recipe, steps: Sequence[Step], runs_dir: Path) -> None:
-    """Refuse, before anything starts, a step that takes from a recipe which is no earlier step and has no finished run."""
+def check_order(recipe: Recipe, steps: Sequence[PipelineStep], runs_dir: Path) -> None:
+    """Refuse a step whose upstream recipe has no finished run.
+
+    An earlier step of the pipeline needs none. Nothing has been started.
+    """
     problems = []
     earlier: set[Path] = set()
     for step in steps:
-        for keys, output_of in taken(step.recipe.data):
-            run = run_of(step.recipe, runs_dir, Path(output_of).stem)
-            if run.path not in earlier and not run.complete:
-                known = dict.fromkeys(s.key for s in steps)
-                message = f"takes the output of {Path(output_of).name}, which is no earlier step of {recipe.path.name} and has no finished run. Steps: {allowed(known)}"
-                problems += step.recipe.problem(message, *keys).problems
-        problems += _no_candidate(step.recipe, runs_dir, earlier)
-        earlier.add(locate(step.recipe, runs_dir).path)
+        for keys, output_of in find_upstream_references(step.recipe.data):
+            run = locate_named_run(step.recipe, runs_dir, Path(output_of).stem)
+            if run.path not in earlier and not run.is_complete:
+                keys_of_steps = dict.fromkeys(s.key for s in steps)
+                message = f"takes the output of {Path(output_of).name}, which is no earlier step of {recipe.path.name} and has no finished run. Steps: {list_choices(keys_of_steps)}"
+                problems += step.recipe.error(message, *keys).problems
+        problems += _find_missing_candidate(step.recipe, runs_dir, earlier)
+        earlier.add(locate_run(step.recipe, runs_dir).path)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
 
 
-def _no_candidate(recipe: Recipe, runs_dir: Path, earlier: set[Path]) -> list[Problem]:
-    """What is wrong with a `tokenizer.candidate` of a run that no step makes; those of steps have been looked at with the recipes."""
-    wanted = recipe.config.tokenizer if recipe.stage == "pretrain" else None
-    if wanted is None or wanted.candidate is None or wanted.output_of is None:
+def _find_missing_candidate(recipe: Recipe, runs_dir: Path, earlier: set[Path]) -> list[Problem]:
+    """Find a `tokenizer.candidate` that a finished run lacks.
+
+    Candidates of the pipeline's steps were checked when the recipes were read.
+    """
+    settings = recipe.config.tokenizer if recipe.stage == "pretrain" else None
+    if settings is None or settings.candidate is None or settings.output_of is None:
         return []
-    run = run_of(recipe, runs_dir, Path(wanted.output_of).stem)
-    if run.path in earlier or not run.complete:
+    run = locate_named_run(recipe, runs_dir, Path(settings.output_of).stem)
+    if run.path in earlier or not run.is_complete:
         return []
     try:
-        candidate_of(recipe, run, wanted.candidate, "tokenizer", "candidate")
+        find_candidate_folder(recipe, run, settings.candidate, "tokenizer", "candidate")
     except RecipeError as error:
         return error.problems
     return []
 
 
-def check_runs(steps: Sequence[Step], runs_dir: Path) -> None:
-    """Refuse, before anything starts, steps whose run directories hold the runs of other recipes."""
-    found = []
+def check_run_dirs(steps: Sequence[PipelineStep], runs_dir: Path) -> None:
+    """Refuse steps whose run directories hold runs of other recipes."""
+    messages = []
     for step in steps:
         try:
-            check_same(step.recipe, locate(step.recipe, runs_dir))
+            check_run_matches(step.recipe, locate_run(step.recipe, runs_dir))
         except CommandError as error:
-            found.append(str(error))
-    if found:
-        raise CommandError("\n".join(found))
+            messages.append(str(error))
+    if messages:
+        raise CommandError("\n".join(messages))

@@ -1,71 +1,97 @@
-"""One process of a run: what accelerate launch and torchrun start, and what `azrecipe run` is for a single process."""
+"""One process of a run.
+
+accelerate launch and torchrun start several; for a single process `azrecipe run` is one itself.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import signal
-import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from azrecipe.errors import DONE, FAILED, SIGINT, SIGTERM, AllFailed, AzrecipeError, CommandError, Interrupted, RunFailed, explain
+from azrecipe.errors import (
+    EXIT_FAILED,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+    EXIT_SUCCESS,
+    AllProcessesFailed,
+    AzrecipeError,
+    CommandError,
+    Interrupted,
+    RecipeError,
+    RunFailed,
+    explain_error,
+)
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.pipeline_steps import open_recipe
 from azrecipe.utils import shipped_files
+from azrecipe.utils.console import print_progress
 
-INTERRUPTED = "interrupted; what was finished is kept, and the same command goes on from there"
-EXIT_FILE = "AZRECIPE_EXIT_CODES"  # a folder where processes leave their exit codes: launchers turn every failure into 1
-REASON = ".reason"  # behind a rank: a file there with what that process has told of its failure
+INTERRUPTED_MESSAGE = "interrupted; finished work is kept, and the same command resumes there"
+EXIT_CODES_VARIABLE = "AZRECIPE_EXIT_CODES"  # a folder where processes write their exit codes: launchers turn every failure into 1
+REASON_SUFFIX = ".reason"  # of a file there, named by a rank, with that process' error message
 
 
-def start(path: str, sets: Sequence[str], runs_dir: Path, step: str | None = None, cell: str | None = None) -> int:
-    """Run one recipe in this process, whatever launched it. Returns the exit code; a failure has been told."""
+def run_worker(path: str, overrides: Sequence[str], runs_dir: Path, step: str | None = None, cell: str | None = None) -> int:
+    """Run one recipe in this process, and print a failure.
+
+    Args:
+        path: The recipe, as on the command line.
+        overrides: KEY=VALUE overrides.
+        runs_dir: The folder of run directories.
+        step: A step of a pipeline.
+        cell: A cell of a pipeline's matrix.
+
+    Returns:
+        The exit code.
+    """
     main = os.environ.get("RANK", "0") == "0"
-    before = signal.signal(signal.SIGTERM, _end)  # a training loop has its own way to end
+    old_handler = signal.signal(signal.SIGTERM, _raise_interrupted)  # a training loop replaces it
     try:
-        _work(_open(path, sets, step, cell), runs_dir)
-        code = DONE
+        _run_stage(_open_single_recipe(path, overrides, step, cell), runs_dir)
+        code = EXIT_SUCCESS
     except KeyboardInterrupt:
-        code = SIGINT
-        _tell(f"azrecipe: {INTERRUPTED}", main)
+        code = EXIT_SIGINT
+        print_progress(f"azrecipe: {INTERRUPTED_MESSAGE}", main)
     except Exception as error:
-        known = explain(error)
-        code = known.exit_code if known else FAILED
-        if known is None:
+        user_error = explain_error(error)
+        code = user_error.exit_code if user_error else EXIT_FAILED
+        if user_error is None:
             traceback.print_exc()
-        if main or not isinstance(known, Interrupted | AllFailed):  # what reaches all, one of them says
-            _report(_message(known or RunFailed(f"{type(error).__name__}: {error}")), main)
+        if main or not isinstance(user_error, Interrupted | AllProcessesFailed):  # one process reports what happens to all
+            _report_failure(_format_error(user_error or RunFailed(f"{type(error).__name__}: {error}")), main)
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if EXIT_FILE in os.environ:
-        Path(os.environ[EXIT_FILE], os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
+        signal.signal(signal.SIGTERM, old_handler)
+    if EXIT_CODES_VARIABLE in os.environ:
+        Path(os.environ[EXIT_CODES_VARIABLE], os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
     return code
 
 
-def _end(_number: int, _frame: object) -> None:
-    raise Interrupted(INTERRUPTED, SIGTERM)
+def _raise_interrupted(_number: int, _frame: object) -> None:
+    raise Interrupted(INTERRUPTED_MESSAGE, EXIT_SIGTERM)
 
 
-def _report(message: str, main: bool) -> None:
-    """Tell a failure. What every process finds, the main one tells; what only another one finds, that one does.
+def _report_failure(message: str, main: bool) -> None:
+    """Print a failure, and write it to the folder of exit codes.
 
-    The wait lets the launcher end the others first where the main process has failed for the same reason.
+    A process other than the main one waits first: if the main process fails for the same reason, the launcher ends this one.
     """
     if not main:
         time.sleep(3)
         message = f"process {os.environ['RANK']}: {message}"
-    _tell(message, True)
-    if EXIT_FILE in os.environ:
-        Path(os.environ[EXIT_FILE], os.environ.get("RANK", "0") + REASON).write_text(message, encoding="utf-8")
+    print_progress(message)
+    if EXIT_CODES_VARIABLE in os.environ:
+        Path(os.environ[EXIT_CODES_VARIABLE], os.environ.get("RANK", "0") + REASON_SUFFIX).write_text(message, encoding="utf-8")
 
 
-def _open(path: str, sets: Sequence[str], step: str | None, cell: str | None) -> Recipe:
-    recipe, _ = open_recipe(shipped_files.find(path), parse_overrides(sets), step, cell)
+def _open_single_recipe(path: str, overrides: Sequence[str], step: str | None, cell: str | None) -> Recipe:
+    recipe, _ = open_recipe(shipped_files.resolve_shipped_path(path), parse_overrides(overrides), step, cell)
     if recipe.stage == "pipeline":
         raise CommandError(
             f"{recipe.path} is a pipeline, which starts its own processes: azrecipe run {recipe.path}\n"
@@ -74,37 +100,36 @@ def _open(path: str, sets: Sequence[str], step: str | None, cell: str | None) ->
     return recipe
 
 
-def _work(recipe: Recipe, runs_dir: Path) -> None:
+def _run_stage(recipe: Recipe, runs_dir: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from azrecipe.distributed import backend, local_storage, process_group
+    from azrecipe.distributed import local_storage, process_group
+    from azrecipe.distributed.backend import set_up_backend
     from azrecipe.runs import run_dir
 
-    launched = backend.set_up()
-    complete = run_dir.already_complete(recipe, runs_dir)
-    if launched.world > 1 and local_storage.apart():  # a machine may have nothing of what the main process' has
-        process_group.start_group()
-        complete = local_storage.from_main(complete)
+    backend = set_up_backend()
+    complete = run_dir.is_already_complete(recipe, runs_dir)
+    if backend.world_size > 1 and local_storage.storage_is_local():  # another machine may lack the main process' run directory
+        process_group.start_process_group()
+        complete = local_storage.broadcast_from_main(complete)
     if complete:
-        _tell(f"already complete: {run_dir.locate(recipe, runs_dir).path}", launched.main)
+        print_progress(f"already complete: {run_dir.locate_run(recipe, runs_dir).path}", backend.main)
         return
     stage = importlib.import_module(f"azrecipe.stages.{recipe.stage}")
-    if launched.main:
-        where = run_dir.locate(recipe, runs_dir).path
-        _tell(f"{recipe.path}: {recipe.stage} → {where}", True)
-    _quiet()
-    stage.run(recipe, runs_dir, launched)
-    _tell(f"complete: {run_dir.locate(recipe, runs_dir).path}", launched.main)
-    if launched.world > 1:
+    print_progress(f"{recipe.path}: {recipe.stage} → {run_dir.locate_run(recipe, runs_dir).path}", backend.main)
+    _silence_libraries()
+    stage.run(recipe, runs_dir, backend)
+    print_progress(f"complete: {run_dir.locate_run(recipe, runs_dir).path}", backend.main)
+    if backend.world_size > 1:
         import torch.distributed
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _quiet() -> None:
-    """Leave the terminal to our own progress: the libraries' bars and notices go."""
+def _silence_libraries() -> None:
+    """Turn off the progress bars and notices of libraries."""
     import huggingface_hub
     import transformers
 
@@ -113,12 +138,5 @@ def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def _message(error: AzrecipeError) -> str:
-    from azrecipe.errors import RecipeError
-
+def _format_error(error: AzrecipeError) -> str:
     return str(error) if isinstance(error, RecipeError) else f"azrecipe: {error}"
-
-
-def _tell(text: str, main: bool) -> None:
-    if main:
-        print(text, file=sys.stderr, flush=True)

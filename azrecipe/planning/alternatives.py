@@ -1,96 +1,116 @@
-"""Knows which changes of a recipe or of its launch are worth looking at, and how each is said on the command line."""
+"""Single changes of a recipe or its launch that are worth comparing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
-from azrecipe.planning.placement import Where
-from azrecipe.planning.training_loops import Loop
-from azrecipe.recipe.types import Lora, Pretrain, Sft
+from azrecipe.planning.placement import Placement
+from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.training_loops import PlannedLoop
+from azrecipe.recipe.types import Lora, PretrainConfig, SftConfig
 
-PRECISION = {"bf16_mixed": "bf16_pure", "bf16_pure": "bf16_mixed", "float32": "bf16_mixed"}
-LORA = Lora(16, 32, 0.05, "all-linear", False, False, [], False)
+ALTERNATIVE_PRECISIONS = {"bf16_mixed": "bf16_pure", "bf16_pure": "bf16_mixed", "float32": "bf16_mixed"}
+DEFAULT_LORA = Lora(16, 32, 0.05, "all-linear", False, False, [], False)
 
 
 @dataclass(frozen=True)
-class Lever:
-    """A change: what it is, how it is said, and the loop and launch that come of it."""
+class Alternative:
+    """A change, with the loop and the placement that it leads to.
 
-    what: str
-    how: str
-    loop: Loop
-    where: Where
+    title: the change in words. options: its command-line options.
+    """
 
-
-def levers(config: Pretrain | Sft, loop: Loop, where: Where) -> list[Lever]:
-    """The changes that this loop can have on these machines, one at a time."""
-    found = [Lever(what, how, changed, where) for what, how, changed in (*_kernels(loop), *_arithmetic(loop), *_sizes(config, loop))]
-    found += [Lever(what, how, changed, where) for what, how, changed in _adapters(config, loop, where)]
-    return [*found, *_backends(loop, where)]
+    title: str
+    options: str
+    loop: PlannedLoop
+    placement: Placement
 
 
-Change = tuple[str, str, Loop]
+def list_alternatives(config: PretrainConfig | SftConfig, loop: PlannedLoop, placement: Placement) -> list[Alternative]:
+    """List the single changes that apply to a loop on these machines."""
+    changes = [*_kernel_changes(loop), *_compute_changes(loop), *_size_changes(config, loop), *_adapter_changes(config, loop, placement)]
+    same_placement = [Alternative(change.title, change.options, change.loop, placement) for change in changes]
+    return [*same_placement, *_list_backend_alternatives(loop, placement)]
 
 
-def _with(loop: Loop, **changes: Any) -> Loop:
-    return replace(loop, asked=replace(loop.asked, **changes))
+class _LoopChange(NamedTuple):
+    """A change of a loop that leaves its placement as it is."""
+
+    title: str
+    options: str
+    loop: PlannedLoop
 
 
-def _kernels(loop: Loop) -> Iterator[Change]:
-    now = loop.asked
-    if now.kernels or now.head == "liger":
-        head = "logits" if now.head == "liger" else now.head
-        yield "without Liger's kernels", "--set training.use_liger_kernel=false", _with(loop, kernels=(), head=head)
+def _with_step(loop: PlannedLoop, step: StepSpec) -> PlannedLoop:
+    return replace(loop, step=step)
+
+
+def _kernel_changes(loop: PlannedLoop) -> Iterator[_LoopChange]:
+    step = loop.step
+    if step.kernels or step.head == "liger":
+        head = "logits" if step.head == "liger" else step.head
+        changed = _with_step(loop, replace(loop.step, kernels=(), head=head))
+        yield _LoopChange("without Liger's kernels", "--set training.use_liger_kernel=false", changed)
         return
-    head = "liger" if now.head == "logits" else now.head
-    yield "Liger's kernels", "--set training.use_liger_kernel=true", _with(loop, kernels=("rms_norm", "swiglu"), head=head)
-    if now.head == "logits":
-        yield "PyTorch's chunked loss", "--set training.fused_linear_cross_entropy=torch", _with(loop, head="torch")
+    head = "liger" if step.head == "logits" else step.head
+    changed = _with_step(loop, replace(loop.step, kernels=("rms_norm", "swiglu"), head=head))
+    yield _LoopChange("Liger's kernels", "--set training.use_liger_kernel=true", changed)
+    if step.head == "logits":
+        changed = _with_step(loop, replace(loop.step, head="torch"))
+        yield _LoopChange("PyTorch's chunked loss", "--set training.fused_linear_cross_entropy=torch", changed)
 
 
-def _arithmetic(loop: Loop) -> Iterator[Change]:
-    now = loop.asked
-    on = not now.activation_checkpointing
-    what = f"{'with' if on else 'without'} activation checkpointing"
-    yield what, f"--set training.activation_checkpointing={str(on).lower()}", _with(loop, activation_checkpointing=on)
-    other = PRECISION[now.precision]
-    yield f"precision {other}", f"--set training.precision={other}", _with(loop, precision=other)
-    if now.masked:
-        how = "--set model.attn_implementation=flash_attention_2"
-        yield "flash attention, no masks", how, _with(loop, masked=False, attn_implementation="flash_attention_2")
+def _compute_changes(loop: PlannedLoop) -> Iterator[_LoopChange]:
+    step = loop.step
+    enable = not step.activation_checkpointing
+    title = f"{'with' if enable else 'without'} activation checkpointing"
+    options = f"--set training.activation_checkpointing={str(enable).lower()}"
+    yield _LoopChange(title, options, _with_step(loop, replace(loop.step, activation_checkpointing=enable)))
+    precision = ALTERNATIVE_PRECISIONS[step.precision]
+    yield _LoopChange(
+        f"precision {precision}", f"--set training.precision={precision}", _with_step(loop, replace(loop.step, precision=precision))
+    )
+    if step.masked:
+        changed = _with_step(loop, replace(loop.step, masked=False, attn_implementation="flash_attention_2"))
+        yield _LoopChange("flash attention, no masks", "--set model.attn_implementation=flash_attention_2", changed)
 
 
-def _sizes(config: Pretrain | Sft, loop: Loop) -> Iterator[Change]:
+def _size_changes(config: PretrainConfig | SftConfig, loop: PlannedLoop) -> Iterator[_LoopChange]:
     half = config.data.max_length // 2
     if half >= 128:
-        yield f"sequences of {half:,}", f"--set data.max_length={half}", replace(loop, length=loop.length // 2)
-    rows = int(loop.asked.config["vocab_size"])
-    if isinstance(config, Pretrain) and rows > 64_000:
-        small = {**loop.asked.config, "vocab_size": rows // 2}
-        yield f"a vocabulary of {rows // 2:,}", f"--vocab-size {rows // 2}", replace(loop, asked=loop.asked.with_config(small))
+        yield _LoopChange(f"sequences of {half:,}", f"--set data.max_length={half}", replace(loop, length=loop.length // 2))
+    vocab_size = int(loop.step.config["vocab_size"])
+    if isinstance(config, PretrainConfig) and vocab_size > 64_000:
+        half = vocab_size // 2
+        changed = replace(loop, step=loop.step.with_config({**loop.step.config, "vocab_size": half}))
+        yield _LoopChange(f"a vocabulary of {half:,}", f"--vocab-size {half}", changed)
 
 
-def _adapters(config: Pretrain | Sft, loop: Loop, where: Where) -> Iterator[Change]:
-    if not isinstance(config, Sft) or config.method != "sft":
+def _adapter_changes(config: PretrainConfig | SftConfig, loop: PlannedLoop, placement: Placement) -> Iterator[_LoopChange]:
+    if not isinstance(config, SftConfig) or config.method != "sft":
         return
-    if loop.asked.lora is None:
-        yield "LoRA instead of all weights", "--set adapter=lora", _with(loop, lora=LORA)
+    if loop.step.lora is None:
+        yield _LoopChange("LoRA instead of all weights", "--set adapter=lora", _with_step(loop, replace(loop.step, lora=DEFAULT_LORA)))
         return
-    yield "all weights instead of an adapter", "--set adapter=none --set lora=null", _with(loop, lora=None, quantized=False)
-    if not loop.asked.quantized and where.world == 1:
-        yield "the base in 4 bits", "--set adapter=qlora", _with(loop, quantized=True)
+    changed = _with_step(loop, replace(loop.step, lora=None, quantized=False))
+    yield _LoopChange("all weights instead of an adapter", "--set adapter=none --set lora=null", changed)
+    if not loop.step.quantized and placement.world_size == 1:
+        yield _LoopChange("the base in 4 bits", "--set adapter=qlora", _with_step(loop, replace(loop.step, quantized=True)))
 
 
-def _backends(loop: Loop, where: Where) -> Iterator[Lever]:
-    if where.world == 1 or where.context > 1:
+def _list_backend_alternatives(loop: PlannedLoop, placement: Placement) -> Iterator[Alternative]:
+    if placement.world_size == 1 or placement.context_parallel_size > 1:
         return
     names = {"ddp": "ddp", "fsdp2": "fsdp", "hsdp": "hsdp", "zero2": "zero2", "zero3": "zero3"}
-    for kind, name in names.items():
-        there = where.as_kind(kind)
-        if kind == where.kind or (kind == "hsdp" and (where.world % there.replicate or where.world == there.replicate)):
+    for strategy, name in names.items():
+        other = placement.with_strategy(strategy)
+        divides = other.world_size % other.replicate_size == 0 and other.world_size > other.replicate_size
+        if strategy == placement.strategy or (strategy == "hsdp" and not divides):
             continue
-        what = f"{name} instead of {names.get(where.kind, where.kind)}"
-        how = f"--accelerate-config {name}" + (f" (a copy with dp_replicate_size: {there.replicate})" if there.replicate > 2 else "")
-        yield Lever(what, how, _with(loop, kind=kind, shards=there.shards), there)
+        title = f"{name} instead of {names.get(placement.strategy, placement.strategy)}"
+        options = f"--accelerate-config {name}" + (
+            f" (a copy with dp_replicate_size: {other.replicate_size})" if other.replicate_size > 2 else ""
+        )
+        yield Alternative(title, options, _with_step(loop, replace(loop.step, strategy=strategy, shards=other.num_shards)), other)

@@ -1,4 +1,4 @@
-"""Knows how to learn from a run directory how near to its card's roofline that run came."""
+"""Calibrating step times with the measured rate of a run."""
 
 from __future__ import annotations
 
@@ -13,175 +13,197 @@ from azrecipe import hardware
 from azrecipe.errors import CommandError
 from azrecipe.hardware import Machine
 from azrecipe.planning import calibration_file, step_time
-from azrecipe.planning.model_config import ModelShape, of_folder
+from azrecipe.planning.model_config import ModelShape, read_saved_model_shape
 from azrecipe.planning.simulation import cost_cache
-from azrecipe.planning.simulation.step_cost import Cost
-from azrecipe.planning.step_time import Cluster
-from azrecipe.planning.training_loops import Loop, loops_of
-from azrecipe.recipe.load import of_run
-from azrecipe.recipe.types import Pretrain, Sft
+from azrecipe.planning.simulation.step_cost import StepCost
+from azrecipe.planning.step_time import MachineGroup
+from azrecipe.planning.training_loops import PlannedLoop, plan_config_loops
+from azrecipe.recipe.load import load_run_config
+from azrecipe.recipe.types import PretrainConfig, SftConfig
 from azrecipe.runs import event_log
 from azrecipe.utils.atomic_files import read_json
 
-STEADY = 5  # logged lines that a rate rests on: fewer and one slow moment decides
+MIN_LOGGED_LINES = 5  # with fewer logged lines, one slow moment decides the median
 
 
 @dataclass(frozen=True)
-class Line:
-    """Some steps of a loop: seconds of one, and tokens/s of all processes together."""
+class LoggedRate:
+    """The rate between two logged lines.
+
+    step_seconds: seconds of one step. tokens_per_second: of all processes together.
+    """
 
     step_seconds: float
     tokens_per_second: float
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a run was: its recipe, the cards and how processes shared the work, and its model."""
+class CalibrationRun:
+    """A run to calibrate from: its recipe, device, machines and model."""
 
-    config: Pretrain | Sft
+    config: PretrainConfig | SftConfig
     device: str
-    cluster: Cluster
+    cluster: MachineGroup
     model: ModelShape
 
 
-def learn(path: Path) -> str:
-    """Reckon a run's share of the roofline, keep it in the user's own file, and say it.
+def calibrate_from_run(run_dir: Path) -> str:
+    """Measure a run's share of the roofline and save it.
 
-    Raises CommandError for a run that says nothing of a card: on a CPU, too short, an unknown card, bound by its links.
+    Returns a report for the user. Raises CommandError for a run that does not show a card's speed: on a CPU, too short, on an unknown
+    card, or limited by its links.
     """
-    ran = _ran(path)
-    said, usable = [], []
-    for loop in loops_of(ran.config, ran.model, ran.cluster.backend):
-        lines = list(_steady(path, loop.name, ran.config.training))
-        if len(lines) < STEADY:
-            said.append(f"  {loop.name}: left out, too short: {_needed(lines, ran.config.training)}")
+    run = _load_run(run_dir)
+    report, usable = [], []
+    for loop in plan_config_loops(run.config, run.model, run.cluster.backend):
+        rates = list(_steady_rates(run_dir, loop.name, run.config.training))
+        if len(rates) < MIN_LOGGED_LINES:
+            report.append(f"  {loop.name}: left out, too short: {_explain_too_short(rates, run.config.training)}")
         else:
-            usable.append((loop, lines))
-    costs = cost_cache.costs([(loop.asked, loop.length) for loop, _ in usable])
-    found = []
-    for (loop, lines), cost in zip(usable, costs, strict=True):
-        told, reason = _reckoned(ran.cluster, loop, cost, lines)
-        if told is None:
-            said.append(f"  {loop.name}: left out: {reason}")
+            usable.append((loop, rates))
+    costs = cost_cache.load_or_simulate_costs([(loop.step, loop.length) for loop, _ in usable])
+    entries = []
+    for (loop, rates), cost in zip(usable, costs, strict=True):
+        entry = _measure_loop(run.cluster, loop, cost, rates)
+        if isinstance(entry, str):
+            report.append(f"  {loop.name}: left out: {entry}")
         else:
-            found.append(told)
-            rate = told["tokens_per_second"] / ran.cluster.world
-            said.append(
-                f"  {loop.name}: {told['efficiency']:.3f} of the roofline ({rate:,.0f} tokens/s a card, median of {len(lines)} logged lines)"
+            entries.append(entry)
+            rate = entry["tokens_per_second"] / run.cluster.world_size
+            report.append(
+                f"  {loop.name}: {entry['efficiency']:.3f} of the roofline ({rate:,.0f} tokens/s a card, median of {len(rates)} logged lines)"
             )
-    head = f"{path}: {ran.cluster.machine.name}, {ran.cluster.kind}"
-    if not found:
-        raise CommandError("\n".join([f"{head}: nothing to learn from", *said]))
-    card, run_id = ran.cluster.machine.card.name, (read_json(path / "status.json") or {}).get("run_id")
-    versions = (read_json(path / "environment.json") or {}).get("versions", {})
-    calibration_file.keep(
-        {"run_id": run_id or str(path.resolve()), "run": str(path.resolve()), "calibrated": event_log.now(), "card": card, "device": ran.device,
-         "hardware": ran.cluster.machine.name, "backend": ran.cluster.kind, "versions": versions, "loops": found}
+    head = f"{run_dir}: {run.cluster.machine.name}, {run.cluster.strategy}"
+    if not entries:
+        raise CommandError("\n".join([f"{head}: nothing to learn from", *report]))
+    card, run_id = run.cluster.machine.card.name, (read_json(run_dir / "status.json") or {}).get("run_id")
+    versions = (read_json(run_dir / "environment.json") or {}).get("versions", {})
+    calibration_file.add_calibrated_run(
+        {"run_id": run_id or str(run_dir.resolve()), "run": str(run_dir.resolve()), "calibrated": event_log.format_current_time(), "card": card, "device": run.device,
+         "hardware": run.cluster.machine.name, "backend": run.cluster.strategy, "versions": versions, "loops": entries}
     )  # fmt: skip
-    span, rests_on = step_time.efficiency(card, calibration_file.efficiencies())
-    now = f"azrecipe plan reckons {card} with {span.middle:.3f} ({span.low:.3f}–{span.high:.3f}) from now on: {rests_on}"
-    return "\n".join([head, *said, f"kept in {calibration_file.file()}", now])
+    efficiency = step_time.estimate_efficiency(card, calibration_file.read_efficiencies())
+    span = efficiency.share
+    effect = f"azrecipe plan estimates {card} with {span.middle:.3f} ({span.low:.3f}–{span.high:.3f}) from now on: {efficiency.basis}"
+    return "\n".join([head, *report, f"kept in {calibration_file.get_calibration_path()}", effect])
 
 
-def _reckoned(cluster: Cluster, loop: Loop, cost: Cost, lines: Sequence[Line]) -> tuple[dict[str, Any] | None, str]:
-    """The share of the roofline that a loop reached; or None, and why it says nothing of the card."""
-    time = step_time.step_time(cost, loop.asked, loop.batch, loop.accumulation, cluster)
-    if time.bound != "compute":
-        where = "the links between the cards" if time.bound == "links" else "the network"
-        return None, f"it waits for {where}, not for the cards. A run with more sequences at once, or on one card, tells"
-    seconds = statistics.median(line.step_seconds for line in lines)
-    share = step_time.roofline(cost, loop.asked, loop.batch, loop.accumulation, cluster) / seconds
+def _measure_loop(cluster: MachineGroup, loop: PlannedLoop, cost: StepCost, rates: Sequence[LoggedRate]) -> dict[str, Any] | str:
+    """Measure a loop's share of the roofline.
+
+    Returns the reason, as text, where the share does not show the card's speed.
+    """
+    time = step_time.estimate_step_time(cost, loop.step, loop.batch, loop.accumulation, cluster)
+    if time.bottleneck != "compute":
+        bottleneck = "the links between the cards" if time.bottleneck == "links" else "the network"
+        return f"it waits for {bottleneck}, not for the cards. A run with more sequences at once, or on one card, tells"
+    seconds = statistics.median(rate.step_seconds for rate in rates)
+    share = step_time.compute_roofline(cost, loop.step, loop.batch, loop.accumulation, cluster) / seconds
     if share > 1:
-        return (
-            None,
-            f"a step took {seconds:.3g} s, {1 / share:.0%} of what the card's peaks allow: its model is too small, or the card is not what it is taken for",
-        )
-    rate = statistics.median(line.tokens_per_second for line in lines)
-    return {"name": loop.name, "efficiency": round(share, 4), "tokens_per_second": rate, "step_seconds": seconds, "lines": len(lines)}, ""
+        return f"a step took {seconds:.3g} s, {1 / share:.0%} of what the card's peaks allow: its model is too small, or the card is not what it is taken for"
+    tokens_per_second = statistics.median(rate.tokens_per_second for rate in rates)
+    return {
+        "name": loop.name,
+        "efficiency": round(share, 4),
+        "tokens_per_second": tokens_per_second,
+        "step_seconds": seconds,
+        "lines": len(rates),
+    }
 
 
-def _ran(path: Path) -> Ran:
-    """What stands in the run directory. Raises CommandError where it lacks what is needed, or is a run that cannot tell."""
+def _load_run(path: Path) -> CalibrationRun:
+    """Read a run directory.
+
+    Raises CommandError where something is missing, or the run cannot be calibrated from.
+    """
     if not (path / "recipe.yaml").is_file():
         raise CommandError(f"{path}: no run: there is no {path / 'recipe.yaml'}")
-    config, found = of_run(path / "recipe.yaml"), read_json(path / "environment.json") or {}
-    if not isinstance(config, Pretrain | Sft):
+    config, environment = load_run_config(path / "recipe.yaml"), read_json(path / "environment.json") or {}
+    if not isinstance(config, PretrainConfig | SftConfig):
         raise CommandError(f"{path}: a run of pretrain or sft is needed; this one trains no model")
-    if isinstance(config, Sft) and not (config.method == "sft" and config.data.packing):
+    if isinstance(config, SftConfig) and not (config.method == "sft" and config.data.packing):
         raise CommandError(
             f"{path}: rows of conversations differ in length, so the work of a step is not known: a pretrain run, or sft with data.packing"
         )
-    if isinstance(config, Pretrain) and not config.data.packing:
+    if isinstance(config, PretrainConfig) and not config.data.packing:
         raise CommandError(f"{path}: sequences differ in length, so the work of a step is not known: a run with data.packing")
     if config.training.torch_compile:
         raise CommandError(f"{path}: torch_compile fuses operators, which the estimate counts one by one: a run without it")
-    return Ran(config, *_where(path, found), _model(path))
+    cluster = _read_machines(path, environment)
+    return CalibrationRun(config, environment["gpus"][0], cluster, _load_model_shape(path))
 
 
-def _where(path: Path, found: Mapping[str, Any]) -> tuple[str, Cluster]:
-    """The cards of a run, as its environment.json has them."""
-    gpus = found.get("gpus") or []
+def _read_machines(path: Path, environment: Mapping[str, Any]) -> MachineGroup:
+    """Read a run's cards and its strategy from environment.json."""
+    gpus = environment.get("gpus") or []
     if not gpus:
         raise CommandError(f"{path}: it ran on a CPU (its environment.json names no GPU): only a run on a GPU tells how fast a card is")
-    backend, memory = found.get("backend"), found.get("gpu_memory_bytes")
+    backend, memory = environment.get("backend"), environment.get("gpu_memory_bytes")
     if not backend or not memory:
-        raise CommandError(
-            f"{path}: its environment.json does not say how the processes shared the work: it was made by an earlier azrecipe"
-        )
+        raise CommandError(f"{path}: its environment.json does not say how the processes shared the work: an earlier azrecipe wrote it")
     if len(set(gpus)) > 1:
         raise CommandError(
             f"{path}: it ran on cards of several kinds ({', '.join(sorted(set(gpus)))}), and the slowest would count for all"
         )
-    if found.get("nodes", 1) > 1:
+    if environment.get("nodes", 1) > 1:
         raise CommandError(
-            f"{path}: it ran on {found['nodes']} machines, whose network is not known and may have been what it waited for: a run on one"
+            f"{path}: it ran on {environment['nodes']} machines, whose network is not known and may have slowed it down: a run on one"
         )
-    machine: Machine | None = hardware.of_device(gpus[0], int(found["world_size"]), int(memory[0]))
+    machine: Machine | None = hardware.build_machine_of_device(gpus[0], int(environment["world_size"]), int(memory[0]))
     if machine is None:
-        raise CommandError(f"{path}: {gpus[0]} is no card that is known here. Known: {', '.join(hardware.load().cards)}")
-    return gpus[0], Cluster(machine, 1, backend["kind"], backend["replicate"], backend["context"])
+        raise CommandError(f"{path}: {gpus[0]} is no card that is known here. Known: {', '.join(hardware.load_catalog().cards)}")
+    return MachineGroup(machine, 1, backend["kind"], backend["replicate"], backend["context"])
 
 
-def _model(path: Path) -> ModelShape:
-    """The model as it trained: as it was foreseen, or as it was saved."""
-    foreseen = (read_json(path / "plan.json") or {}).get("model")
-    if foreseen:
-        return ModelShape(foreseen["config"], foreseen["new_tokens"], ())
+def _load_model_shape(path: Path) -> ModelShape:
+    """Read the trained model's shape from plan.json, or from the saved model."""
+    planned = (read_json(path / "plan.json") or {}).get("model")
+    if planned:
+        return ModelShape(planned["config"], planned["new_tokens"], ())
     if not (path / "final" / "config.json").is_file():
         raise CommandError(f"{path}: the model's shapes are not there: neither plan.json nor final/, which a complete run has")
-    return of_folder(path / "final")
+    return read_saved_model_shape(path / "final")
 
 
-def _steady(path: Path, loop: str, training: Any) -> Iterator[Line]:
-    """The logged lines of a loop since its last start, but the first of them, and those that a checkpoint or an evaluation fell into."""
-    begun = _begun(path, loop)
-    every = [line for line in event_log.lines(path / "metrics.jsonl") if line.get("phase") == loop]
-    logged = [line for line in every if line.get("tokens_per_second") and "loss" in line and begun is not None and line["step"] > begun]
-    stops = {line["step"] for line in every if "loss" not in line}
-    for before, line in pairwise(logged):
-        steps, tokens = line["step"] - before["step"], line["tokens"] - before["tokens"]
-        saved = -(-before["step"] // training.save_steps) * training.save_steps < line["step"]  # the next one from the line before on
-        if steps > 0 and tokens > 0 and not saved and not any(before["step"] <= stop < line["step"] for stop in stops):
-            yield Line(tokens / line["tokens_per_second"] / steps, float(line["tokens_per_second"]))
+def _steady_rates(path: Path, loop: str, training: Any) -> Iterator[LoggedRate]:
+    """List a loop's rates between logged lines since its last start.
 
-
-def _begun(path: Path, loop: str) -> int | None:
-    """The step that the last start of a run began a loop at; 0 where there is no log, None where that start did not come to it.
-
-    Lines of an earlier start may be another machine's.
+    Left out are intervals with a checkpoint or an evaluation.
     """
-    told = event_log.read(path)
-    last = max((nth for nth, line in enumerate(told) if line.get("event") == "started"), default=None)
-    if last is None:
+    first_step = _find_first_step(path, loop)
+    lines = [line for line in event_log.read_json_lines(path / "metrics.jsonl") if line.get("phase") == loop]
+    logged = [
+        line for line in lines if line.get("tokens_per_second") and "loss" in line and first_step is not None and line["step"] > first_step
+    ]
+    evaluations = {line["step"] for line in lines if "loss" not in line}
+    for previous, line in pairwise(logged):
+        steps, tokens = line["step"] - previous["step"], line["tokens"] - previous["tokens"]
+        next_checkpoint = -(-previous["step"] // training.save_steps) * training.save_steps
+        interrupted = next_checkpoint < line["step"] or any(previous["step"] <= step < line["step"] for step in evaluations)
+        if steps > 0 and tokens > 0 and not interrupted:
+            yield LoggedRate(tokens / line["tokens_per_second"] / steps, float(line["tokens_per_second"]))
+
+
+def _find_first_step(path: Path, loop: str) -> int | None:
+    """Find the step at which the run's last start began a loop.
+
+    Returns 0 without an event log, None where the last start did not reach the loop. Lines of an earlier start may be another machine's.
+    """
+    events = event_log.read_events(path)
+    last_start = max((index for index, event in enumerate(events) if event.get("event") == "started"), default=None)
+    if last_start is None:
         return 0
-    return next((int(line.get("step") or 0) for line in told[last:] if line.get("event") == "training" and line.get("phase") == loop), None)
+    loop_starts = (event for event in events[last_start:] if event.get("event") == "training" and event.get("phase") == loop)
+    return next((int(event.get("step") or 0) for event in loop_starts), None)
 
 
-def _needed(lines: Sequence[Line], training: Any) -> str:
-    every, save, measured = training.logging_steps, training.save_steps, training.eval_steps
-    steps = (STEADY + 1) * every
-    more = f" (save_steps is {save}{f', eval_steps {measured}' if measured else ''})" if min(save, measured or save) < steps else ""
+def _explain_too_short(rates: Sequence[LoggedRate], training: Any) -> str:
+    logging_steps, save_steps, eval_steps = training.logging_steps, training.save_steps, training.eval_steps
+    steps = (MIN_LOGGED_LINES + 1) * logging_steps
+    shortest = min(save_steps, eval_steps or save_steps)
+    evaluation = f", eval_steps {eval_steps}" if eval_steps else ""
+    more = f" (save_steps is {save_steps}{evaluation})" if shortest < steps else ""
     return (
-        f"{STEADY} logged lines after the first are needed into which no checkpoint and no evaluation fell, and it has {len(lines)}: "
-        f"{steps} steps at least, as logging_steps is {every}{more}"
+        f"{MIN_LOGGED_LINES} logged lines after the first are needed into which no checkpoint and no evaluation fell, and it has {len(rates)}: "
+        f"{steps} steps at least, as logging_steps is {logging_steps}{more}"
     )

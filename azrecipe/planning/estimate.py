@@ -1,4 +1,4 @@
-"""Knows how to put together what is to be said of a loop on some machines: memory, the largest batch, rate, hours, price."""
+"""The estimate of a recipe: memory, largest batch, rate, hours, price."""
 
 from __future__ import annotations
 
@@ -9,215 +9,247 @@ from typing import Any
 from azrecipe.distributed import requirements
 from azrecipe.distributed.requirements import check_quantized
 from azrecipe.planning import memory_budget, step_time
-from azrecipe.planning.alternatives import Lever, levers
-from azrecipe.planning.model_config import Around, ModelShape, shape_of
-from azrecipe.planning.placement import Where
-from azrecipe.planning.simulation.cost_cache import Estimates
-from azrecipe.planning.simulation.step_cost import Cost
-from azrecipe.planning.simulation.step_spec import Asked
-from azrecipe.planning.training_length import Amount, amounts
-from azrecipe.planning.training_loops import Loop, loops
+from azrecipe.planning.alternatives import Alternative, list_alternatives
+from azrecipe.planning.model_config import ModelLookup, ModelShape, resolve_model_shape
+from azrecipe.planning.placement import Placement
+from azrecipe.planning.simulation.cost_cache import CostCache
+from azrecipe.planning.simulation.step_cost import StepCost
+from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.training_length import TrainingLength, estimate_training_lengths
+from azrecipe.planning.training_loops import PlannedLoop, plan_loops
 from azrecipe.recipe.load import Recipe
 
-HOUR = 3600.0
+SECONDS_PER_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class Question:
-    """A pretrain or sft recipe on some machines: its model, its loops and how long they are, and the changes of the loop that most is about.
+class EstimateRequest:
+    """A recipe on machines, with its model, its loops and their lengths.
 
-    likely: that loop, as far as can be said before costs are known; look_at_levers: whether changes are asked for.
+    main_loop: index of the loop that the alternatives will probably be about; costs, which are not known yet, decide.
+    with_alternatives: whether alternatives are estimated too.
     """
 
     recipe: Recipe
-    where: Where
-    shape: ModelShape
-    loops: list[Loop]
-    amounts: list[Amount]
-    likely: int
-    look_at_levers: bool
+    placement: Placement
+    model: ModelShape
+    loops: list[PlannedLoop]
+    lengths: list[TrainingLength]
+    main_loop: int
+    with_alternatives: bool
 
-    def levers(self, nth: int) -> list[Lever]:
-        """The changes of a loop."""
-        return levers(self.recipe.config, self.loops[nth], self.where) if self.look_at_levers else []
+    def list_alternatives(self, loop_index: int) -> list[Alternative]:
+        """List the alternatives of a loop; none unless they are wanted."""
+        return list_alternatives(self.recipe.config, self.loops[loop_index], self.placement) if self.with_alternatives else []
 
     @property
-    def steps(self) -> list[tuple[Asked, int]]:
-        """What the answer will want to know the costs of."""
-        return _steps([*self.loops, *(change.loop for change in self.levers(self.likely))])
+    def steps(self) -> list[tuple[StepSpec, int]]:
+        """The steps, with their sequence lengths, whose costs the estimate needs."""
+        return _list_steps([*self.loops, *(change.loop for change in self.list_alternatives(self.main_loop))])
 
 
-def question(recipe: Recipe, around: Around, where: Where, look_at_levers: bool = True) -> Question:
-    """What is asked of a recipe there. Raises CommandError, CannotRun, RecipeError."""
+def build_request(recipe: Recipe, lookup: ModelLookup, placement: Placement, with_alternatives: bool = True) -> EstimateRequest:
+    """Resolve a recipe's model, loops and lengths.
+
+    Args:
+        recipe: A pretrain or sft recipe.
+        lookup: Where its model is looked for.
+        placement: The machines.
+        with_alternatives: Whether alternatives are estimated too.
+
+    Raises:
+        CommandError: The recipe cannot run on these machines.
+        CannotRun: The hub is needed and cannot be reached.
+        RecipeError: The recipe, or one that it depends on, is wrong.
+    """
     config = recipe.config
-    requirements.check_sharded(config, where.backend.fsdp, where.backend.readers)
-    check_quantized(getattr(config, "adapter", ""), where.backend)
-    shape = shape_of(recipe, around)
-    found = loops(recipe, shape, where.backend, reshard=where.reshard)
-    long = amounts(recipe, around.runs_dir, found)
-    likely = max(range(len(found)), key=lambda nth: (long[nth].tokens or 0, nth))
-    return Question(recipe, where, shape, found, long, likely, look_at_levers)
+    requirements.check_fsdp_limits(config, placement.backend.uses_fsdp, placement.backend.data_parallel_size)
+    check_quantized(getattr(config, "adapter", ""), placement.backend)
+    model = resolve_model_shape(recipe, lookup)
+    planned = plan_loops(recipe, model, placement.backend, reshard=placement.reshard)
+    lengths = estimate_training_lengths(recipe, lookup.runs_dir, planned)
+    longest = max(range(len(planned)), key=lambda index: (lengths[index].tokens or 0, index))
+    return EstimateRequest(recipe, placement, model, planned, lengths, longest, with_alternatives)
 
 
-def _steps(found: Sequence[Loop]) -> list[tuple[Asked, int]]:
-    return [(loop.asked, loop.length) for loop in found]
+def _list_steps(planned: Sequence[PlannedLoop]) -> list[tuple[StepSpec, int]]:
+    return [(loop.step, loop.length) for loop in planned]
 
 
-def answer(asked: Question, known: Estimates) -> dict[str, Any]:
-    """Everything about a recipe there, as JSON. Raises CommandError for a model that cannot be looked at."""
-    recipe, where, found = asked.recipe, asked.where, asked.loops
-    costs = known.costs(asked.steps)[: len(found)]  # all at once, beside each other: what is wanted below is then known
-    answers = [_loop(loop, cost, where, amount) for loop, cost, amount in zip(found, costs, asked.amounts, strict=True)]
-    main = _looked_at(answers)
-    changes = asked.levers(main)
-    changed = known.costs(_steps([change.loop for change in changes]))
-    best = _best(found[main], costs[main], where)
-    base = answers[main]
-    said = [_lever(change, cost, base, best) for change, cost in zip(changes, changed, strict=True)]
-    if changes and best.batch and best.batch != found[main].batch // found[main].pairs:
-        said.append(_batch(found[main], costs[main], where, (base, best)))
-    notes = dict.fromkeys([*asked.shape.notes, *(note for amount in asked.amounts for note in amount.notes), *_limits(recipe, where)])
+def estimate_recipe(request: EstimateRequest, cache: CostCache) -> dict[str, Any]:
+    """Estimate a recipe on its machines, as JSON.
+
+    Raises CommandError for a model that cannot be simulated.
+    """
+    recipe, placement, planned = request.recipe, request.placement, request.loops
+    costs = cache.load_or_simulate(request.steps)[: len(planned)]  # simulates all steps in parallel; the calls below then read the cache
+    estimates = [_estimate_loop(loop, cost, placement, length) for loop, cost, length in zip(planned, costs, request.lengths, strict=True)]
+    main = _choose_main_loop(estimates)
+    loop, cost, base = planned[main], costs[main], estimates[main]
+    alternatives = request.list_alternatives(main)
+    alternative_costs = cache.load_or_simulate(_list_steps([alternative.loop for alternative in alternatives]))
+    best = _find_best_batch(loop, cost, placement)
+    changes = [_estimate_alternative(option, cost, base, best) for option, cost in zip(alternatives, alternative_costs, strict=True)]
+    if alternatives and best.batch and best.batch != loop.batch // loop.pairs:
+        changes.append(_estimate_batch(loop, cost, placement, base=base, best=best))
+    notes = dict.fromkeys(
+        [*request.model.notes, *(note for length in request.lengths for note in length.notes), *_list_limits(recipe, placement)]
+    )
     return {
         "recipe": str(recipe.path),
         "stage": recipe.stage,
-        "hardware": where.title,
-        "backend": where.kind,
-        "processes": where.world,
-        "card": {"name": where.machine.card.name, "bytes": round(where.card_bytes), "source": where.machine.card.memory_source},
-        "price": _prices(where),
-        "vocab_size": int(asked.shape.config["vocab_size"]),
-        "loops": answers,
-        "hours": hours(answers),
-        "levers": {"of": found[main].name, "changes": sorted(said, key=_order)},
+        "hardware": placement.title,
+        "backend": placement.strategy,
+        "processes": placement.world_size,
+        "card": {"name": placement.machine.card.name, "bytes": round(placement.card_bytes), "source": placement.machine.card.memory_source},
+        "price": _scale_prices(placement),
+        "vocab_size": int(request.model.config["vocab_size"]),
+        "loops": estimates,
+        "hours": sum_hours(estimates),
+        "levers": {"of": loop.name, "changes": sorted(changes, key=_sort_key)},
         "notes": list(notes),
     }
 
 
-def _limits(recipe: Recipe, where: Where) -> Iterator[str]:
-    """What of this recipe and launch the answer leaves out, or has not been verified."""
+def _list_limits(recipe: Recipe, placement: Placement) -> Iterator[str]:
+    """List what the estimate leaves out, or what is not verified."""
     config = recipe.config
     if config.training.torch_compile:
-        yield "torch_compile is not reckoned: compiled steps hold and take less"
+        yield "torch_compile is left out: compiled steps need less memory and less time"
     if config.training.trainer_arguments:
-        yield f"training.trainer_arguments are not looked at: {', '.join(config.training.trainer_arguments)}"
-    if where.context > 1:
-        yield "sequences split over processes are reckoned as shorter ones, without the ring's buffers: not verified"
-    if where.kind.startswith("zero"):
-        yield "DeepSpeed is reckoned, not run: not verified"
+        yield f"training.trainer_arguments are left out: {', '.join(config.training.trainer_arguments)}"
+    if placement.context_parallel_size > 1:
+        yield "sequences split over processes are estimated as shorter ones, without the ring's buffers: not verified"
+    if placement.strategy.startswith("zero"):
+        yield "DeepSpeed's memory and time come from formulas, not from a simulated step: not verified"
     if getattr(config, "method", "") == "dpo":
-        yield "of the reference its weights are reckoned, and not its forward pass: a third to a half more time"
+        yield "the reference model's weights are counted, its forward pass is not: a third to a half more time"
 
 
-def _looked_at(answers: Sequence[dict[str, Any]]) -> int:
-    """The loop whose changes are of most use: of those that fit at no batch the largest, else the one with the most tokens, as far as known."""
+def _choose_main_loop(estimates: Sequence[dict[str, Any]]) -> int:
+    """Choose the loop that alternatives are listed for.
 
-    def use(nth: int) -> tuple[bool, int, int]:
-        loop = answers[nth]
-        nowhere = loop["fitting_batch"] == 0
-        return nowhere, loop["memory"]["peak"] if nowhere else loop["tokens"] or 0, nth
+    The largest of those that fit at no batch; else the one with the most tokens, as far as they are known.
+    """
 
-    return max(range(len(answers)), key=use)
+    def priority(index: int) -> tuple[bool, int, int]:
+        loop = estimates[index]
+        never_fits = loop["fitting_batch"] == 0
+        return never_fits, loop["memory"]["peak"] if never_fits else loop["tokens"] or 0, index
+
+    return max(range(len(estimates)), key=priority)
 
 
-def _loop(loop: Loop, cost: Cost, where: Where, amount: Amount) -> dict[str, Any]:
-    needs = memory_budget.room(cost, loop.asked, loop.batch, where.world, where.replicate)
-    surely, perhaps = memory_budget.largest_batch(cost, loop.asked, where.card_bytes, where.world, where.replicate)
-    time = step_time.step_time(cost, loop.asked, loop.batch, loop.accumulation, where)
-    rate = asdict(time.total.rate(loop.tokens(where.backend)))
-    long = asdict(time.total.times(amount.steps / HOUR)) if amount.steps else None
+def _estimate_loop(loop: PlannedLoop, cost: StepCost, placement: Placement, length: TrainingLength) -> dict[str, Any]:
+    budget = memory_budget.compute_memory_budget(cost, loop.step, loop.batch, placement.world_size, placement.replicate_size)
+    largest = memory_budget.find_largest_batches(cost, loop.step, placement.card_bytes, placement.world_size, placement.replicate_size)
+    time = step_time.estimate_step_time(cost, loop.step, loop.batch, loop.accumulation, placement)
+    rate = asdict(time.total.to_rate(loop.count_tokens(placement.backend)))
+    hours_by_bound = asdict(time.total.multiply(length.steps / SECONDS_PER_HOUR)) if length.steps else None
     return {
         "name": loop.name,
         "parameters": {key: getattr(cost.parameters, key) for key in ("total", "trainable", "embeddings")},
-        "max_length": loop.length * where.context,
+        "max_length": loop.length * placement.context_parallel_size,
         "per_device_train_batch_size": loop.batch // loop.pairs,
         "gradient_accumulation_steps": loop.accumulation,
-        "memory": {"parts": {k: round(v) for k, v in needs.parts.items()}, "peak": round(needs.peak), "least": round(needs.least), "most": round(needs.most)},
-        "verdict": needs.verdict(where.card_bytes),
-        "largest_batch": {"surely": surely // loop.pairs, "perhaps": perhaps // loop.pairs},
-        "fitting_batch": _best(loop, cost, where).batch,
-        "flops_per_token": cost.flops(loop.batch) / (loop.batch * loop.length),
+        "memory": {
+            "parts": {name: round(size) for name, size in budget.parts.items()},
+            "peak": round(budget.peak), "least": round(budget.lower_bound), "most": round(budget.upper_bound),
+        },
+        "verdict": budget.get_verdict(placement.card_bytes),
+        "largest_batch": {"surely": largest.certain // loop.pairs, "perhaps": largest.possible // loop.pairs},
+        "fitting_batch": _find_best_batch(loop, cost, placement).batch,
+        "flops_per_token": cost.count_flops(loop.batch) / (loop.batch * loop.length),
         "step_seconds": asdict(time.total),
-        "seconds_by": {"compute": time.compute.middle, "links in a machine": time.inside, "network": time.between.middle},
-        "bound": time.bound,
+        "seconds_by": {"compute": time.compute.middle, "links in a machine": time.intra_node, "network": time.inter_node.middle},
+        "bound": time.bottleneck,
         "tokens_per_second": rate,
-        "tokens_per_second_per_card": {key: value / where.world for key, value in rate.items()},
-        "hours_without_efa": time.without_efa * amount.steps / HOUR if time.without_efa and amount.steps else None,
-        "rests_on": time.rests_on,
-        "steps": amount.steps,
-        "tokens": amount.tokens,
-        "epochs": amount.epochs,
-        "hours": long,
-        "cost": _cost(long, where),
+        "tokens_per_second_per_card": {key: value / placement.world_size for key, value in rate.items()},
+        "hours_without_efa": time.total_without_efa * length.steps / SECONDS_PER_HOUR if time.total_without_efa and length.steps else None,
+        "rests_on": time.basis,
+        "steps": length.steps,
+        "tokens": length.tokens,
+        "epochs": length.epochs,
+        "hours": hours_by_bound,
+        "cost": _compute_price(hours_by_bound, placement),
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Best:
-    """The largest batch on a device that surely fits and divides, how often it accumulates, and the rate with it; batch 0: none does."""
+class BestBatch:
+    """The largest fitting batch on a device that divides the global batch.
+
+    batch: 0 where none fits. accumulation: its gradient accumulation steps. rate: tokens/s with it.
+    """
 
     batch: int
     accumulation: int
     rate: dict[str, float] | None
 
 
-def _best(loop: Loop, cost: Cost, where: Where) -> Best:
-    split = memory_budget.fitting(cost, loop, where.card_bytes, where.backend)
+def _find_best_batch(loop: PlannedLoop, cost: StepCost, placement: Placement) -> BestBatch:
+    split = memory_budget.find_largest_fitting_batch(cost, loop, placement.card_bytes, placement.backend)
     if split is None:
-        return Best(0, 0, None)
-    time = step_time.step_time(cost, loop.asked, split.per_device * loop.pairs, split.accumulation, where)
-    return Best(split.per_device, split.accumulation, asdict(time.total.rate(loop.tokens(where.backend))))
+        return BestBatch(0, 0, None)
+    time = step_time.estimate_step_time(cost, loop.step, split.per_device * loop.pairs, split.accumulation, placement)
+    return BestBatch(split.per_device, split.accumulation, asdict(time.total.to_rate(loop.count_tokens(placement.backend))))
 
 
-def _lever(change: Lever, cost: Cost, base: dict[str, Any], before: Best) -> dict[str, Any]:
-    """What a change does: to memory at the batch as it is, to the largest batch, and to the rate at the batch that then is best."""
-    loop, where = change.loop, change.where
-    needs = memory_budget.room(cost, loop.asked, loop.batch, where.world, where.replicate)
-    surely, perhaps = memory_budget.largest_batch(cost, loop.asked, where.card_bytes, where.world, where.replicate)
-    best = _best(loop, cost, where)
+def _estimate_alternative(alternative: Alternative, cost: StepCost, base: dict[str, Any], base_best: BestBatch) -> dict[str, Any]:
+    """Estimate what an alternative changes.
+
+    Memory is compared at the recipe's batch, the rate at the best batch of each.
+    """
+    loop, placement = alternative.loop, alternative.placement
+    budget = memory_budget.compute_memory_budget(cost, loop.step, loop.batch, placement.world_size, placement.replicate_size)
+    largest = memory_budget.find_largest_batches(cost, loop.step, placement.card_bytes, placement.world_size, placement.replicate_size)
+    best = _find_best_batch(loop, cost, placement)
     return {
-        "change": change.what,
-        "how": change.how,
-        "peak": round(needs.peak),
-        "difference": round(needs.peak - base["memory"]["peak"]),
-        "verdict": needs.verdict(where.card_bytes),
-        "largest_batch": {"surely": surely // loop.pairs, "perhaps": perhaps // loop.pairs},
+        "change": alternative.title,
+        "how": alternative.options,
+        "peak": round(budget.peak),
+        "difference": round(budget.peak - base["memory"]["peak"]),
+        "verdict": budget.get_verdict(placement.card_bytes),
+        "largest_batch": {"surely": largest.certain // loop.pairs, "perhaps": largest.possible // loop.pairs},
         "best_batch": best.batch,
         "tokens_per_second": best.rate,
-        "faster": best.rate["middle"] / before.rate["middle"] - 1 if best.rate and before.rate else None,
+        "faster": best.rate["middle"] / base_best.rate["middle"] - 1 if best.rate and base_best.rate else None,
     }
 
 
-def _batch(loop: Loop, cost: Cost, where: Where, known: tuple[dict[str, Any], Best]) -> dict[str, Any]:
-    """What the best batch does, against the one that the recipe has."""
-    base, best = known
-    split = replace(loop, batch=best.batch * loop.pairs, asked=replace(loop.asked, accumulates=best.accumulation > 1))
-    line = _lever(
-        Lever(f"{best.batch} sequences at once", f"--set training.per_device_train_batch_size={best.batch}", split, where), cost, base, best
-    )
-    return {**line, "faster": best.rate["middle"] / base["tokens_per_second"]["middle"] - 1 if best.rate else None}
+def _estimate_batch(loop: PlannedLoop, cost: StepCost, placement: Placement, *, base: dict[str, Any], best: BestBatch) -> dict[str, Any]:
+    """Estimate what the best batch changes against the recipe's batch."""
+    changed = replace(loop, batch=best.batch * loop.pairs, step=replace(loop.step, accumulates=best.accumulation > 1))
+    options = f"--set training.per_device_train_batch_size={best.batch}"
+    alternative = Alternative(f"{best.batch} sequences at once", options, changed, placement)
+    estimate = _estimate_alternative(alternative, cost, base, best)
+    return {**estimate, "faster": best.rate["middle"] / base["tokens_per_second"]["middle"] - 1 if best.rate else None}
 
 
-def _order(line: dict[str, Any]) -> tuple[bool, float]:
-    return line["tokens_per_second"] is None, -(line["tokens_per_second"] or {"middle": 0.0})["middle"]
+def _sort_key(change: dict[str, Any]) -> tuple[bool, float]:
+    """Sort changes by rate, those that never fit last."""
+    return change["tokens_per_second"] is None, -(change["tokens_per_second"] or {"middle": 0.0})["middle"]
 
 
-def _prices(where: Where) -> dict[str, Any]:
+def _scale_prices(placement: Placement) -> dict[str, Any]:
+    """Multiply the machine's prices by the number of machines."""
     return {
         name: None
         if price is None
-        else {"usd_per_hour": price.usd_per_hour * where.nodes, "region": price.region, "as_of": price.as_of, "source": price.source}
-        for name, price in (("on_demand", where.machine.price), ("spot", where.machine.spot))
+        else {"usd_per_hour": price.usd_per_hour * placement.nodes, "region": price.region, "as_of": price.as_of, "source": price.source}
+        for name, price in (("on_demand", placement.machine.price), ("spot", placement.machine.spot))
     }
 
 
-def _cost(long: dict[str, float] | None, where: Where) -> dict[str, dict[str, float] | None]:
-    found: dict[str, dict[str, float] | None] = {}
-    for name, price in _prices(where).items():
-        found[name] = {key: value * price["usd_per_hour"] for key, value in long.items()} if long and price else None
-    return found
+def _compute_price(duration: dict[str, float] | None, placement: Placement) -> dict[str, dict[str, float] | None]:
+    """Compute the price of a duration in hours, in USD."""
+    prices: dict[str, dict[str, float] | None] = {}
+    for name, price in _scale_prices(placement).items():
+        prices[name] = {key: value * price["usd_per_hour"] for key, value in duration.items()} if duration and price else None
+    return prices
 
 
-def hours(answers: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Of loops, or of recipes, together; None where one of them is not known."""
-    spans = [answer["hours"] for answer in answers]
+def sum_hours(estimates: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Sum hours of loops or recipes; None where one is unknown."""
+    spans = [estimate["hours"] for estimate in estimates]
     return None if any(span is None for span in spans) else {key: sum(span[key] for span in spans) for key in ("low", "middle", "high")}

@@ -1,24 +1,27 @@
-"""Knows how much of a card a training step needs: what it holds at its peak, and what the card must have besides. No torch."""
+"""How much card memory a training step needs. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from azrecipe.distributed import batch_size
 from azrecipe.distributed.backend import Backend
 from azrecipe.hardware import GIB
-from azrecipe.planning.simulation.step_cost import Cost
-from azrecipe.planning.simulation.step_spec import Asked
-from azrecipe.planning.training_loops import Loop
+from azrecipe.planning.simulation.step_cost import StepCost
+from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.training_loops import PlannedLoop
 
-CONTEXT = 0.6 * GIB  # CUDA's context and the libraries' workspaces: 0.5 to 1 GiB, by card and driver; not PyTorch's, so not measured
-COLLECTIVES = 0.5 * GIB  # NCCL's buffers, where there are several processes; grows with channels and peers
-FRAGMENTS = 0.06  # of the peak, that an allocator may hold in pieces of no use
-DEEPSPEED_BUCKET = 500_000_000  # elements of reduce_bucket_size and of allgather_bucket_size, DeepSpeed's defaults
-MOST = 1024  # sequences on a device that are looked at
+CUDA_CONTEXT_BYTES = (
+    0.6 * GIB
+)  # CUDA's context and library workspaces: 0.5 to 1 GiB by card and driver. PyTorch does not allocate it, so no step shows it
+NCCL_BUFFER_BYTES = 0.5 * GIB  # with several processes; grows with channels and peers
+FRAGMENTATION_SHARE = 0.06  # of the peak: memory that the allocator holds and cannot use
+DEEPSPEED_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of reduce_bucket_size and of allgather_bucket_size
+MAX_BATCH = 1024  # sequences on a device
 
-PARTS = {
+KINDS_BY_PART = {
     "weights": ("weights",),
     "gradients": ("gradients", "accumulated"),
     "optimizer": ("optimizer",),
@@ -31,66 +34,105 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Room:
-    """Bytes on one card at the peak of a step. parts: by what they are for. least, most: with and without room for what cannot be known."""
+class MemoryBudget:
+    """Bytes on one card at the peak of a step.
+
+    parts: bytes by purpose. peak: their sum. lower_bound: with the CUDA context. upper_bound: also with fragmentation and NCCL's buffers.
+    """
 
     parts: Mapping[str, float]
     peak: float
-    least: float
-    most: float
+    lower_bound: float
+    upper_bound: float
 
-    def verdict(self, card: float) -> str:
-        """fits, may fit or does not fit, on a card with so many bytes."""
-        return "fits" if self.most <= card else "may fit" if self.least <= card else "does not fit"
+    def get_verdict(self, card_bytes: float) -> str:
+        """Return `fits`, `may fit` or `does not fit`."""
+        return "fits" if self.upper_bound <= card_bytes else "may fit" if self.lower_bound <= card_bytes else "does not fit"
 
 
-def room(cost: Cost, asked: Asked, batch: int, world: int, replicate: int = 1) -> Room:
-    """What a step of `batch` sequences on each of `world` processes needs. DeepSpeed's ZeRO is reckoned, not run: not verified."""
-    shards = world // replicate if asked.fsdp else None
-    held = cost.memory(batch, shards, asked.adds_up)
-    trained = float(cost.parameters.trainable_bytes)
-    if asked.kind == "ddp":
-        held["communication"] += trained  # the reducer's buckets, beside the gradients
-    elif asked.kind in ("zero1", "zero2"):
-        held["optimizer"] /= world
-        width = trained / max(cost.parameters.trainable, 1)
-        held["communication"] += min(2 * DEEPSPEED_BUCKET * width, 2 * trained)
-        if asked.kind == "zero2":
-            held["gradients"] /= world
-    parts = {name: sum(held[kind] for kind in kinds) for name, kinds in PARTS.items()}
+class LargestBatch(NamedTuple):
+    """The largest batch that certainly fits, and the largest that may fit."""
+
+    certain: int
+    possible: int
+
+
+def compute_memory_budget(cost: StepCost, step: StepSpec, batch: int, world_size: int, replicate: int = 1) -> MemoryBudget:
+    """Compute the memory of a step on one card_bytes.
+
+    ZeRO 1 and 2 are computed from formulas, without a simulated step, and are not verified.
+
+    Args:
+        cost: The simulated step.
+        step: What the step does; decides how the strategy splits get_peak_memory.
+        batch: Sequences on each process.
+        world_size: Processes.
+        replicate: Copies of the model, for HSDP.
+    """
+    shards = world_size // replicate if step.uses_fsdp else None
+    by_kind = cost.get_peak_memory(batch, shards, step.keeps_gradients)
+    trainable_bytes = float(cost.parameters.trainable_bytes)
+    if step.strategy == "ddp":
+        by_kind["communication"] += trainable_bytes  # the reducer's buckets are as large as the gradients
+    elif step.strategy in ("zero1", "zero2"):
+        by_kind["optimizer"] /= world_size
+        width = trainable_bytes / max(cost.parameters.trainable, 1)
+        by_kind["communication"] += min(2 * DEEPSPEED_BUCKET_ELEMENTS * width, 2 * trainable_bytes)
+        if step.strategy == "zero2":
+            by_kind["gradients"] /= world_size
+    parts = {name: sum(by_kind[kind] for kind in kinds) for name, kinds in KINDS_BY_PART.items()}
     peak = sum(parts.values())
-    several = COLLECTIVES if world > 1 else 0.0
-    return Room(parts, peak, peak + CONTEXT, peak * (1 + FRAGMENTS) + CONTEXT + several)
+    collectives = NCCL_BUFFER_BYTES if world_size > 1 else 0.0
+    return MemoryBudget(parts, peak, peak + CUDA_CONTEXT_BYTES, peak * (1 + FRAGMENTATION_SHARE) + CUDA_CONTEXT_BYTES + collectives)
 
 
-def largest_batch(cost: Cost, asked: Asked, card: float, world: int, replicate: int = 1) -> tuple[int, int]:
-    """The most sequences that surely fit on a card of so many bytes, and the most that may."""
-    return (
-        _most(lambda batch: room(cost, asked, batch, world, replicate).most <= card),
-        _most(lambda batch: room(cost, asked, batch, world, replicate).least <= card),
+def find_largest_batches(cost: StepCost, step: StepSpec, card_bytes: float, world_size: int, replicate: int = 1) -> LargestBatch:
+    """Find the largest batches that fit on a card.
+
+    Args:
+        cost: The simulated step.
+        step: What the step does.
+        card_bytes: Memory of one card_bytes.
+        world_size: Processes.
+        replicate: Copies of the model, for HSDP.
+    """
+    return LargestBatch(
+        certain=_find_largest(lambda batch: compute_memory_budget(cost, step, batch, world_size, replicate).upper_bound <= card_bytes),
+        possible=_find_largest(lambda batch: compute_memory_budget(cost, step, batch, world_size, replicate).lower_bound <= card_bytes),
     )
 
 
-def fitting(cost: Cost, loop: Loop, card: float, backend: Backend) -> batch_size.Split | None:
-    """The split of a loop's global batch with the most sequences on a card that surely fit there; None where not even one does.
+def find_largest_fitting_batch(cost: StepCost, loop: PlannedLoop, card_bytes: float, backend: Backend) -> batch_size.BatchSplit | None:
+    """Split a loop's global batch into the largest fitting batch.
 
-    A batch that has to accumulate needs more than one that has not.
+    Fitting means: certainly. Accumulation needs memory of its own, so each split is computed as it would run.
+
+    Args:
+        cost: The simulated step.
+        loop: The loop, with its global batch.
+        card_bytes: Memory of one card.
+        backend: The processes.
+
+    Returns:
+        The split, or None where not even one sequence fits.
     """
-    surely, _ = largest_batch(cost, loop.asked, card, backend.world, backend.replicate)
-    most = surely // loop.pairs
-    while most > 0:
-        split = batch_size.split(loop.global_batch_size, most, backend.readers)
-        asked = replace(loop.asked, accumulates=split.accumulation > 1)
-        if room(cost, asked, split.per_device * loop.pairs, backend.world, backend.replicate).most <= card:
+    ceiling = find_largest_batches(cost, loop.step, card_bytes, backend.world_size, backend.replicate_size).certain // loop.pairs
+    while ceiling > 0:
+        split = batch_size.split_batch(loop.global_batch_size, ceiling, backend.data_parallel_size)
+        step = replace(loop.step, accumulates=split.accumulation > 1)
+        if (
+            compute_memory_budget(cost, step, split.per_device * loop.pairs, backend.world_size, backend.replicate_size).upper_bound
+            <= card_bytes
+        ):
             return split
-        most = split.per_device - 1
+        ceiling = split.per_device - 1
     return None
 
 
-def _most(fits: Callable[[int], bool]) -> int:
-    """The last batch that fits, what is larger needing more."""
+def _find_largest(fits: Callable[[int], bool]) -> int:
+    """Find the largest batch that fits, by bisection."""
     low, high = 0, 1
-    while high <= MOST and fits(high):
+    while high <= MAX_BATCH and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,6 +1,6 @@
-"""Knows what a run will need before its weights are loaded: memory against the cards that it has, its rate, and what would make it fit.
+"""The estimate of a run on its cards, before weights are loaded.
 
-The step is looked at in a process of its own that sees no GPU. No failure of that stops a run.
+Memory, rate, and a change that makes the run fit. The step is simulated in a process without GPUs. No failure of that stops a run.
 """
 
 from __future__ import annotations
@@ -15,306 +15,363 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from azrecipe import hardware
-from azrecipe.distributed.backend import Backend, has_accelerator, nodes
-from azrecipe.errors import AzrecipeError, CannotRun, Interrupted, explain
+from azrecipe.distributed.backend import Backend, count_nodes, has_accelerator
+from azrecipe.errors import AzrecipeError, CannotRun, Interrupted, explain_error
 from azrecipe.hardware import Machine
 from azrecipe.modeling import liger_kernels
 from azrecipe.planning import memory_budget, step_time, training_loops
-from azrecipe.planning.model_config import NO_SHAPE, ModelShape
+from azrecipe.planning.model_config import NON_SHAPE_KEYS, ModelShape
 from azrecipe.planning.simulation import cost_cache
-from azrecipe.planning.simulation.step_cost import Cost, from_plain
-from azrecipe.planning.simulation.step_spec import Asked
-from azrecipe.planning.training_loops import Loop
+from azrecipe.planning.simulation.step_cost import StepCost, parse_step_cost
+from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.training_loops import PlannedLoop
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Lora
 from azrecipe.runs import event_log
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils.atomic_files import read_json, write_json
+from azrecipe.utils.console import print_progress
 
-FILE = "plan.json"
-SWITCH = "AZRECIPE_FORESEE"  # 0: never; 1: on a CPU too
-LIMIT = "AZRECIPE_FORESEE_SECONDS"
-SECONDS = 30.0  # that the others wait at most; it takes a few where there are cores, and none a second time
-LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+PLAN_FILE = "plan.json"
+SWITCH_VARIABLE = "AZRECIPE_FORESEE"  # 0: never; 1: on a CPU too
+TIMEOUT_VARIABLE = "AZRECIPE_FORESEE_SECONDS"
+DEFAULT_TIMEOUT_SECONDS = 30.0  # the other processes wait for it; it takes a few seconds, and none when the costs are cached
+# Variables that a launcher sets: a process that has them would start a process group
+LAUNCH_VARIABLE_PREFIXES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"),
+    *("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"),
+)
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
-Steps = Sequence[tuple[Asked, int]]
+Steps = Sequence[tuple[StepSpec, int]]
 
 
 @dataclass(frozen=True)
-class Here:
-    """The cards of a run. device: as PyTorch names one; bytes: of one; machine: what is known of such cards; nodes: machines."""
+class LocalDevices:
+    """The cards of a run.
+
+    device: PyTorch's name of a card. memory_bytes: of one card. machine: the catalog's entry, if there is one. nodes: machines.
+    """
 
     device: str
-    bytes: int
+    memory_bytes: int
     machine: Machine | None
     nodes: int
 
 
-class NotForeseen(Exception):
+class EstimateUnavailable(Exception):
     """Why there is no estimate."""
 
 
-def shape(config: Any, rows: int, new_tokens: int = 0) -> ModelShape:
-    """The model of a run: transformers' configuration as it was loaded, and the rows that its embeddings will have."""
-    known = json.loads(config.get_text_config().to_json_string(use_diff=False))
-    return ModelShape({key: value for key, value in known.items() if key not in NO_SHAPE} | {"vocab_size": rows}, new_tokens, ())
+def build_model_shape(config: Any, rows: int, new_tokens: int = 0) -> ModelShape:
+    """Build the shapes of a run's model.
+
+    config: transformers' configuration as it was loaded. rows: the rows that its embeddings will have.
+    """
+    values = json.loads(config.get_text_config().to_json_string(use_diff=False))
+    return ModelShape({key: value for key, value in values.items() if key not in NON_SHAPE_KEYS} | {"vocab_size": rows}, new_tokens, ())
 
 
-def foresee(recipe: Recipe, model: ModelShape, place: RunDir, backend: Backend) -> None:
-    """Say what each loop will need, warn of one that will not fit, and leave it in plan.json. The main process alone; never fails."""
-    wish = os.environ.get(SWITCH, "")
+def estimate_run(recipe: Recipe, model: ModelShape, run_dir: RunDir, backend: Backend) -> None:
+    """Estimate a run before its weights are loaded, and write plan.json.
+
+    Prints what each loop will need, and a warning for one that will not fit. Only the main process does it. It never raises.
+
+    Args:
+        recipe: A pretrain or sft recipe.
+        model: The shapes of its model.
+        run_dir: Where plan.json is written.
+        backend: The processes.
+    """
+    switch = os.environ.get(SWITCH_VARIABLE, "")
     if not backend.main:
         return
     with contextlib.suppress(OSError):
-        (place.path / FILE).unlink(missing_ok=True)  # of an earlier start, on another machine or with another batch
+        (run_dir.path / PLAN_FILE).unlink(missing_ok=True)  # of an earlier start, on another machine or with another batch
     try:
-        here = _here(backend)
-        if wish == "0" or (here is None and wish != "1"):
+        devices = _find_local_devices(backend)
+        if switch == "0" or (devices is None and switch != "1"):
             return
-        began = time.monotonic()
-        found = foretell(recipe, model, backend, here)
-        write_json(place.path / FILE, {**found, "seconds": round(time.monotonic() - began, 1)})
-        for line in told(found):
-            _say(line)
+        start = time.monotonic()
+        plan = build_estimate(recipe, model, backend, devices)
+        write_json(run_dir.path / PLAN_FILE, {**plan, "seconds": round(time.monotonic() - start, 1)})
+        for line in format_lines(plan):
+            print_progress(line)
     except Interrupted:
         raise
-    except Exception as error:  # an estimate is no reason to lose a run, whatever is wrong with it
+    except Exception as error:  # whatever goes wrong with an estimate, the run goes on
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        _say(f"  memory and rate are not foreseen: {reason}")
+        print_progress(f"  no estimate of memory and rate: {reason}")
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _here(backend: Backend) -> Here | None:
-    """The cards that this run is on; None without any."""
+def _find_local_devices(backend: Backend) -> LocalDevices | None:
+    """Find the cards that this run is on; None without any."""
     import torch
 
     if not (torch.cuda.is_available() and has_accelerator()):
         return None
-    properties, machines = torch.cuda.get_device_properties(0), nodes(os.environ)
-    count = max(backend.world // machines, 1)
-    return Here(properties.name, properties.total_memory, hardware.of_device(properties.name, count, properties.total_memory), machines)
+    properties, nodes = torch.cuda.get_device_properties(0), count_nodes(os.environ)
+    count = max(backend.world_size // nodes, 1)
+    machine = hardware.build_machine_of_device(properties.name, count, properties.total_memory)
+    return LocalDevices(properties.name, properties.total_memory, machine, nodes)
 
 
-def foretell(recipe: Recipe, model: ModelShape, backend: Backend, here: Here | None) -> dict[str, Any]:
-    """What is written to plan.json. `here`: None on a CPU, where nothing but the bytes of tensors is foreseen.
+def build_estimate(recipe: Recipe, model: ModelShape, backend: Backend, devices: LocalDevices | None) -> dict[str, Any]:
+    """Build the content of plan.json.
 
-    Raises NotForeseen, CommandError.
+    Args:
+        recipe: A pretrain or sft recipe.
+        model: The shapes of its model.
+        backend: The processes.
+        devices: The cards. None on a CPU: then only the bytes of tensors are estimated.
+
+    Raises:
+        EstimateUnavailable: The simulation failed or took too long.
+        CommandError: The global batch does not divide over the processes.
     """
-    loops = _loops(recipe, model, backend, here is not None)
-    costs = apart([(loop.asked, loop.length) for loop in loops])
-    machine = here.machine if here else None
-    found = [_loop(loop, cost, backend, here) for loop, cost in zip(loops, costs, strict=True)]
-    for nth, loop in enumerate(found):
-        if here is not None and loop["verdict"] != "fits":
-            loop["change"] = change(recipe, model, (backend, here), nth, costs[nth])
+    planned = _plan_loops(recipe, model, backend, cuda=devices is not None)
+    costs = simulate_in_subprocess([(loop.step, loop.length) for loop in planned])
+    machine = devices.machine if devices else None
+    loops = [_estimate_loop(loop, cost, backend, devices) for loop, cost in zip(planned, costs, strict=True)]
+    for index, loop in enumerate(loops):
+        if devices is not None and loop["verdict"] != "fits":
+            loop["change"] = find_fitting_change(recipe, model, backend, devices, loop_index=index, cost=costs[index])
     return {
-        "device": here.device if here else "cpu",
-        "card": {"name": machine.card.name if machine else None, "bytes": here.bytes} if here else None,
-        "processes": backend.world,
-        "nodes": here.nodes if here else nodes(os.environ),
-        "backend": backend.kind,
+        "device": devices.device if devices else "cpu",
+        "card": {"name": machine.card.name if machine else None, "bytes": devices.memory_bytes} if devices else None,
+        "processes": backend.world_size,
+        "nodes": devices.nodes if devices else count_nodes(os.environ),
+        "backend": backend.strategy,
         "model": {"config": dict(model.config), "new_tokens": model.new_tokens},
         "versions": {name: version(name) for name in PACKAGES},
-        "loops": found,
+        "loops": loops,
     }
 
 
-def _loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True) -> list[Loop]:
-    """The loops as the launcher wants them: it may have said that parameters stay whole between forward and backward."""
+def _plan_loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True) -> list[PlannedLoop]:
+    """Plan the loops with the launcher's fsdp_reshard_after_forward."""
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
-    return training_loops.loops(recipe, model, backend, cuda, reshard)
+    return training_loops.plan_loops(recipe, model, backend, cuda, reshard)
 
 
-def _loop(loop: Loop, cost: Cost, backend: Backend, here: Here | None) -> dict[str, Any]:
-    needs = memory_budget.room(cost, loop.asked, loop.batch, backend.world, backend.replicate)
-    memory = {"parts": {name: round(value) for name, value in needs.parts.items()}, "peak": round(needs.peak)}
+def _estimate_loop(loop: PlannedLoop, cost: StepCost, backend: Backend, devices: LocalDevices | None) -> dict[str, Any]:
+    budget = memory_budget.compute_memory_budget(cost, loop.step, loop.batch, backend.world_size, backend.replicate_size)
+    memory = {"parts": {name: round(value) for name, value in budget.parts.items()}, "peak": round(budget.peak)}
     rate: dict[str, Any] = {"tokens_per_second": None, "rests_on": None}
-    if here is not None:
-        memory |= {"least": round(needs.least), "most": round(needs.most)}
-    if here is not None and here.machine is not None:
-        cluster = step_time.Cluster(here.machine, here.nodes, backend.kind, backend.replicate, backend.context)
-        taken = step_time.step_time(cost, loop.asked, loop.batch, loop.accumulation, cluster)
+    if devices is not None:
+        memory |= {"least": round(budget.lower_bound), "most": round(budget.upper_bound)}
+    if devices is not None and devices.machine is not None:
+        cluster = step_time.MachineGroup(
+            devices.machine, devices.nodes, backend.strategy, backend.replicate_size, backend.context_parallel_size
+        )
+        step_seconds = step_time.estimate_step_time(cost, loop.step, loop.batch, loop.accumulation, cluster)
         rate = {
-            "tokens_per_second": asdict(taken.total.rate(loop.tokens(backend))),
-            "rests_on": taken.rests_on + (", the network between machines not counted" if here.nodes > 1 else ""),
+            "tokens_per_second": asdict(step_seconds.total.to_rate(loop.count_tokens(backend))),
+            "rests_on": step_seconds.basis + (", the network between machines not counted" if devices.nodes > 1 else ""),
         }
     return {
         "name": loop.name,
         "parameters": {key: getattr(cost.parameters, key) for key in ("total", "trainable", "embeddings")},
-        "max_length": loop.length * backend.context,
+        "max_length": loop.length * backend.context_parallel_size,
         "per_device_train_batch_size": loop.batch // loop.pairs,
         "gradient_accumulation_steps": loop.accumulation,
         "memory": memory,
-        "verdict": needs.verdict(here.bytes) if here else None,
+        "verdict": budget.get_verdict(devices.memory_bytes) if devices else None,
         "change": None,
         **rate,
     }
 
 
-def change(recipe: Recipe, model: ModelShape, on: tuple[Backend, Here], nth: int, cost: Cost) -> str | None:
-    """The smallest change with which a loop surely fits, as it is said on the command line: fewer sequences at once, which changes
-    nothing else; else Liger's kernels, activation checkpointing, both, shards. None where none does."""
-    backend, here = on
-    loop = _loops(recipe, model, backend)[nth]
-    if batch := _batch(loop, cost, backend, here):
+class _Change(NamedTuple):
+    """A change: command-line options, and the resulting recipe and backend."""
+
+    options: str
+    recipe: Recipe
+    backend: Backend
+
+
+def find_fitting_change(
+    recipe: Recipe, model: ModelShape, backend: Backend, devices: LocalDevices, *, loop_index: int, cost: StepCost
+) -> str | None:
+    """Find the smallest change with which a loop certainly fits.
+
+    First fewer sequences at once, which changes no result; then Liger's kernels, activation checkpointing, both, and FSDP.
+
+    Args:
+        recipe: A pretrain or sft recipe.
+        model: The shapes of its model.
+        backend: The processes.
+        devices: The cards.
+        loop_index: Which loop.
+        cost: The loop's simulated step.
+
+    Returns:
+        The command-line options, or None where no change is enough.
+    """
+    loop = _plan_loops(recipe, model, backend)[loop_index]
+    if batch := _find_fitting_batch(loop, cost, backend, devices):
         return f"--set training.per_device_train_batch_size={batch}"
-    others = [(how, changed, there, _loops(changed, model, there)[nth]) for how, changed, there in _changes(recipe, model, backend)]
+    changes = list(_list_changes(recipe, model, backend))
+    changed_loops = [_plan_loops(change.recipe, model, change.backend)[loop_index] for change in changes]
     try:
-        costs = apart([(other.asked, other.length) for *_, other in others])
-    except NotForeseen:
+        costs = simulate_in_subprocess([(changed.step, changed.length) for changed in changed_loops])
+    except EstimateUnavailable:
         return None
-    for (how, _, there, other), known in zip(others, costs, strict=True):
-        if batch := _batch(other, known, there, here):
-            return how if batch >= other.batch // other.pairs else f"{how} --set training.per_device_train_batch_size={batch}"
+    for change, changed, changed_cost in zip(changes, changed_loops, costs, strict=True):
+        if batch := _find_fitting_batch(changed, changed_cost, change.backend, devices):
+            if batch >= changed.batch // changed.pairs:
+                return change.options
+            return f"{change.options} --set training.per_device_train_batch_size={batch}"
     return None
 
 
-def _batch(loop: Loop, cost: Cost, backend: Backend, here: Here) -> int:
-    """The most rows on a device that surely fit and divide the global batch; 0 where not even one fits."""
-    split = memory_budget.fitting(cost, loop, here.bytes, backend)
+def _find_fitting_batch(loop: PlannedLoop, cost: StepCost, backend: Backend, devices: LocalDevices) -> int:
+    """Find the largest batch that certainly fits; 0 where none does.
+
+    It divides the global batch and is not larger than the recipe's.
+    """
+    split = memory_budget.find_largest_fitting_batch(cost, loop, devices.memory_bytes, backend)
     return min(split.per_device, loop.batch // loop.pairs) if split else 0
 
 
-def _changes(recipe: Recipe, model: ModelShape, backend: Backend) -> Iterator[tuple[str, Recipe, Backend]]:
-    """Changes that take less memory and leave what is learned as it is: how they are said, and what comes of them."""
+def _list_changes(recipe: Recipe, model: ModelShape, backend: Backend) -> Iterator[_Change]:
+    """List changes that save memory and leave the result as it is."""
     training = recipe.config.training
-    wanted: list[dict[str, Any]] = []
+    candidates: list[dict[str, Any]] = []
     kernels, checkpointing = {"use_liger_kernel": True}, {"activation_checkpointing": True}
-    if not training.use_liger_kernel and _has_liger(recipe, model):
-        wanted.append(kernels)
+    if not training.use_liger_kernel and _supports_liger(recipe, model):
+        candidates.append(kernels)
     if not training.activation_checkpointing:
-        wanted.append(checkpointing)
-    if len(wanted) == 2:
-        wanted.append(kernels | checkpointing)
-    for sets in wanted:
-        yield " ".join(f"--set training.{key}=true" for key in sets), _with(recipe, sets), backend
-    if backend.kind == "ddp" and getattr(recipe.config, "adapter", None) != "qlora":
-        shards = Backend("fsdp2", backend.world, backend.rank)
-        yield "--accelerate-config fsdp", recipe, shards
-        for sets in wanted[-1:]:
-            yield " ".join(["--accelerate-config fsdp", *(f"--set training.{key}=true" for key in sets)]), _with(recipe, sets), shards
+        candidates.append(checkpointing)
+    if len(candidates) == 2:
+        candidates.append(kernels | checkpointing)
+    for settings in candidates:
+        yield _Change(_format_options(settings), _set_training(recipe, settings), backend)
+    if backend.strategy == "ddp" and getattr(recipe.config, "adapter", None) != "qlora":
+        fsdp, options = Backend("fsdp2", backend.world_size, backend.rank), "--accelerate-config fsdp"
+        yield _Change(options, recipe, fsdp)
+        for settings in candidates[-1:]:
+            yield _Change(f"{options} {_format_options(settings)}", _set_training(recipe, settings), fsdp)
 
 
-def _with(recipe: Recipe, sets: dict[str, Any]) -> Recipe:
-    return replace(recipe, config=replace(recipe.config, training=replace(recipe.config.training, **sets)))
+def _format_options(settings: dict[str, Any]) -> str:
+    return " ".join(f"--set training.{key}=true" for key in settings)
 
 
-def _has_liger(recipe: Recipe, model: ModelShape) -> bool:
+def _set_training(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    return replace(recipe, config=replace(recipe.config, training=replace(recipe.config.training, **settings)))
+
+
+def _supports_liger(recipe: Recipe, model: ModelShape) -> bool:
     try:
-        liger_kernels.check(_with(recipe, {"use_liger_kernel": True}), str(model.config["model_type"]))
+        liger_kernels.check_liger_kernels(_set_training(recipe, {"use_liger_kernel": True}), str(model.config["model_type"]))
     except AzrecipeError:
         return False
     return True
 
 
-def told(found: dict[str, Any]) -> list[str]:
-    """plan.json as lines of progress."""
+def format_lines(plan: dict[str, Any]) -> list[str]:
+    """Format plan.json as lines of progress."""
     lines = []
-    for loop in found["loops"]:
+    for loop in plan["loops"]:
         memory, rate = loop["memory"], loop["tokens_per_second"]
-        parts = [f"{amount(memory['peak'])} of tensors at the peak"]
-        if found["card"]:
-            name = found["card"]["name"] or found["device"]
-            around = (
-                f"{amount(memory['least'])}–{amount(memory['most'])} with all around them, of {amount(found['card']['bytes'])} ({name})"
-            )
-            parts.append(around)
+        parts = [f"{format_bytes(memory['peak'])} of tensors at the peak"]
+        if plan["card"]:
+            name = plan["card"]["name"] or plan["device"]
+            bounds = f"{format_bytes(memory['least'])}–{format_bytes(memory['most'])}"
+            parts.append(f"{bounds} with the memory around them, of {format_bytes(plan['card']['bytes'])} ({name})")
         if rate:
             parts.append(f"{rate['low']:,.0f}–{rate['high']:,.0f} tokens/s")
-        elif found["card"]:
+        elif plan["card"]:
             parts.append("no rate: this card is not known")
-        lines.append(f"  foreseen, {loop['name']}: {', '.join(parts)}")
+        lines.append(f"  estimate, {loop['name']}: {', '.join(parts)}")
         if loop["verdict"] in ("may fit", "does not fit"):
-            may = "does not fit" if loop["verdict"] == "does not fit" else "may not fit"
-            lines.append(f"  warning: {loop['name']} {may} on this card. {_advice(loop['change'])}")
+            verdict = "does not fit" if loop["verdict"] == "does not fit" else "may not fit"
+            lines.append(f"  warning: {loop['name']} {verdict} on this card. {_format_advice(loop['change'])}")
     return lines
 
 
-def _advice(how: str | None) -> str:
-    return (
-        f"What fits: {how}"
-        if how
-        else "No single change that keeps the result makes it fit: more cards, larger ones, or a smaller data.max_length"
-    )
+def _format_advice(change: str | None) -> str:
+    if change:
+        return f"What fits: {change}"
+    return "No single change that keeps the result makes it fit: more cards, larger ones, or a smaller data.max_length"
 
 
-def amount(size: float) -> str:
-    """Bytes for people."""
+def format_bytes(size: float) -> str:
+    """Format bytes: 512.0 MiB, 39.6 GiB."""
     return f"{size / hardware.GIB:.1f} GiB" if size >= hardware.GIB else f"{size / 2**20:.1f} MiB"
 
 
 @contextlib.contextmanager
-def explained(place: RunDir) -> Iterator[None]:
-    """Say beside a GPU's lack of memory what was foreseen of the loop that it ended."""
+def explain_out_of_memory(run_dir: RunDir) -> Iterator[None]:
+    """Add the loop's estimate to a GPU's out-of-memory error."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        plain, more = explain(error), _beside(place)
-        raise (CannotRun(f"{plain}\n  {more}") if more else plain or error) from error
+        explanation, estimate = explain_error(error), _describe_last_loop(run_dir)
+        raise (CannotRun(f"{explanation}\n  {estimate}") if estimate else explanation or error) from error
 
 
-def _beside(place: RunDir) -> str:
-    """What plan.json says of the loop that was begun last; nothing where none was, or nothing is foreseen."""
+def _describe_last_loop(run_dir: RunDir) -> str:
+    """Describe the estimate of the loop that began last, or return ""."""
     try:
-        found, said = read_json(place.path / FILE), event_log.read(place.path)
+        plan, events = read_json(run_dir.path / PLAN_FILE), event_log.read_events(run_dir.path)
     except (OSError, ValueError):
         return ""
-    last = said[-1] if said else {}
-    loop = next((loop for loop in (found or {}).get("loops", []) if loop["name"] == last.get("phase")), None)
-    if loop is None or not found["card"] or last.get("event") != "training":
+    last = events[-1] if events else {}
+    loop = next((loop for loop in (plan or {}).get("loops", []) if loop["name"] == last.get("phase")), None)
+    if loop is None or not plan["card"] or last.get("event") != "training":
         return ""
-    memory, card, now = loop["memory"], found["card"], loop["per_device_train_batch_size"]
-    begun = (
-        f"Foreseen for {loop['name']}: {amount(memory['least'])}–{amount(memory['most'])} of {amount(card['bytes'])} ({loop['verdict']})"
-    )
+    memory, batch = loop["memory"], loop["per_device_train_batch_size"]
+    bounds = f"{format_bytes(memory['least'])}–{format_bytes(memory['most'])} of {format_bytes(plan['card']['bytes'])}"
+    estimate = f"Estimate for {loop['name']}: {bounds} ({loop['verdict']})"
     if loop["verdict"] != "fits":
-        return f"{begun}. {_advice(loop['change'])}"
-    fewer = f", or --set training.per_device_train_batch_size={now // 2}" if now > 1 else ""
-    return f"{begun}: the estimate was too low, or another process has memory of this card (nvidia-smi tells){fewer}"
+        return f"{estimate}. {_format_advice(loop['change'])}"
+    smaller_batch = f", or --set training.per_device_train_batch_size={batch // 2}" if batch > 1 else ""
+    return f"{estimate}: the estimate was too low, or another process has memory of this card (nvidia-smi tells){smaller_batch}"
 
 
-def apart(steps: Steps) -> list[Cost]:
-    """`cost_cache.costs` in a process that sees no GPU and no launch. Raises NotForeseen: it failed, or took too long (LIMIT)."""
-    seconds = float(os.environ.get(LIMIT) or SECONDS)
-    if (known := cost_cache.known(steps)) is not None:
-        return known
-    gone = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH)}
+def simulate_in_subprocess(steps: Steps) -> list[StepCost]:
+    """Load or simulate costs, in a process without GPUs.
+
+    That process does not join the launch. Raises EstimateUnavailable where it fails or takes too long.
+    """
+    timeout = float(os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT_SECONDS)
+    if (cached := cost_cache.load_costs(steps)) is not None:
+        return cached
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH_VARIABLE_PREFIXES)}
+    without_gpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "azrecipe.planning.run_estimate"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept | gone, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=inherited | without_gpu, start_new_session=True,
     )  # fmt: skip
     try:
-        out, err = process.communicate(json.dumps([[asdict(asked), length] for asked, length in steps]), timeout=seconds)
+        out, err = process.communicate(json.dumps([[asdict(step), length] for step, length in steps]), timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise NotForeseen(f"it took more than {seconds:g} s ({LIMIT} allows more)") from None
+        raise EstimateUnavailable(f"it took more than {timeout:g} s ({TIMEOUT_VARIABLE} allows more)") from None
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its own processes too
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
             process.communicate()
     if process.returncode:
-        raise NotForeseen((err.strip().splitlines() or [f"the process that works it out ended with {process.returncode}"])[-1])
-    return [from_plain(cost) for cost in json.loads(out.splitlines()[-1])]
+        raise EstimateUnavailable((err.strip().splitlines() or [f"the simulation's process ended with {process.returncode}"])[-1])
+    return [parse_step_cost(cost) for cost in json.loads(out.splitlines()[-1])]
 
 
-def _asked(data: dict[str, Any]) -> Asked:
+def _parse_step(data: dict[str, Any]) -> StepSpec:
     lora = Lora(**data["lora"]) if data["lora"] else None
-    return Asked(**{**data, "lora": lora, "trainable": tuple(data["trainable"]), "kernels": tuple(data["kernels"])})
+    return StepSpec(**{**data, "lora": lora, "trainable": tuple(data["trainable"]), "kernels": tuple(data["kernels"])})
 
 
 def _main() -> None:
-    """The other side of `apart`."""
-    steps = [(_asked(asked), length) for asked, length in json.load(sys.stdin)]
-    print(json.dumps([cost.plain() for cost in cost_cache.costs(steps)]))
+    """Simulate the steps that `simulate_in_subprocess` writes to stdin."""
+    steps = [(_parse_step(step), length) for step, length in json.load(sys.stdin)]
+    print(json.dumps([cost.to_dict() for cost in cost_cache.load_or_simulate_costs(steps)]))
 
 
 if __name__ == "__main__":

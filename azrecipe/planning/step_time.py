@@ -1,7 +1,7 @@
-"""Knows how long a training step takes on a machine: a roofline of the card, what the links carry, and how near to both runs have come.
+"""How long a training step takes on machines that are only named.
 
-Nothing here is measured on the machine that is asked about: efficiencies come from runs that others have published
-(hardware/calibration.yaml names each) or from the user's own. No torch.
+The time is the card's roofline over the efficiency that runs have reached, and the time of the links. Nothing is measured on the machines
+themselves: efficiencies come from published runs (hardware/calibration.yaml names each) or from the user's calibrated runs. No torch.
 """
 
 from __future__ import annotations
@@ -10,206 +10,264 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from azrecipe.distributed.backend import Backend
-from azrecipe.hardware import Card, Machine, load, shipped
+from azrecipe.hardware import Card, Machine, load_catalog, read_shipped_file
 from azrecipe.planning import calibration_file
-from azrecipe.planning.model_config import known_shapes
-from azrecipe.planning.simulation.step_cost import Cost
-from azrecipe.planning.simulation.step_spec import Asked
+from azrecipe.planning.model_config import load_shipped_configs
+from azrecipe.planning.simulation.step_cost import RooflineSeconds, StepCost
+from azrecipe.planning.simulation.step_spec import StepSpec
 
-ALONE = 0.1  # how far from a card's only known run another may be
-ELSEWHERE = 0.2  # the same where no run on this card is known
+SAME_CARD_SPREAD = 0.1  # relative spread where runs on this card are known
+OTHER_CARD_SPREAD = 0.2  # relative spread where only runs on other cards are known
 
 
 @dataclass(frozen=True)
 class Span:
-    """A quantity that is known within bounds."""
+    """A quantity with bounds."""
 
     low: float
     middle: float
     high: float
 
-    def rate(self, amount: float) -> Span:
-        """Of an amount that takes these seconds."""
+    def to_rate(self, amount: float) -> Span:
+        """Convert seconds for an amount into an amount per second."""
         return Span(amount / self.high, amount / self.middle, amount / self.low)
 
-    def times(self, other: float) -> Span:
-        return Span(self.low * other, self.middle * other, self.high * other)
+    def multiply(self, factor: float) -> Span:
+        return Span(self.low * factor, self.middle * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Machines of a kind, and how the processes on their cards share the work (backend.Backend's kind and replicate)."""
+class MachineGroup:
+    """Machines of one type, and how their processes share the work.
+
+    strategy, replicate_size, context_parallel_size: as in distributed.backend.Backend.
+    """
 
     machine: Machine
     nodes: int
-    kind: str
-    replicate: int = 1
-    context: int = 1
+    strategy: str
+    replicate_size: int = 1
+    context_parallel_size: int = 1
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         return self.machine.count * self.nodes
 
     @property
     def backend(self) -> Backend:
-        return Backend(self.kind, self.world, 0, self.replicate, self.context)
+        return Backend(self.strategy, self.world_size, 0, self.replicate_size, self.context_parallel_size)
 
     @property
-    def shards(self) -> int:
-        return self.backend.shards
+    def num_shards(self) -> int:
+        return self.backend.num_shards
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer's step; what the links would take by themselves, inside a machine and between machines; and without EFA."""
+    """Seconds of an optimizer step.
+
+    total: the whole step. compute: the cards alone. intra_node, inter_node: the links alone. basis: what the efficiency rests on, in words.
+    total_without_efa: the step over a network without EFA, where machines have EFA.
+    """
 
     total: Span
     compute: Span
-    inside: float
-    between: Span
-    rests_on: str
-    without_efa: float | None = None
+    intra_node: float
+    inter_node: Span
+    basis: str
+    total_without_efa: float | None = None
 
     @property
-    def bound(self) -> str:
-        """What the step waits for: the cards, the links inside a machine, or the network."""
-        longest = max(self.compute.middle, self.inside, self.between.middle)
+    def bottleneck(self) -> str:
+        """What the step waits for: `compute`, `links` in a machine, or `network`."""
+        longest = max(self.compute.middle, self.intra_node, self.inter_node.middle)
         if longest == self.compute.middle:
             return "compute"
-        return "network" if longest == self.between.middle else "links"
+        return "network" if longest == self.inter_node.middle else "links"
 
 
-def step_time(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: Cluster) -> StepTime:
-    """An optimizer's step of `accumulation` batches on each card. Links work beside the card: the longer one counts, and both at worst."""
-    found, rests_on = efficiency(cluster.machine.card.name, calibration_file.efficiencies())
-    roof = roofline(cost, asked, batch, accumulation, cluster)
-    compute = Span(roof / found.high, roof / found.middle, roof / found.low)
-    inside, between = _links(cost, asked, accumulation, cluster)
-    slowest = [max(inside, rate) for rate in (between.low, between.middle, between.high)]
+def estimate_step_time(cost: StepCost, step: StepSpec, batch: int, accumulation: int, cluster: MachineGroup) -> StepTime:
+    """Estimate an optimizer step.
+
+    Cards and links work at the same time, so the slower one counts; the upper bound adds both.
+
+    Args:
+        cost: The simulated step.
+        step: What the step does.
+        batch: Sequences on each card at once.
+        accumulation: Batches in an optimizer step.
+        cluster: The machines.
+    """
+    estimated = estimate_efficiency(cluster.machine.card.name, calibration_file.read_efficiencies())
+    share, peak_seconds = estimated.share, compute_roofline(cost, step, batch, accumulation, cluster)
+    compute = Span(peak_seconds / share.high, peak_seconds / share.middle, peak_seconds / share.low)
+    links = _estimate_link_seconds(cost, step, accumulation, cluster)
+    low, middle, high = (max(links.intra_node, value) for value in (links.inter_node.low, links.inter_node.middle, links.inter_node.high))
     total = Span(
-        max(compute.low, slowest[0]),
-        max(compute.middle, slowest[1]),
-        max(compute.high, slowest[2]) + min(compute.middle, slowest[1]) * (cluster.world > 1),
+        max(compute.low, low),
+        max(compute.middle, middle),
+        max(compute.high, high) + min(compute.middle, middle) * (cluster.world_size > 1),
     )
-    network, slow = cluster.machine.network, None
+    network, without_efa = cluster.machine.network, None
     if cluster.nodes > 1 and network is not None and network.efa_interfaces:
-        rate = network.gbit_per_s / 8 * _rates()["efa"]["middle"]  # GB/s
-        least = min(float(_calibration()["without_efa_gb_per_s"]), network.gbit_per_s / 8 * _rates()["network"]["middle"])
-        slow = max(total.middle, between.middle * rate / least)
-    return StepTime(total, compute, inside, between, rests_on, slow)
+        bandwidth = network.gbit_per_s / 8  # GB/s
+        efa_rate, tcp_rate = (bandwidth * _load_link_rates()[kind]["middle"] for kind in ("efa", "network"))
+        slow_rate = min(float(_load_calibration()["without_efa_gb_per_s"]), tcp_rate)
+        without_efa = max(total.middle, links.inter_node.middle * efa_rate / slow_rate)
+    return StepTime(total, compute, links.intra_node, links.inter_node, estimated.basis, without_efa)
 
 
-def roofline(cost: Cost, asked: Asked, batch: int, accumulation: int, cluster: Cluster) -> float:
-    """Seconds of an optimizer's step at the card's peaks, links left out."""
-    batches, optimizer = at_peaks(cost, replace(asked, accumulates=accumulation > 1), batch, cluster.machine.card)
-    optimizer *= cost.shards / cluster.shards if cost.shards > 1 else 1.0 / (cluster.world if asked.zero else 1)
-    return batches * accumulation + optimizer
+def compute_roofline(cost: StepCost, step: StepSpec, batch: int, accumulation: int, cluster: MachineGroup) -> float:
+    """Compute an optimizer step's seconds at the card's peaks.
+
+    Args:
+        cost: The simulated step.
+        step: What the step does.
+        batch: Sequences on each card at once.
+        accumulation: Batches in an optimizer step.
+        cluster: The machines.
+    """
+    seconds = compute_peak_seconds(cost, replace(step, accumulates=accumulation > 1), batch, cluster.machine.card)
+    optimizer_share = cost.shards / cluster.num_shards if cost.shards > 1 else 1.0 / (cluster.world_size if step.uses_deepspeed else 1)
+    return seconds.batch * accumulation + seconds.optimizer * optimizer_share
 
 
-def at_peaks(cost: Cost, asked: Asked, batch: int, card: Card) -> tuple[float, float]:
-    """The same of a batch and of the optimizer, as the step was run."""
-    peak = card.fp32_tflops if asked.precision == "float32" else card.bf16_tflops
-    return cost.seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9, asked.adds_up)
+def compute_peak_seconds(cost: StepCost, step: StepSpec, batch: int, card: Card) -> RooflineSeconds:
+    """Compute a batch's and the optimizer's seconds at a card's peaks.
+
+    Args:
+        cost: The simulated step; its number of shards counts, not the machines'.
+        step: What the step does.
+        batch: Sequences on the card.
+        card: The card.
+    """
+    peak = card.fp32_tflops if step.precision == "float32" else card.bf16_tflops
+    return cost.compute_seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9, step.keeps_gradients)
 
 
-def volumes(cost: Cost, asked: Asked, accumulation: int) -> tuple[float, float]:
-    """Bytes a step that every process must get of parameters, and that must be added up of gradients.
+class CommunicationBytes(NamedTuple):
+    """Bytes of an optimizer step: gathered parameters, and gradients to sum."""
 
-    FSDP 2 as Accelerate puts it on: all parameters for the forward pass, and again for the backward pass but the head's. Gradients accumulate in
-    each process and are added up once; DeepSpeed's ZeRO 2 and 3 add them up for every batch.
+    gathered: float
+    reduced: float
+
+
+def count_communication_bytes(cost: StepCost, step: StepSpec, accumulation: int) -> CommunicationBytes:
+    """Count the bytes that a process gathers and reduces.
+
+    FSDP 2 as Accelerate sets it up gathers all parameters for the forward pass, and again for the backward pass, without the head's.
+    Gradients accumulate in each process and are reduced once; DeepSpeed's ZeRO 2 and 3 reduce them after every batch.
     """
     parameters = cost.parameters
-    width = 4 if asked.precision == "float32" else 2
-    summed = parameters.trainable * (2 if asked.precision == "bf16_pure" else 4)
-    if asked.kind in ("zero2", "zero3"):
-        summed *= accumulation
+    width = 4 if step.precision == "float32" else 2
+    reduced = parameters.trainable * (2 if step.precision == "bf16_pure" else 4)
+    if step.strategy in ("zero2", "zero3"):
+        reduced *= accumulation
     if cost.shards == 1:
-        again = parameters.trainable * width if asked.zero else 0
-        return float(again), float(summed)
-    _, vocabulary, of_row = cost.head
-    again = parameters.total - vocabulary * of_row if asked.reshard_after_forward else 0
-    return float((parameters.total + again) * width * accumulation), float(summed)
+        updated = parameters.trainable * width if step.uses_deepspeed else 0
+        return CommunicationBytes(float(updated), float(reduced))
+    regathered = parameters.total - cost.head.vocab_size * cost.head.width if step.reshard_after_forward else 0
+    return CommunicationBytes(float((parameters.total + regathered) * width * accumulation), float(reduced))
 
 
-def _links(cost: Cost, asked: Asked, accumulation: int, cluster: Cluster) -> tuple[float, Span]:
-    """Seconds that the links inside a machine, and those between machines, are busy in a step."""
-    gathered, summed = volumes(cost, asked, accumulation)
-    rates, machine, nodes = _rates(), cluster.machine, cluster.nodes
-    inner = machine.link.gb_per_s * 1e9 * rates[machine.link.kind]["middle"]
-    whole = cluster.kind in ("ddp", "zero1")
-    ring = (cluster.world - 1) / cluster.world
-    local = (machine.count - 1) / machine.count
-    inside = (gathered + (2 if whole else 1) * summed) * local / inner
+class _LinkSeconds(NamedTuple):
+    intra_node: float
+    inter_node: Span
+
+
+def _estimate_link_seconds(cost: StepCost, step: StepSpec, accumulation: int, cluster: MachineGroup) -> _LinkSeconds:
+    """Estimate how long links are busy in a step."""
+    gathered, reduced = count_communication_bytes(cost, step, accumulation)
+    rates, machine, nodes = _load_link_rates(), cluster.machine, cluster.nodes
+    all_reduce = cluster.strategy in ("ddp", "zero1")  # moves twice what a reduce-scatter moves
+    moved = gathered + (2 if all_reduce else 1) * reduced
+    intra_bandwidth = machine.link.gb_per_s * 1e9 * rates[machine.link.kind]["middle"]
+    intra_node = moved * ((machine.count - 1) / machine.count) / intra_bandwidth
     if nodes == 1 or machine.network is None:
-        return inside, Span(0.0, 0.0, 0.0)
-    outer = machine.network.gbit_per_s / 8 * 1e9
-    if cluster.kind == "hsdp" and cluster.shards <= machine.count:  # shards stay inside; their sums go round the machines
-        crossing = 2 * (nodes - 1) / nodes * summed
+        return _LinkSeconds(intra_node, Span(0.0, 0.0, 0.0))
+    inter_bandwidth = machine.network.gbit_per_s / 8 * 1e9
+    if cluster.strategy == "hsdp" and cluster.num_shards <= machine.count:  # shards stay in a machine; only their sums cross
+        crossing = 2 * (nodes - 1) / nodes * reduced
     else:
-        crossing = (gathered + (2 if whole else 1) * summed) * ring
-    found = rates["efa" if machine.network.efa_interfaces else "network"]
-    return inside, Span(crossing / (outer * found["high"]), crossing / (outer * found["middle"]), crossing / (outer * found["low"]))
+        crossing = moved * ((cluster.world_size - 1) / cluster.world_size)
+    share = rates["efa" if machine.network.efa_interfaces else "network"]
+    low, middle, high = (crossing / (inter_bandwidth * share[key]) for key in ("high", "middle", "low"))
+    return _LinkSeconds(intra_node, Span(low, middle, high))
 
 
-def efficiency(card: str, more: Sequence[Mapping[str, Any]] = ()) -> tuple[Span, str]:
-    """The share of the roofline that training on a card has reached, and what that rests on. `more`: loops of a user's own runs, which count alone."""
-    known, cards = _calibration()["runs"], load().cards
-    own = [run for run in more if run["card"] == card]
+class Efficiency(NamedTuple):
+    """The share of the roofline that training reaches, and its basis."""
+
+    share: Span
+    basis: str
+
+
+def estimate_efficiency(card: str, user_loops: Sequence[Mapping[str, Any]] = ()) -> Efficiency:
+    """Estimate the share of the roofline that training on a card reaches.
+
+    user_loops: calibrated loops of the user. Where some ran on this card, they count alone.
+    """
+    published_runs, cards = _load_calibration()["runs"], load_catalog().cards
+    calibrated = [run for run in user_loops if run["card"] == card]
     peak = cards[card].bf16_tflops if card in cards else None  # cards of one peak are one chip, with more or less memory
-    same = own or [run for run in known if cards[run["card"]].bf16_tflops == peak]
-    shares = [float(run["efficiency"]) for run in same or known]
+    same_chip = calibrated or [run for run in published_runs if cards[run["card"]].bf16_tflops == peak]
+    shares = [float(run["efficiency"]) for run in same_chip or published_runs]
     middle = statistics.median(shares)
-    spread = ALONE if same else ELSEWHERE
+    spread = SAME_CARD_SPREAD if same_chip else OTHER_CARD_SPREAD
     low, high = min(*shares, middle * (1 - spread)), min(max(*shares, middle * (1 + spread)), 1.0)
-    if own:
-        said = f"{len(own)} training loop{'s' if len(own) > 1 else ''} of your own on {card}"
-    elif same:
-        said = f"{len(same)} published run{'s' if len(same) > 1 else ''} on {', '.join(sorted({str(run['card']) for run in same}))}"
+    names = ", ".join(sorted({str(run["card"]) for run in same_chip or published_runs}))
+    plural = "s" if len(same_chip) > 1 else ""
+    if calibrated:
+        basis = f"{len(calibrated)} training loop{plural} of your own on {card}"
+    elif same_chip:
+        basis = f"{len(same_chip)} published run{plural} on {names}"
     else:
-        said = f"published runs on other cards ({', '.join(sorted({str(run['card']) for run in known}))}): none on {card} is known"
-    return Span(low, middle, high), said
+        basis = f"published runs on other cards ({names}): none on {card} is known"
+    return Efficiency(Span(low, middle, high), basis)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run whose rate is known: tokens/s of one card, and what its step was."""
+class PublishedRun:
+    """A published run: its step, and its tokens/s on one card.
+
+    efficiency: its share of the roofline. compute_efficiency() computes it from a simulated step.
+    """
 
     card: str
-    what: str
-    asked: Asked
+    title: str
+    step: StepSpec
     length: int
     batch: int
     tokens_per_second: float
     efficiency: float
 
-    def reckoned(self, cost: Cost) -> float:
-        """The share of the roofline that it reached: the roofline's time of a step over the time that it took."""
-        batch, optimizer = at_peaks(cost, self.asked, self.batch, load().cards[self.card])
-        return (batch + optimizer) * self.tokens_per_second / (self.batch * self.length)
+    def compute_efficiency(self, cost: StepCost) -> float:
+        """Compute the roofline's time of a step over the run's time."""
+        seconds = compute_peak_seconds(cost, self.step, self.batch, load_catalog().cards[self.card])
+        return (seconds.batch + seconds.optimizer) * self.tokens_per_second / (self.batch * self.length)
 
 
-def published() -> list[Run]:
-    """The runs in hardware/calibration.yaml."""
-    found = []
-    for run in _calibration()["runs"]:
-        how = dict(run["run"])
-        length, batch = how.pop("length"), how.pop("batch")
-        how["kernels"] = tuple(how.get("kernels", ()))
-        model = run["model"] if isinstance(run["model"], dict) else known_shapes()[run["model"]]
-        asked = Asked(config=model, **how)
-        found.append(Run(run["card"], run["what"], asked, length, batch, run["tokens_per_second"], run["efficiency"]))
-    return found
+def load_published_runs() -> list[PublishedRun]:
+    """Load the runs in hardware/calibration.yaml."""
+    runs = []
+    for entry in _load_calibration()["runs"]:
+        config = entry["model"] if isinstance(entry["model"], dict) else load_shipped_configs()[entry["model"]]
+        settings = dict(entry["run"])
+        length, batch = settings.pop("length"), settings.pop("batch")
+        step = StepSpec(config=config, strategy=settings.pop("kind", "single"), kernels=tuple(settings.pop("kernels", ())), **settings)
+        runs.append(PublishedRun(entry["card"], entry["what"], step, length, batch, entry["tokens_per_second"], entry["efficiency"]))
+    return runs
 
 
-def _rates() -> Mapping[str, Mapping[str, float]]:
-    rates: Mapping[str, Mapping[str, float]] = _calibration()["links"]
+def _load_link_rates() -> Mapping[str, Mapping[str, float]]:
+    rates: Mapping[str, Mapping[str, float]] = _load_calibration()["links"]
     return rates
 
 
 @cache
-def _calibration() -> Mapping[str, Any]:
-    known: Mapping[str, Any] = shipped("calibration.yaml").plain()
-    return known
+def _load_calibration() -> Mapping[str, Any]:
+    content: Mapping[str, Any] = read_shipped_file("calibration.yaml").to_plain()
+    return content

@@ -1,4 +1,7 @@
-"""Knows how long a recipe's training loops are, and how often they go through their text, as far as that stands in the recipe and on this disk."""
+"""How long a recipe's training loops are: steps, tokens, epochs.
+
+Only the recipe and this disk are read.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,24 @@ from typing import Any
 
 from azrecipe.data import readers
 from azrecipe.errors import RecipeError
-from azrecipe.planning.training_loops import Loop
+from azrecipe.planning.training_loops import PlannedLoop
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import Phase, Pretrain, Sft
-from azrecipe.runs.run_dir import run_of
+from azrecipe.recipe.types import Phase, PretrainConfig, SftConfig
+from azrecipe.runs.run_dir import locate_named_run
 from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.paths import is_local_data
 
-BYTES_PER_TOKEN = 4.0  # where no run has measured it; a custom vocabulary reads Azerbaijani at about 4.5, Llama 3's own at 2.2
-_TAKEN = re.compile(r"\[:(\d+)\]$")  # split: "train[:2000]"
-_PACKED = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0}  # text bytes for each on the disk, roughly
+BYTES_PER_TOKEN = 4.0  # where no run has measured it; for Azerbaijani, a custom vocabulary has about 4.5, Llama 3's 2.2
+_SPLIT_LIMIT = re.compile(r"\[:(\d+)\]$")  # split: "train[:2000]"
+_COMPRESSION = {".gz": 3.0, ".zst": 3.0, ".parquet": 2.0}  # bytes of text for a byte on the disk, roughly
 
 
 @dataclass(frozen=True)
-class Amount:
-    """Steps of a loop (None: not known), tokens in them, and for each source of known size how often it is gone through."""
+class TrainingLength:
+    """The length of a loop; None where it is not known.
+
+    epochs: passes over each source of known size.
+    """
 
     steps: int | None
     tokens: int | None
@@ -33,91 +39,105 @@ class Amount:
     notes: tuple[str, ...]
 
 
-def amounts(recipe: Recipe, runs_dir: Path, loops: Sequence[Loop]) -> list[Amount]:
-    """For each loop of a pretrain or sft recipe."""
-    config: Pretrain | Sft = recipe.config
-    if isinstance(config, Sft):
-        return [_tuned(recipe, loops[0])]
-    rate, notes = _bytes_per_token(recipe, runs_dir)
-    sizes = {source.path: size for source in config.data.datasets if (size := _size(recipe, source)) is not None}
-    return [_pretrained(config, phase, loop, (rate, sizes, notes)) for phase, loop in zip(config.phases, loops, strict=True)]
+def estimate_training_lengths(recipe: Recipe, runs_dir: Path, loops: Sequence[PlannedLoop]) -> list[TrainingLength]:
+    """Estimate the length of each loop of a pretrain or sft recipe."""
+    config: PretrainConfig | SftConfig = recipe.config
+    if isinstance(config, SftConfig):
+        return [_estimate_finetuning(recipe, loops[0])]
+    bytes_per_token, notes = _read_bytes_per_token(recipe, runs_dir)
+    sizes = {source.path: size for source in config.data.datasets if (size := _estimate_source_bytes(recipe, source)) is not None}
+    corpus = _Corpus(bytes_per_token, sizes, notes)
+    return [_estimate_phase(config, phase, loop, corpus) for phase, loop in zip(config.phases, loops, strict=True)]
 
 
-def _pretrained(config: Pretrain, phase: Phase, loop: Loop, known: tuple[float, dict[str, int], list[str]]) -> Amount:
-    rate, sizes, notes = known
-    each = loop.global_batch_size * config.data.max_length
-    said: list[str] = []
+@dataclass(frozen=True)
+class _Corpus:
+    """A corpus: bytes per token, bytes of each source, and assumptions."""
+
+    bytes_per_token: float
+    sizes: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def _estimate_phase(config: PretrainConfig, phase: Phase, loop: PlannedLoop, corpus: _Corpus) -> TrainingLength:
+    step_tokens = loop.global_batch_size * config.data.max_length
+    sizes, bytes_per_token = corpus.sizes, corpus.bytes_per_token
+    notes: tuple[str, ...] = ()
     steps: int
     if phase.max_steps is not None:
         steps = phase.max_steps
     elif phase.max_tokens is not None:
-        steps = math.ceil(phase.max_tokens / each)
+        steps = math.ceil(phase.max_tokens / step_tokens)
     elif phase.max_bytes is not None:
-        steps = math.ceil(phase.max_bytes / rate / each)
-        said = notes
+        steps = math.ceil(phase.max_bytes / bytes_per_token / step_tokens)
+        notes = corpus.notes
     elif phase.num_train_epochs is not None and len(sizes) == len(config.data.datasets):
-        steps = math.ceil(phase.num_train_epochs * sum(sizes.values()) / rate / each)
-        said = notes
+        steps = math.ceil(phase.num_train_epochs * sum(sizes.values()) / bytes_per_token / step_tokens)
+        notes = corpus.notes
     else:
-        return Amount(None, None, {}, (f"{phase.name}: how much text there is is not known here: azrecipe prepare tells",))
-    tokens = steps * each
+        return TrainingLength(None, None, {}, (f"{phase.name}: the amount of text is not known here: azrecipe prepare counts it",))
+    tokens = steps * step_tokens
     weights = [source.weight for source in config.data.datasets]
     total = sum(weight or 0.0 for weight in weights)
     epochs = {}
     if config.data.sampling_temperature is None and total > 0:
         for source, weight in zip(config.data.datasets, weights, strict=True):
             if sizes.get(source.path):
-                epochs[source.path] = tokens * rate * (weight or 0.0) / total / sizes[source.path]
-    return Amount(steps, tokens, epochs, tuple(said if said or not epochs else notes))
+                epochs[source.path] = tokens * bytes_per_token * (weight or 0.0) / total / sizes[source.path]
+    return TrainingLength(steps, tokens, epochs, notes if notes or not epochs else corpus.notes)
 
 
-def _tuned(recipe: Recipe, loop: Loop) -> Amount:
-    """Of rows; each is reckoned as long as max_length lets it be."""
-    config: Sft = recipe.config
-    counts = [_rows(recipe, source) for source in config.data.datasets]
+def _estimate_finetuning(recipe: Recipe, loop: PlannedLoop) -> TrainingLength:
+    """Estimate an sft loop; every row counts as max_length tokens."""
+    config: SftConfig = recipe.config
+    counts = [_count_rows(recipe, source) for source in config.data.datasets]
     if config.training.max_steps is not None:
         steps = config.training.max_steps
     elif any(count is None for count in counts):
-        return Amount(None, None, {}, ("the number of rows is not known here: azrecipe check counts them",))
+        return TrainingLength(None, None, {}, ("the number of rows is not known here: azrecipe check counts them",))
     else:
-        kept = 1 - config.data.validation.held_out.fraction
-        rows = kept * sum(count or 0 for count in counts)
+        training_share = 1 - config.data.validation.held_out.fraction
+        rows = training_share * sum(count or 0 for count in counts)
         steps = max(math.ceil(rows * (config.training.num_train_epochs or 1) / loop.global_batch_size), 1)
-    note = "rows are reckoned at max_length: shorter ones, and packing, take less"
-    return Amount(steps, steps * loop.global_batch_size * loop.pairs * config.data.max_length, {}, (note,))
+    note = "rows are counted as max_length tokens: shorter ones, and packing, need less"
+    return TrainingLength(steps, steps * loop.global_batch_size * loop.pairs * config.data.max_length, {}, (note,))
 
 
-def _bytes_per_token(recipe: Recipe, runs_dir: Path) -> tuple[float, list[str]]:
-    """Of the target text, by the tokenizer's run if it has one."""
-    asked: Any = recipe.config.tokenizer
-    if asked.output_of is not None:
-        result = read_json(run_of(recipe, runs_dir, Path(asked.output_of).stem).path / "result.json") or {}
-        name = asked.candidate or result.get("selected")
+def _read_bytes_per_token(recipe: Recipe, runs_dir: Path) -> tuple[float, tuple[str, ...]]:
+    """Read the text's bytes per token from the tokenizer's run.
+
+    Without such a run, return an assumption and a note on it.
+    """
+    tokenizer: Any = recipe.config.tokenizer
+    if tokenizer.output_of is not None:
+        result = read_json(locate_named_run(recipe, runs_dir, Path(tokenizer.output_of).stem).path / "result.json") or {}
+        name = tokenizer.candidate or result.get("selected")
         for candidate in result.get("candidates", []):
             if candidate["name"] == name:
-                return float(next(iter(candidate["bytes_per_token"].values()))["value"]), []
-    return BYTES_PER_TOKEN, [f"{BYTES_PER_TOKEN:g} bytes of text a token are assumed: no tokenizer's run has measured it"]
+                return float(next(iter(candidate["bytes_per_token"].values()))["value"]), ()
+    return BYTES_PER_TOKEN, (f"{BYTES_PER_TOKEN:g} bytes of text a token are assumed: no tokenizer's run has measured it",)
 
 
-def _size(recipe: Recipe, source: Any) -> int | None:
-    """Bytes of text in a source, about; None where only reading it tells."""
+def _estimate_source_bytes(recipe: Recipe, source: Any) -> int | None:
+    """Estimate a source's bytes of text; None where only reading tells."""
     if not is_local_data(source.path):
         return source.max_bytes if getattr(source, "max_bytes", None) else None
     try:
-        files = readers.files(readers.Located(source, recipe.place("data", "datasets")))
+        files = readers.list_files(readers.DataSource(source, recipe.locate("data", "datasets")))
     except RecipeError:
         return None
-    size = sum(Path(file.path).stat().st_size * _PACKED.get(Path(file.path).suffix, 1.0) for file in files if Path(file.path).exists())
+    size = sum(Path(file.path).stat().st_size * _COMPRESSION.get(Path(file.path).suffix, 1.0) for file in files if Path(file.path).exists())
     limit = getattr(source, "max_bytes", None)
     return int(min(size, limit) if limit else size)
 
 
-def _rows(recipe: Recipe, source: Any) -> int | None:
-    taken = _TAKEN.search(source.split or "")
-    limit = int(taken[1]) if taken else None
+def _count_rows(recipe: Recipe, source: Any) -> int | None:
+    """Count a source's rows; None where only reading tells."""
+    match = _SPLIT_LIMIT.search(source.split or "")
+    limit = int(match[1]) if match else None
     if is_local_data(source.path):
         try:
-            files = readers.files(readers.Located(source, recipe.place("data", "datasets")))
+            files = readers.list_files(readers.DataSource(source, recipe.locate("data", "datasets")))
         except RecipeError:
             return limit
         paths = [Path(file.path) for file in files]

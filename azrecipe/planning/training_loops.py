@@ -1,4 +1,4 @@
-"""Knows which training steps a recipe asks for, phase by phase, on so many processes of a backend. No torch."""
+"""The training loops of a recipe on a backend. No torch."""
 
 from __future__ import annotations
 
@@ -10,68 +10,87 @@ from azrecipe.distributed import batch_size
 from azrecipe.distributed.backend import Backend
 from azrecipe.modeling import liger_kernels
 from azrecipe.planning.model_config import ModelShape
-from azrecipe.planning.simulation.step_spec import Asked
+from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.recipe import optimizer_settings
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import Pretrain, Sft, Training
+from azrecipe.recipe.types import PretrainConfig, SftConfig, Training
 
 
 @dataclass(frozen=True)
-class Loop:
-    """One training loop of a recipe: what a step is, sequences of how many tokens, how many on a device and how often they accumulate.
+class PlannedLoop:
+    """One training loop of a recipe.
 
-    pairs: sequences that one row of data stands for (2 for preferences).
+    length: tokens of a sequence on a device. batch: sequences on a device at once. accumulation: batches in an optimizer step. pairs: sequences
+    of one row of data (2 for preferences).
     """
 
     name: str
-    asked: Asked
+    step: StepSpec
     length: int
     batch: int
     accumulation: int
     global_batch_size: int
     pairs: int = 1
 
-    def tokens(self, backend: Backend) -> int:
-        """In a step of all processes."""
-        return self.global_batch_size * self.pairs * self.length * backend.context
+    def count_tokens(self, backend: Backend) -> int:
+        """Count the tokens in an optimizer step of all processes."""
+        return self.global_batch_size * self.pairs * self.length * backend.context_parallel_size
 
 
-def loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True) -> list[Loop]:
-    """The loops of a pretrain or sft recipe. Raises CommandError where the global batch does not divide over the processes.
+def plan_loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True) -> list[PlannedLoop]:
+    """Plan the loops of a pretrain or sft recipe.
 
-    `reshard`: as fsdp_reshard_after_forward says.
+    Args:
+        recipe: The recipe.
+        model: The shapes of its model.
+        backend: The processes.
+        cuda: Whether they run on GPUs.
+        reshard: accelerate's fsdp_reshard_after_forward.
+
+    Raises:
+        CommandError: The global batch does not divide over the processes.
     """
-    return loops_of(recipe.config, model, backend, cuda, reshard)
+    return plan_config_loops(recipe.config, model, backend, cuda, reshard)
 
 
-def loops_of(config: Pretrain | Sft, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True) -> list[Loop]:
-    """The same, of what a recipe says."""
+def plan_config_loops(
+    config: PretrainConfig | SftConfig, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True
+) -> list[PlannedLoop]:
+    """Plan the loops of a recipe's config; see plan_loops.
+
+    Args:
+        config: The recipe's config.
+        model: The shapes of its model.
+        backend: The processes.
+        cuda: Whether they run on GPUs.
+        reshard: accelerate's fsdp_reshard_after_forward.
+    """
     training = config.training
-    split = batch_size.split(training.global_batch_size, training.per_device_train_batch_size, backend.readers)
-    asked = Asked(
+    split = batch_size.split_batch(training.global_batch_size, training.per_device_train_batch_size, backend.data_parallel_size)
+    step = StepSpec(
         config=dict(model.config),
         precision=training.precision,
         attn_implementation=config.model.attn_implementation,
-        masked=config.data.packing and config.model.attn_implementation == "sdpa" and backend.context == 1,
-        kernels=_kernels(training),
+        masked=config.data.packing and config.model.attn_implementation == "sdpa" and backend.context_parallel_size == 1,
+        kernels=_list_kernels(training),
         activation_checkpointing=training.activation_checkpointing,
         accumulates=split.accumulation > 1,
-        kind=backend.kind,
-        shards=backend.shards,
+        strategy=backend.strategy,
+        shards=backend.num_shards,
         reshard_after_forward=reshard,
         cuda=cuda,
     )
-    length = config.data.max_length // backend.context
-    if isinstance(config, Pretrain):
+    length = config.data.max_length // backend.context_parallel_size
+    if isinstance(config, PretrainConfig):
         return [
-            Loop(
+            PlannedLoop(
                 phase.name,
                 replace(
-                    asked,
-                    head=_head(config.training),
+                    step,
+                    head=_choose_head(config.training),
                     trainable=tuple(phase.trainable_parameters),
                     new_rows=model.new_tokens,
-                    **_optimizer(optimizer_settings.of_phase(config.training, phase)),
+                    **_get_optimizer_arguments(optimizer_settings.merge_phase_settings(config.training, phase)),
                 ),
                 length,
                 split.per_device,
@@ -80,33 +99,36 @@ def loops_of(config: Pretrain | Sft, model: ModelShape, backend: Backend, cuda: 
             )
             for phase in config.phases
         ]
-    adapted = config.adapter != "none"
-    asked = replace(
-        asked,
+    has_adapter = config.adapter != "none"
+    step = replace(
+        step,
         head="trl",
-        lora=config.lora if adapted else None,
+        lora=config.lora if has_adapter else None,
         quantized=config.adapter == "qlora",
-        reference=config.method == "dpo" and not adapted,
-        **_optimizer(config.training),
+        reference=config.method == "dpo" and not has_adapter,
+        **_get_optimizer_arguments(config.training),
     )
     pairs = 2 if config.method == "dpo" else 1
-    return [Loop(config.method, asked, length, split.per_device * pairs, split.accumulation, training.global_batch_size, pairs)]
+    return [PlannedLoop(config.method, step, length, split.per_device * pairs, split.accumulation, training.global_batch_size, pairs)]
 
 
-def _optimizer(training: Training) -> dict[str, Any]:
+def _get_optimizer_arguments(training: Training) -> dict[str, Any]:
     return {"optim": training.optim, "max_grad_norm": training.max_grad_norm}
 
 
-def _kernels(training: Training) -> tuple[str, ...]:
-    """Liger's kernels that may be in use; those that a model has no place for find none."""
+def _list_kernels(training: Training) -> tuple[str, ...]:
+    """List the Liger kernels that are on.
+
+    A model may lack the layers for some of them.
+    """
     if not training.use_liger_kernel:
         return ()
-    named: Mapping[str, bool] = liger_kernels.choice(training) or {}
-    return tuple(name for name in ("rms_norm", "swiglu", "geglu", "layer_norm") if named.get(name, True))
+    chosen: Mapping[str, bool] = liger_kernels.choose_kernels(training) or {}
+    return tuple(name for name in ("rms_norm", "swiglu", "geglu", "layer_norm") if chosen.get(name, True))
 
 
-def _head(training: Any) -> str:
+def _choose_head(training: Any) -> str:
     if training.fused_linear_cross_entropy == "torch":
         return "torch"
-    named = liger_kernels.choice(training) or {}
-    return "liger" if training.use_liger_kernel and named.get("fused_linear_cross_entropy", True) else "logits"
+    chosen = liger_kernels.choose_kernels(training) or {}
+    return "liger" if training.use_liger_kernel and chosen.get("fused_linear_cross_entropy", True) else "logits"

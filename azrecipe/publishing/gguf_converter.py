@@ -1,11 +1,11 @@
-"""Runs inside llama.cpp's converter, in its Python: tells it how to cut text where it does not recognise a tokenizer.
+"""Run llama.cpp's converter with one more pre-tokenizer.
 
     python gguf_converter.py SCRIPT PRE_TOKENIZER ARCHITECTURE [the script's own arguments]
 
-The converter knows a byte-level BPE by a hash of the ids that it makes of one text, so it knows no vocabulary but those it has
-seen, whatever their split rule, and ends with "BPE pre-tokenizer was not recognized". Its model class for ARCHITECTURE is replaced,
-in its own register of classes, by a subclass that answers PRE_TOKENIZER (llama.cpp's name of the split rule) in that case.
-A script without such a register runs as it is. Imports nothing of azrecipe, which that Python may not have.
+The converter recognises a byte-level BPE by a hash of the ids of one text. It recognises no custom vocabulary, whatever its split
+rule, and ends with "BPE pre-tokenizer was not recognized". This script replaces the converter's model class for ARCHITECTURE, in
+its register of classes, by a subclass that returns PRE_TOKENIZER (llama.cpp's name of the split rule) in that case. A converter
+without such a register runs unchanged. The converter's Python may lack azrecipe, so nothing of it is imported here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from types import ModuleType
 from typing import Any
 
 
-def main(script: str, name: str, architecture: str) -> None:
-    """Load the converter, teach it the one name, and let it do the rest."""
+def run_converter(script: str, pre_tokenizer: str, architecture: str) -> None:
+    """Load the converter, add the pre-tokenizer, and run it."""
     sys.path.insert(0, str(Path(script).parent))
     text = Path(script).read_text(encoding="utf-8", errors="replace")
     if not ("ModelBase" in text and "def main(" in text):
@@ -30,43 +30,46 @@ def main(script: str, name: str, architecture: str) -> None:
     converter = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = converter
     spec.loader.exec_module(converter)
-    known = _class(converter, architecture)
-    if known is not None:
-        converter.ModelBase.register(architecture)(taught(known, name))
+    model_class = _find_model_class(converter, architecture)
+    if model_class is not None:
+        converter.ModelBase.register(architecture)(add_pre_tokenizer(model_class, pre_tokenizer))
     converter.main()
 
 
-def _class(converter: ModuleType, architecture: str) -> Any:
-    """The converter's class for an architecture; None for one it lacks, or a converter that is built otherwise."""
+def _find_model_class(converter: ModuleType, architecture: str) -> Any:
+    """Find the converter's class for an architecture.
+
+    Returns None where it has none, and for a converter without the expected functions.
+    """
     base = getattr(converter, "ModelBase", None)
     find = getattr(converter, "get_model_class", None) or getattr(base, "from_model_architecture", None)
     if base is None or find is None or not hasattr(base, "register"):
         return None
     try:
-        found = find(architecture)
-    except NotImplementedError:  # the converter says so itself, in its own words
+        model_class = find(architecture)
+    except NotImplementedError:  # the converter reports an unknown architecture itself
         return None
-    return found if hasattr(found, "get_vocab_base_pre") else None
+    return model_class if hasattr(model_class, "get_vocab_base_pre") else None
 
 
-def taught(known: Any, name: str) -> Any:
-    """A subclass of a converter's model class that knows one tokenizer more."""
+def add_pre_tokenizer(model_class: Any, pre_tokenizer: str) -> Any:
+    """Return a subclass of a model class with one more pre-tokenizer."""
 
-    class Taught(known):  # type: ignore[misc]
-        model_arch = known.model_arch  # the converter asks every class for one of its own
+    class ExtendedModel(model_class):  # type: ignore[misc]
+        model_arch = model_class.model_arch  # the converter reads it from every class' own attributes
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
-            """llama.cpp's name of the tokenizer's split rule."""
+            """Return llama.cpp's name of the tokenizer's split rule."""
             try:
                 return str(super().get_vocab_base_pre(tokenizer))
             except NotImplementedError:
-                return name
+                return pre_tokenizer
 
-    Taught.__name__ = known.__name__
-    return Taught
+    ExtendedModel.__name__ = model_class.__name__
+    return ExtendedModel
 
 
 if __name__ == "__main__":
-    path, pre_tokenizer, architecture_name = sys.argv[1:4]
-    sys.argv = [path, *sys.argv[4:]]
-    main(path, pre_tokenizer, architecture_name)
+    script_path, pre_tokenizer_name, architecture_name = sys.argv[1:4]
+    sys.argv = [script_path, *sys.argv[4:]]
+    run_converter(script_path, pre_tokenizer_name, architecture_name)

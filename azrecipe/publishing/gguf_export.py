@@ -1,9 +1,10 @@
-"""`azrecipe export`: a model as GGUF. Knows where llama.cpp's converter is, what it needs, and what its failures mean."""
+"""`azrecipe export`: write a model as GGUF with llama.cpp's converter."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -15,86 +16,100 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import DONE, CannotRun, CommandError, Interrupted, RunFailed
+from azrecipe.errors import EXIT_SUCCESS, CannotRun, CommandError, Interrupted, RunFailed
 from azrecipe.publishing import gguf_converter
 from azrecipe.runs import finished_model
-from azrecipe.utils.atomic_files import read_json, whole_file
-from azrecipe.utils.console import say
+from azrecipe.utils.atomic_files import atomic_file, read_json
+from azrecipe.utils.console import print_progress
 
-SCRIPT = "convert_hf_to_gguf.py"
-BYTES: Mapping[str, float] = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.07, "tq1_0": 0.3, "tq2_0": 0.35, "auto": 2}  # a parameter
-UNKNOWN_SPLIT = "pre-tokenizer was not recognized"
-NEEDED = "pip install gguf sentencepiece protobuf"
+CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
+BYTES_PER_PARAMETER: Mapping[str, float] = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.07, "tq1_0": 0.3, "tq2_0": 0.35, "auto": 2}
+UNKNOWN_PRE_TOKENIZER = "pre-tokenizer was not recognized"  # in the converter's output
+INSTALL_COMMAND = "pip install gguf sentencepiece protobuf"
 LLAMA_BPE = "llama-bpe"  # llama.cpp's name of Llama 3's split rule
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Convert, aside, and rename; returns the exit code."""
-    model = finished_model.find(arguments.model)
-    script = _script(arguments.llama_cpp)
-    output = arguments.output or model.beside / f"{model.name.replace('/', '-')}-{arguments.outtype}.gguf"
+def export_gguf(arguments: argparse.Namespace) -> int:
+    """Convert a model to GGUF; return the exit code."""
+    model = finished_model.resolve_model(arguments.model)
+    script = _find_converter(arguments.llama_cpp)
+    output = arguments.output or model.output_dir / f"{model.name.replace('/', '-')}-{arguments.outtype}.gguf"
     if output.exists() and not arguments.force:
-        raise CommandError(f"{output} is there already: --force replaces it, --output gives another name")
+        raise CommandError(f"{output} exists already: --force replaces it, --output gives another name")
     if not output.resolve().parent.is_dir():
         raise CommandError(f"--output: there is no folder {output.resolve().parent}")
-    model = finished_model.fetched(model)
+    model = finished_model.download_model(model)
     _check_disk(model, output, arguments.outtype)
-    split = _split(model)
-    if split.warning:
-        say(split.warning)
-    with whole_file(output.resolve()) as aside:
-        command = _line(script, model, split, ["--outfile", str(aside), "--outtype", arguments.outtype])
-        say(shlex.join(command))
-        _run(command, split)
-        if not aside.is_file() or aside.open("rb").read(4) != b"GGUF":
+    pre_tokenizer = _read_pre_tokenizer(model)
+    if pre_tokenizer.warning:
+        print_progress(pre_tokenizer.warning)
+    with atomic_file(output.resolve()) as tmp:
+        command = _build_command(script, model, pre_tokenizer, ["--outfile", str(tmp), "--outtype", arguments.outtype])
+        print_progress(shlex.join(command))
+        _run_converter(command, pre_tokenizer)
+        if not tmp.is_file() or tmp.open("rb").read(4) != b"GGUF":
             raise RunFailed(f"{script} ended without an error and wrote no GGUF file")
     print(output)
-    return DONE
+    return EXIT_SUCCESS
 
 
-def _script(folder: Path | None) -> Path:
-    """The converter. Raises CannotRun, saying what to install."""
+def _find_converter(folder: Path | None) -> Path:
+    """Find the converter.
+
+    Raises CannotRun, with the commands that install it.
+    """
     if folder is not None:
-        found = folder.expanduser() / SCRIPT
-        if not found.is_file():
-            raise CommandError(f"--llama-cpp: there is no {found}: give a checkout of llama.cpp")
-        return found.resolve()
-    on_path = shutil.which(SCRIPT)
+        script = folder.expanduser() / CONVERTER_SCRIPT
+        if not script.is_file():
+            raise CommandError(f"--llama-cpp: there is no {script}: give a checkout of llama.cpp")
+        return script.resolve()
+    on_path = shutil.which(CONVERTER_SCRIPT)
     if on_path is None:
         raise CannotRun(
-            f"llama.cpp's converter, {SCRIPT}, is not on PATH. Get it, and what it needs:\n"
-            f"  git clone --depth 1 https://github.com/ggml-org/llama.cpp && {NEEDED}\n"
+            f"llama.cpp's converter, {CONVERTER_SCRIPT}, is not on PATH. Install it and its packages:\n"
+            f"  git clone --depth 1 https://github.com/ggml-org/llama.cpp && {INSTALL_COMMAND}\n"
             "  azrecipe export … --llama-cpp llama.cpp"
         )
     return Path(on_path).resolve()
 
 
-def _line(script: Path, model: finished_model.Finished, split: Split, options: Sequence[str]) -> list[str]:
-    """The command: the converter as it is, or with the split rule's name told to it."""
-    own = [*options, model.path]
-    python = _python(script)
+def _build_command(script: Path, model: finished_model.FinishedModel, pre_tokenizer: PreTokenizerInfo, options: Sequence[str]) -> list[str]:
+    """Build the converter's command, with the pre-tokenizer if it has a name."""
+    arguments = [*options, model.path]
+    python = _find_interpreter(script)
     if python is None:
-        return [str(script), *own]
-    if split.name is None:
-        return [*python, str(script), *own]
-    return [*python, str(Path(gguf_converter.__file__).resolve()), str(script), split.name, split.architecture, *own]
+        return [str(script), *arguments]
+    if pre_tokenizer.name is None:
+        return [*python, str(script), *arguments]
+    wrapper = str(Path(gguf_converter.__file__).resolve())
+    return [*python, wrapper, str(script), pre_tokenizer.name, pre_tokenizer.architecture, *arguments]
 
 
-def _python(script: Path) -> list[str] | None:
-    """The Python that a script asks for in its first line: an installed one may bring its own. This one for `env python`, None for none."""
+def _find_interpreter(script: Path) -> list[str] | None:
+    """Find the Python interpreter that a script's first line names.
+
+    An installed script may have its own. Returns this interpreter for `env python` and no first line, None for another language.
+    """
     with script.open("rb") as file:
-        first = file.readline(500).decode(errors="replace").strip()
-    if not first.startswith("#!"):
+        first_line = file.readline(500).decode(errors="replace").strip()
+    if not first_line.startswith("#!"):
         return [sys.executable]
-    words = shlex.split(first[2:])
+    words = shlex.split(first_line[2:])
     if not any("python" in Path(word).name for word in words):
         return None
     return [sys.executable] if Path(words[0]).name == "env" else words
 
 
 @dataclass(frozen=True)
-class Split:
-    """How a tokenizer cuts text, as far as llama.cpp is concerned. `name`: llama.cpp's, or None where the converter has to know."""
+class PreTokenizerInfo:
+    """A model's pre-tokenizer, as llama.cpp sees it.
+
+    Attributes:
+        name: llama.cpp's name of it; None where the converter must recognise it.
+        architecture: The model's architecture in config.json.
+        rule: Its split rule, for messages.
+        warning: How llama.cpp tokenizes differently; empty where it does not.
+    """
 
     name: str | None
     architecture: str
@@ -102,101 +117,108 @@ class Split:
     warning: str = ""
 
 
-def _split(model: finished_model.Finished) -> Split:
-    """Look at tokenizer.json. Llama 3's rule, which custom vocabularies have too, is llama-bpe whatever the tokens are."""
+def _read_pre_tokenizer(model: finished_model.FinishedModel) -> PreTokenizerInfo:
+    """Read the pre-tokenizer from tokenizer.json.
+
+    Llama 3's split rule is llama-bpe, whatever the vocabulary; custom vocabularies use it too.
+    """
     from azrecipe.tokenization.tokenizer import LLAMA3_SPLIT
 
     data: dict[str, Any] = read_json(Path(model.path) / "tokenizer.json") or {}
-    architecture = (finished_model.settings(model).get("architectures") or ["LlamaForCausalLM"])[0]
-    pre = data.get("pre_tokenizer") or {}
-    parts = pre.get("pretokenizers") or [pre]
+    architecture = (finished_model.read_model_config(model).get("architectures") or ["LlamaForCausalLM"])[0]
+    settings = data.get("pre_tokenizer") or {}
+    parts = settings.get("pretokenizers") or [settings]
     rules = [part.get("pattern", {}).get("Regex", "") for part in parts if part.get("type") == "Split"]
-    rule = rules[0] if rules else json.dumps(pre, ensure_ascii=False)
-    byte_level = any(part.get("type") == "ByteLevel" for part in parts)
-    if rules != [LLAMA3_SPLIT] or not byte_level or data.get("normalizer"):
-        return Split(None, architecture, rule)
+    rule = rules[0] if rules else json.dumps(settings, ensure_ascii=False)
+    is_byte_level = any(part.get("type") == "ByteLevel" for part in parts)
+    if rules != [LLAMA3_SPLIT] or not is_byte_level or data.get("normalizer"):
+        return PreTokenizerInfo(None, architecture, rule)
     if data["model"].get("ignore_merges"):
-        return Split(LLAMA_BPE, architecture, rule)
-    return Split(LLAMA_BPE, architecture, rule, _whole_words(model))
+        return PreTokenizerInfo(LLAMA_BPE, architecture, rule)
+    return PreTokenizerInfo(LLAMA_BPE, architecture, rule, _warn_about_merges(model))
 
 
-def _whole_words(model: finished_model.Finished) -> str:
-    """What is different for a tokenizer without ignore_merges: llama.cpp takes a word that is a token whole, always."""
+def _warn_about_merges(model: finished_model.FinishedModel) -> str:
+    """Return a warning for a tokenizer without ignore_merges, or "".
+
+    llama.cpp never splits a word that is a token.
+    """
     from tokenizers import Tokenizer
 
     bpe = Tokenizer.from_file(str(Path(model.path) / "tokenizer.json"))
-    added = {token.content for token in bpe.get_added_tokens_decoder().values()}
-    unreached = [token for token in bpe.get_vocab() if token not in added and len(bpe.model.tokenize(token)) != 1]
-    if not unreached:
+    added_tokens = {token.content for token in bpe.get_added_tokens_decoder().values()}
+    split_words = [token for token in bpe.get_vocab() if token not in added_tokens and len(bpe.model.tokenize(token)) != 1]
+    if not split_words:
         return ""
-    return f"llama.cpp takes a word that is a token whole, and this tokenizer cuts {len(unreached):,} such words by its merges: they are read otherwise there"
+    return f"llama.cpp never splits a word that is a token. This tokenizer's merges cut {len(split_words):,} such words, so llama.cpp tokenizes them differently"
 
 
-def _check_disk(model: finished_model.Finished, output: Path, outtype: str) -> None:
+def _check_disk(model: finished_model.FinishedModel, output: Path, outtype: str) -> None:
     from safetensors import safe_open
 
-    parameters = 0
+    num_parameters = 0
     for file in Path(model.path).glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                size = 1
-                for length in opened.get_slice(name).get_shape():
-                    size *= length
-                parameters += size
-    needed, free = round(parameters * BYTES[outtype]), shutil.disk_usage(output.resolve().parent).free
+        with safe_open(file, "pt") as tensors:
+            num_parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - no mapping
+    needed, free = round(num_parameters * BYTES_PER_PARAMETER[outtype]), shutil.disk_usage(output.resolve().parent).free
     if needed > free:
         raise CannotRun(f"{output} needs about {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free: --output on another one")
 
 
-def _run(command: Sequence[str], split: Split) -> None:
-    """Run the converter, its lines passed on to stderr. Raises RunFailed or CannotRun, with what to do, where it does not end well."""
-    last: deque[str] = deque(maxlen=60)
+def _run_converter(command: Sequence[str], pre_tokenizer: PreTokenizerInfo) -> None:
+    """Run the converter, and pass its output on to stderr.
+
+    Raises RunFailed or CannotRun, with advice, where it fails.
+    """
+    last_lines: deque[str] = deque(maxlen=60)
     try:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
     except OSError as error:
         raise CannotRun(f"{command[0]} cannot be started: {error.strerror}") from None
-    before = signal.signal(signal.SIGTERM, _terminated)
+    old_handler = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         assert child.stdout is not None
         for line in child.stdout:
-            last.append(line.rstrip())
+            last_lines.append(line.rstrip())
             sys.stderr.write(line)
         code = child.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, old_handler)
         if child.poll() is None:
             child.terminate()
             child.wait()
     if code != 0:
-        _explain(code, list(last), split)
+        _raise_converter_error(code, list(last_lines), pre_tokenizer)
 
 
-def _terminated(number: int, _frame: Any) -> None:
+def _raise_terminated(number: int, _frame: Any) -> None:
     raise Interrupted("interrupted; nothing was written", 128 + number)
 
 
-def _explain(code: int, last: Sequence[str], split: Split) -> None:
-    text = "\n".join(last)
-    if UNKNOWN_SPLIT in text and split.name is None:
+def _raise_converter_error(code: int, last_lines: Sequence[str], pre_tokenizer: PreTokenizerInfo) -> None:
+    output = "\n".join(last_lines)
+    if UNKNOWN_PRE_TOKENIZER in output and pre_tokenizer.name is None:
         raise RunFailed(
-            "llama.cpp does not know how this tokenizer cuts text, so its GGUF would read other tokens than the model was trained on.\n"
-            f"  Its split rule: {split.rule}\n"
+            "llama.cpp does not know how this tokenizer cuts text, so its GGUF would give other tokens than the model was trained on.\n"
+            f"  Its split rule: {pre_tokenizer.rule}\n"
             "  llama.cpp has the rules of the tokenizers in its convert_hf_to_gguf_update.py only. A custom tokenizer with pre_tokenizer: base\n"
             "  or llama3 on a Llama 3 base is one of them; split_apostrophe_suffixes and keep_apostrophe_suffixes are not. Serve the model with\n"
             "  azrecipe serve, or train with a tokenizer whose rule llama.cpp has"
         )
-    if UNKNOWN_SPLIT in text:
+    if UNKNOWN_PRE_TOKENIZER in output:
         raise RunFailed(
-            f"the converter does not take the name {split.name} for this tokenizer: it is built otherwise than azrecipe knows. Another version of\n"
-            "  llama.cpp may do; or add the hash that it printed to get_vocab_base_pre in your checkout, with "
-            f'res = "{split.name}"'
+            f"the converter does not take the name {pre_tokenizer.name} for this tokenizer: azrecipe does not know this version of it. Another version of\n"
+            "  llama.cpp may work; or add the hash that it printed to get_vocab_base_pre in your checkout, with "
+            f'res = "{pre_tokenizer.name}"'
         )
-    lacking = next((line for line in reversed(last) if line.startswith("ModuleNotFoundError")), None)
-    if lacking is not None:
-        raise CannotRun(f"the converter lacks a package ({lacking.partition(': ')[2]}): {NEEDED}")
+    missing_module = next((line for line in reversed(last_lines) if line.startswith("ModuleNotFoundError")), None)
+    if missing_module is not None:
+        raise CannotRun(f"the converter needs a package that is missing ({missing_module.partition(': ')[2]}): {INSTALL_COMMAND}")
     if code < 0:
         name = signal.Signals(-code).name
         raise RunFailed(f"the converter was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; nothing was written")
-    raise RunFailed(f"the converter failed (exit code {code}): {last[-1] if last else 'it said nothing'}; nothing was written")
+    raise RunFailed(
+        f"the converter failed (exit code {code}): {last_lines[-1] if last_lines else 'it printed nothing'}; nothing was written"
+    )

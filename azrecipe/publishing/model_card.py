@@ -1,4 +1,4 @@
-"""The model card: what a run directory knows, written for someone who finds the model on the hub. Nothing in it is made up here."""
+"""Render the model card from the records of a model's runs."""
 
 from __future__ import annotations
 
@@ -8,134 +8,143 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from azrecipe.publishing.licenses import Terms
+from azrecipe.publishing.licenses import LicenseTerms
 from azrecipe.recipe.to_yaml import to_yaml
-from azrecipe.runs import lineage
-from azrecipe.runs.lineage import Lineage, Measured, Step
+from azrecipe.runs.lineage import Lineage, ModelEvaluation
+from azrecipe.runs.reader import RunRecord
 from azrecipe.utils.paths import is_local_data, is_s3
 
 UNKNOWN = "unknown"
-# Keys of `training` that say how often something is looked at or kept, and nothing about the weights.
-_NOT_SHOWN = ("report_to", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "profile", "per_device_eval_batch_size")
+# Keys of `training` that do not change the weights.
+_HIDDEN_KEYS = ("report_to", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "profile", "per_device_eval_batch_size")
 _TITLES = {"bpb": "Bits per byte", "fertility": "Fertility", "bytes_per_token": "Bytes per token"}
 _METRICS = {"bpb": "bits_per_byte", "held_out_loss": "loss"}
-_FLORES = re.compile(r"([a-z]{3})_[A-Z][a-z]{3}")  # a corpus named as FineWeb-2 names them
-_WIKIPEDIA = re.compile(r"\d{8}\.([a-z]{2,3})")
+_FLORES = re.compile(r"([a-z]{3})_[A-Z][a-z]{3}")  # FineWeb-2's names of its subsets
+_WIKIPEDIA = re.compile(r"\d{8}\.([a-z]{2,3})")  # of wikimedia/wikipedia
 
 
 @dataclass(frozen=True)
-class About:
-    """What a user says about the model, beside what the run knows."""
+class CardSettings:
+    """What the command line says about the model."""
 
     repo_id: str
     license: str | None
     data_license: str | None
     languages: Sequence[str]
-    chats: bool = False  # whether the model has a chat template
+    has_chat_template: bool = False
 
 
-def languages(line: Lineage) -> list[str]:
-    """ISO 639 codes that the names of the corpora tell, most of the text first; empty where they tell none."""
-    found: dict[str, None] = {}
-    for source in (s for step in line.steps for s in step.recipe.get("data", {}).get("datasets", [])):
+def list_languages(lineage: Lineage) -> list[str]:
+    """List the ISO 639 codes in the names of the data."""
+    codes: dict[str, None] = {}
+    for source in (s for step in lineage.runs for s in step.recipe.get("data", {}).get("datasets", [])):
         match = _FLORES.fullmatch(str(source.get("name"))) or _WIKIPEDIA.fullmatch(str(source.get("name")))
         if match:
-            found[match.group(1)] = None
-    return list(found)
+            codes[match.group(1)] = None
+    return list(codes)
 
 
-def text(line: Lineage, evaluations: Sequence[Measured], about: About, terms: Terms | None) -> str:
-    """The whole README.md: metadata for the hub, then the card."""
+def render_card(lineage: Lineage, evaluations: Sequence[ModelEvaluation], settings: CardSettings, terms: LicenseTerms | None) -> str:
+    """Render README.md: the hub's metadata, then the card.
+
+    Args:
+        lineage: The runs that trained the model.
+        evaluations: Its evaluations.
+        settings: What the command line says about it.
+        terms: The terms of its base's licence, if that is a Llama's.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
-    name = about.repo_id.rsplit("/", 1)[-1]
-    results = list(_results(line, evaluations))
-    stages = {step.stage for step in line.steps}
+    name = settings.repo_id.rsplit("/", 1)[-1]
+    results = list(_iter_model_index(lineage, evaluations))
+    stages = {step.stage for step in lineage.runs}
     data = ModelCardData(
-        language=list(about.languages) or None,
-        license=about.license,
+        language=list(settings.languages) or None,
+        license=settings.license,
         license_link=terms.url if terms else None,
-        base_model=line.hub_base,
+        base_model=lineage.hub_base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["azrecipe", *(["continued-pretraining"] if "pretrain" in stages else []), *_tuned(line)],
-        datasets=sorted({source["path"] for step in line.steps for source in _sources(step) if _on_hub(source)}) or None,
+        tags=["azrecipe", *(["continued-pretraining"] if "pretrain" in stages else []), *_list_tuning_tags(lineage)],
+        datasets=sorted({source["path"] for step in lineage.runs for source in _list_sources(step) if _is_on_hub(source)}) or None,
         eval_results=results or None,
         model_name=name if results else None,
     )
-    body = "\n\n".join(part for part in _parts(line, evaluations, about, terms) if part)
+    body = "\n\n".join(part for part in _iter_sections(lineage, evaluations, settings, terms) if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n"))
 
 
-def _parts(line: Lineage, evaluations: Sequence[Measured], about: About, terms: Terms | None) -> Iterator[str]:
+def _iter_sections(
+    lineage: Lineage, evaluations: Sequence[ModelEvaluation], settings: CardSettings, terms: LicenseTerms | None
+) -> Iterator[str]:
     if terms is not None and terms.built_with:
         yield f"**{terms.built_with}**"
-    yield _intro(line)
-    yield _use(about)
-    if line.steps:
-        yield "## How it was made\n\n" + "\n\n".join(_made(step) for step in line.steps)
-        yield _data(line, about)
-        yield "## Hyperparameters\n\n" + "\n\n".join(map(_hyperparameters, line.steps))
-        yield "## Measured\n\n" + (_measured(line, evaluations) or "Nothing was measured.")
-        yield _environment(line)
-    yield _limits(line, evaluations)
-    yield _licence(about, terms)
+    yield _render_intro(lineage)
+    yield _render_usage(settings)
+    if lineage.runs:
+        yield "## Training steps\n\n" + "\n\n".join(_render_step(step) for step in lineage.runs)
+        yield _render_data(lineage, settings)
+        yield "## Hyperparameters\n\n" + "\n\n".join(map(_render_hyperparameters, lineage.runs))
+        yield "## Measured\n\n" + (_render_evaluation(lineage, evaluations) or "Nothing was measured.")
+        yield _render_environment(lineage)
+    yield _render_limits(lineage, evaluations)
+    yield _render_license(settings, terms)
 
 
-def _intro(line: Lineage) -> str:
-    if not line.steps:
+def _render_intro(lineage: Lineage) -> str:
+    if not lineage.runs:
         return "Nothing is recorded about how this model was made."
-    last = line.steps[-1]
-    described = str(last.recipe.get("description") or "")
-    if line.lost:
-        began = f"What came before `{line.steps[0].name}` is not recorded: the run `{line.lost}` that it took its model from is no longer there."
-    elif line.hub_base:
-        began = f"It began as [{line.hub_base}](https://huggingface.co/{line.hub_base})."
-    elif line.base:
-        began = f"It began as a model in a local folder, `{Path(line.base).name}`."
+    last = lineage.runs[-1]
+    description = str(last.recipe.get("description") or "")
+    if lineage.missing_run:
+        origin = f"The steps before `{lineage.runs[0].name}` are not recorded: its model came from the run `{lineage.missing_run}`, which is no longer there."
+    elif lineage.hub_base:
+        origin = f"It was trained from [{lineage.hub_base}](https://huggingface.co/{lineage.hub_base})."
+    elif lineage.base:
+        origin = f"It was trained from a model in a local folder, `{Path(lineage.base).name}`."
     else:
-        began = "It was trained from nothing: no base model."
+        origin = "It was trained from scratch, without a base model."
     size = last.result.get("parameters")
-    return " ".join(part for part in (described, began, f"It has {size:,} parameters." if size else "") if part)
+    return " ".join(part for part in (description, origin, f"It has {size:,} parameters." if size else "") if part)
 
 
-def _use(about: About) -> str:
+def _render_usage(settings: CardSettings) -> str:
     prompt = (
         'ids = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)'
-        if about.chats
+        if settings.has_chat_template
         else 'ids = tokenizer("…", return_tensors="pt")'
     )
     note = (
-        "It answers messages and ends by itself at the end of its turn."
-        if about.chats
-        else "It continues text; it has not been taught to answer."
+        "It answers messages, and stops at the end of its turn."
+        if settings.has_chat_template
+        else "It continues text. It was not trained to answer."
     )
     return (
         f"## How to use\n\n{note}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{about.repo_id}")\nmodel = AutoModelForCausalLM.from_pretrained("{about.repo_id}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{settings.repo_id}")\nmodel = AutoModelForCausalLM.from_pretrained("{settings.repo_id}")\n'
         f'{prompt}\noutput = model.generate(**ids, max_new_tokens=128)\nprint(tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))\n```'
     )
 
 
-def _made(step: Step) -> str:
-    """One step: its phases, or its conversations and adapter."""
-    head = f"**{step.name}** (`{step.stage}`). {step.recipe.get('description') or ''}".strip()
+def _render_step(step: RunRecord) -> str:
+    """Render a step: its phases, or its conversations and adapter."""
+    title = f"**{step.name}** (`{step.stage}`). {step.recipe.get('description') or ''}".strip()
     result = step.result
     if step.stage == "pretrain":
         trainable = {phase["name"]: ", ".join(phase["trainable_parameters"]) for phase in step.recipe["phases"]}
         rows = [
-            [name, trainable.get(name, ""), f"{done.get('trainable_parameters', 0):,}", f"{done['learning_rate']:g}", f"{done['steps']:,}",
-             f"{done['tokens']:,}", f"{done['bytes']:,}"]
-            for name, done in result["phases"].items()
+            [name, trainable.get(name, ""), f"{phase.get('trainable_parameters', 0):,}", f"{phase['learning_rate']:g}", f"{phase['steps']:,}",
+             f"{phase['tokens']:,}", f"{phase['bytes']:,}"]
+            for name, phase in result["phases"].items()
         ]  # fmt: skip
-        changed: Mapping[str, Any] = result.get("vocabulary") or {}
+        swap: Mapping[str, Any] = result.get("vocabulary") or {}
         vocabulary = ""
-        if changed.get("old_size") != changed.get("new_size"):
+        if swap.get("old_size") != swap.get("new_size"):
             method = step.recipe["tokenizer"]["new_embeddings"]
-            vocabulary = f"\n\nThe vocabulary was changed from {changed['old_size']:,} to {changed['new_size']:,} tokens; new embeddings began by `{method}`."
-        heads = ["phase", "trained", "parameters trained", "learning rate", "steps", "tokens", "bytes of text"]
-        return f"{head}\n\n{_table(heads, rows)}{vocabulary}"
-    data, lora, happened = result["data"], step.recipe.get("lora"), result["training"]
+            vocabulary = f"\n\nThe vocabulary was changed from {swap['old_size']:,} to {swap['new_size']:,} tokens; new embeddings were initialized by `{method}`."
+        columns = ["phase", "trained", "parameters trained", "learning rate", "steps", "tokens", "bytes of text"]
+        return f"{title}\n\n{_render_table(columns, rows)}{vocabulary}"
+    data, lora, training = result["data"], step.recipe.get("lora"), result["training"]
     adapter = step.recipe.get("adapter", "lora")
     quantized = " on a base in 4 bits" if adapter == "qlora" else ""
     kind = (
@@ -143,158 +152,172 @@ def _made(step: Step) -> str:
         if lora and adapter != "none"
         else "All weights were trained"
     )
-    if _preferences(step):
+    if _uses_preferences(step):
         kind = f"Direct preference optimization (beta {step.recipe['dpo']['beta']:g}, {step.recipe['dpo']['loss_type']}). {kind}"
-    counts = {"train": "preferences learned from" if _preferences(step) else "conversations learned from", "trained_tokens": "trained tokens", "held_out": "held out", "duplicates": "duplicates left out",
-              "dropped": "left out for want of a trained token", "truncated": "cut to the longest length"}  # fmt: skip
-    told = ", ".join(f"{data[key]:,} {meaning}" for key, meaning in counts.items() if key in data)
-    return f"{head}\n\n{kind}. {told}. {happened['epochs']:g} epochs, {happened['steps']:,} steps."
+    counts = {"train": "preferences to train on" if _uses_preferences(step) else "conversations to train on", "trained_tokens": "trained tokens", "held_out": "held out", "duplicates": "duplicates left out",
+              "dropped": "left out without a trained token", "truncated": "cut to the longest length"}  # fmt: skip
+    amounts = ", ".join(f"{data[key]:,} {meaning}" for key, meaning in counts.items() if key in data)
+    return f"{title}\n\n{kind}. {amounts}. {training['epochs']:g} epochs, {training['steps']:,} steps."
 
 
-def _preferences(step: Step) -> bool:
+def _uses_preferences(step: RunRecord) -> bool:
     return step.stage == "sft" and step.recipe.get("method") == "dpo"
 
 
-def _tuned(line: Lineage) -> list[str]:
-    """The hub's tags for the ways in which a model was tuned."""
-    steps = [step for step in line.steps if step.stage == "sft"]
-    tags = [tag for step in steps for tag in ("dpo" if _preferences(step) else "sft", step.recipe.get("adapter", "lora"))]
+def _list_tuning_tags(lineage: Lineage) -> list[str]:
+    """List the hub's tags for how a model was tuned."""
+    steps = [step for step in lineage.runs if step.stage == "sft"]
+    tags = [tag for step in steps for tag in ("dpo" if _uses_preferences(step) else "sft", step.recipe.get("adapter", "lora"))]
     return list(dict.fromkeys(tag for tag in tags if tag != "none"))
 
 
-def _sources(step: Step) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = step.recipe.get("data", {}).get("datasets", [])
-    return found
+def _list_sources(step: RunRecord) -> list[Mapping[str, Any]]:
+    sources: list[Mapping[str, Any]] = step.recipe.get("data", {}).get("datasets", [])
+    return sources
 
 
-def _on_hub(source: Mapping[str, Any]) -> bool:
+def _is_on_hub(source: Mapping[str, Any]) -> bool:
     return not is_local_data(source["path"]) and not is_s3(source["path"])
 
 
-def _shown(source: Mapping[str, Any]) -> str:
-    """A source's name; of files here, no more of their path than what stands inside the working folder."""
+def _format_source(source: Mapping[str, Any]) -> str:
+    """Format a source's name, without private parts of local paths."""
     path = str(source["path"])
-    if _on_hub(source):
+    if _is_on_hub(source):
         parts = [f"[{path}](https://huggingface.co/datasets/{path})", source.get("name"), source.get("split")]
         return " ".join(str(part) for part in parts if part)
-    inside = not is_s3(path) and not path.startswith(("/", "~", "../"))
-    return f"`{path.removeprefix('./') if inside else '/'.join(Path(path).parts[-2 if '*' in Path(path).name else -1 :])}` (files)"
+    is_relative = not is_s3(path) and not path.startswith(("/", "~", "../"))
+    return f"`{path.removeprefix('./') if is_relative else '/'.join(Path(path).parts[-2 if '*' in Path(path).name else -1 :])}` (files)"
 
 
-def _data(line: Lineage, about: About) -> str:
+def _render_data(lineage: Lineage, settings: CardSettings) -> str:
     rows = []
-    for step in line.steps:
+    for step in lineage.runs:
         numbers = step.result.get("data") if step.stage == "pretrain" else step.result.get("training", {}).get("sources")
-        for i, source in enumerate(_sources(step)):
-            own = numbers[i] if isinstance(numbers, list) and i < len(numbers) else {}
-            share = f"{own['share']:.1%}" if "share" in own else "–"
-            epochs = f"{own['epochs']:g}" if "epochs" in own else f"{step.result['training']['epochs']:g}" if step.stage == "sft" else "–"
-            sizes = [f"{own[key]:,}" if key in own else "–" for key in ("documents" if step.stage == "pretrain" else "rows", "bytes")]
-            rows.append([step.name, _shown(source), share, epochs, *sizes, about.data_license or UNKNOWN])
-    notes = "A share is of the bytes of text read in a step; epochs count how often its documents were gone through." + (
-        "" if about.data_license else " The licences of the data are not recorded."
+        for i, source in enumerate(_list_sources(step)):
+            source_numbers = numbers[i] if isinstance(numbers, list) and i < len(numbers) else {}
+            share = f"{source_numbers['share']:.1%}" if "share" in source_numbers else "–"
+            epochs = (
+                f"{source_numbers['epochs']:g}"
+                if "epochs" in source_numbers
+                else f"{step.result['training']['epochs']:g}"
+                if step.stage == "sft"
+                else "–"
+            )
+            sizes = [
+                f"{source_numbers[key]:,}" if key in source_numbers else "–"
+                for key in ("documents" if step.stage == "pretrain" else "rows", "bytes")
+            ]
+            rows.append([step.name, _format_source(source), share, epochs, *sizes, settings.data_license or UNKNOWN])
+    notes = "A share is of the bytes of text read in a step; epochs count how often its documents were read." + (
+        "" if settings.data_license else " The licences of the data are not recorded."
     )
-    return f"## Data\n\n{_table(['step', 'source', 'share', 'epochs', 'documents', 'bytes', 'licence'], rows)}\n\n{notes}"
+    return f"## Data\n\n{_render_table(['step', 'source', 'share', 'epochs', 'documents', 'bytes', 'licence'], rows)}\n\n{notes}"
 
 
-def _hyperparameters(step: Step) -> str:
+def _render_hyperparameters(step: RunRecord) -> str:
     recipe = step.recipe
-    shown = {key: value for key, value in recipe["training"].items() if key not in _NOT_SHOWN and not _path(value)}
-    whole: dict[str, Any] = {"seed": recipe.get("seed"), "max_length": recipe["data"].get("max_length")}
+    training = {key: value for key, value in recipe["training"].items() if key not in _HIDDEN_KEYS and not _is_local_path(value)}
+    parts: dict[str, Any] = {"seed": recipe.get("seed"), "max_length": recipe["data"].get("max_length")}
     if "phases" in recipe:
-        whole["phases"] = recipe["phases"]
-    methods = (
+        parts["phases"] = recipe["phases"]
+    keys = (
         "method",
         "adapter",
         "chat_template",
         *(["lora"] if recipe.get("adapter") != "none" else []),
-        *(["dpo"] if _preferences(step) else []),
+        *(["dpo"] if _uses_preferences(step) else []),
     )
-    for key in methods:
-        if key in recipe and not _path(recipe[key]):
-            whole[key] = recipe[key]
-    return f"{step.name}:\n\n```yaml\n{to_yaml({**whole, 'training': shown})}```"
+    for key in keys:
+        if key in recipe and not _is_local_path(recipe[key]):
+            parts[key] = recipe[key]
+    return f"{step.name}:\n\n```yaml\n{to_yaml({**parts, 'training': training})}```"
 
 
-def _path(value: Any) -> bool:
-    """Whether a value is, or holds, the path of something on the machine that trained."""
+def _is_local_path(value: Any) -> bool:
+    """Whether a value is or contains a local path."""
     if isinstance(value, Mapping):
-        return any(map(_path, value.values()))
+        return any(map(_is_local_path, value.values()))
     return isinstance(value, str) and value.startswith(("/", "./", "../", "~"))
 
 
-def _measured(line: Lineage, evaluations: Sequence[Measured]) -> str:
-    """Each evaluation's table, then what the last step measured by itself; every number with how it was computed."""
-    found = []
+def _render_evaluation(lineage: Lineage, evaluations: Sequence[ModelEvaluation]) -> str:
+    """Render the evaluations, and what the last step measured.
+
+    Each number has its definition.
+    """
+    paragraphs = []
     for evaluation in evaluations:
-        result = evaluation.step.result
+        result = evaluation.run.result
         sizes = "; ".join(
             f"{name}: {size.get('documents', 0):,} documents, {size.get('bytes', 0):,} bytes"
             for name, size in result.get("validation", {}).items()
         )
-        found.append(f"All models on the same held-out text ({sizes}). `{evaluation.name}` is this model.")
-        for key in _measures(result["models"][evaluation.name]):
-            sets = list(result["models"][evaluation.name][key])
-            rows = [[name, *(_number(model.get(key, {}).get(one)) for one in sets)] for name, model in result["models"].items()]
+        paragraphs.append(f"All models on the same held-out text ({sizes}). `{evaluation.model_name}` is this model.")
+        for key in _list_measures(result["models"][evaluation.model_name]):
+            columns = list(result["models"][evaluation.model_name][key])
+            rows = [
+                [name, *(_format_measure(model.get(key, {}).get(column)) for column in columns)] for name, model in result["models"].items()
+            ]
             meaning = result.get("definitions", {}).get(key)
-            found.append(f"{_TITLES.get(key, key)}{f' ({meaning})' if meaning else ''}:\n\n{_table(['model', *sets], rows)}")
-    last = line.steps[-1]
+            paragraphs.append(f"{_TITLES.get(key, key)}{f' ({meaning})' if meaning else ''}:\n\n{_render_table(['model', *columns], rows)}")
+    last = lineage.runs[-1]
     if last.stage == "sft" and (loss := last.result.get("held_out_loss")):
         meaning = last.result["definitions"]["held_out_loss"]
-        found.append(
-            f"Loss on {last.result['data']['held_out']:,} held-out conversations ({meaning}): {_number(loss['before'])} before, {_number(loss['after'])} after instruction tuning."
+        paragraphs.append(
+            f"Loss on {last.result['data']['held_out']:,} held-out conversations ({meaning}): {_format_measure(loss['before'])} before, {_format_measure(loss['after'])} after instruction tuning."
         )
-    elif _preferences(last) and last.result["held_out_accuracy"]["after"] is not None:
+    elif _uses_preferences(last) and last.result["held_out_accuracy"]["after"] is not None:
         share, meaning = last.result["held_out_accuracy"], last.result["definitions"]["held_out_accuracy"]
         pairs = f"{last.result['data']['held_out']:,} held-out preferences"
-        found.append(f"On {pairs} ({meaning}): {_number(share['before'])} before, {_number(share['after'])} after.")
+        paragraphs.append(f"On {pairs} ({meaning}): {_format_measure(share['before'])} before, {_format_measure(share['after'])} after.")
     elif last.stage == "pretrain" and not evaluations:
         bpb = last.result["bpb"]
-        sets = list(next(iter(bpb.values()), {}))
-        rows = [[point, *(_number(values.get(one)) for one in sets)] for point, values in bpb.items()]
-        found.append(f"Bits per byte ({last.result['definitions']['bpb']}):\n\n{_table(['after', *sets], rows)}")
-    return "\n\n".join(found)
+        columns = list(next(iter(bpb.values()), {}))
+        rows = [[point, *(_format_measure(values.get(column)) for column in columns)] for point, values in bpb.items()]
+        paragraphs.append(f"Bits per byte ({last.result['definitions']['bpb']}):\n\n{_render_table(['after', *columns], rows)}")
+    return "\n\n".join(paragraphs)
 
 
-def _measures(model: Mapping[str, Any]) -> list[str]:
-    """The measures of an evaluated model: a number for each of several sets or tasks."""
+def _list_measures(model: Mapping[str, Any]) -> list[str]:
+    """List a model's measures: numbers by set or task."""
     return [
         key
         for key, value in model.items()
-        if isinstance(value, Mapping) and value and all(_value(one) is not None for one in value.values())
+        if isinstance(value, Mapping) and value and all(_get_value(measure) is not None for measure in value.values())
     ]
 
 
-def _value(measure: Any) -> float | None:
-    """A measure's number, with or without its interval."""
+def _get_value(measure: Any) -> float | None:
+    """Return the number of a measure, which may have an interval."""
     value = measure.get("value") if isinstance(measure, Mapping) else measure
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _number(measure: Any) -> str:
-    value = _value(measure)
+def _format_measure(measure: Any) -> str:
+    value = _get_value(measure)
     if value is None:
         return "–"
     interval = measure.get("interval") if isinstance(measure, Mapping) else None
     return f"{value:.3f}" + (f" [{interval[0]:.3f}–{interval[1]:.3f}]" if interval else "")
 
 
-def _results(line: Lineage, evaluations: Sequence[Measured]) -> Iterator[Any]:
-    """The same numbers for the hub's model-index: this model's only."""
+def _iter_model_index(lineage: Lineage, evaluations: Sequence[ModelEvaluation]) -> Iterator[Any]:
+    """Yield this model's numbers for the hub's model-index."""
     from huggingface_hub import EvalResult
 
     for evaluation in evaluations:
-        model = evaluation.step.result["models"][evaluation.name]
-        sources = evaluation.step.recipe.get("data", {}).get("validation", {})
-        for key in _measures(model):
+        model = evaluation.run.result["models"][evaluation.model_name]
+        sources = evaluation.run.recipe.get("data", {}).get("validation", {})
+        for key in _list_measures(model):
             for name, measure in model[key].items():
                 source = sources.get(name) or {"path": "./"}
-                kind = {"dataset_type": source["path"], "dataset_config": source.get("name"), "dataset_split": source.get("split")}
+                dataset = {"dataset_type": source["path"], "dataset_config": source.get("name"), "dataset_split": source.get("split")}
                 yield EvalResult(
-                    task_type="text-generation", dataset_name=name, metric_type=_METRICS.get(key, key), metric_value=_value(measure),
-                    metric_name=_TITLES.get(key, key), **(kind if _on_hub(source) else {"dataset_type": f"{evaluation.step.name}/{name}"}),
+                    task_type="text-generation", dataset_name=name, metric_type=_METRICS.get(key, key), metric_value=_get_value(measure),
+                    metric_name=_TITLES.get(key, key), **(dataset if _is_on_hub(source) else {"dataset_type": f"{evaluation.run.name}/{name}"}),
                 )  # fmt: skip
-    last = line.steps[-1] if line.steps else None
+    last = lineage.runs[-1] if lineage.runs else None
     if last is not None and last.stage == "sft" and (last.result.get("held_out_loss") or {}).get("after") is not None:
         yield EvalResult(
             task_type="text-generation", dataset_type="held-out-conversations", dataset_name="held-out conversations",
@@ -302,50 +325,45 @@ def _results(line: Lineage, evaluations: Sequence[Measured]) -> Iterator[Any]:
         )  # fmt: skip
 
 
-def _environment(line: Lineage) -> str:
-    found: dict[str, list[str]] = {}
-    for step in line.steps:
+def _render_environment(lineage: Lineage) -> str:
+    names_by_environment: dict[str, list[str]] = {}
+    for step in lineage.runs:
         machine = step.environment
         gpus = ", ".join(dict.fromkeys(machine.get("gpus") or [])) or "no GPU"
         versions = ", ".join(f"{name} {version}" for name, version in (machine.get("versions") or {}).items())
-        told = f"azrecipe {machine.get('azrecipe')}, Python {machine.get('python')}, {versions}; {machine.get('world_size')} processes, {gpus}, {machine.get('processor')}"
-        found.setdefault(told, []).append(step.name)
-    return "## Environment\n\n" + "\n".join(f"- {', '.join(names)}: {told}" for told, names in found.items())
+        environment = f"azrecipe {machine.get('azrecipe')}, Python {machine.get('python')}, {versions}; {machine.get('world_size')} processes, {gpus}, {machine.get('processor')}"
+        names_by_environment.setdefault(environment, []).append(step.name)
+    return "## Environment\n\n" + "\n".join(f"- {', '.join(names)}: {environment}" for environment, names in names_by_environment.items())
 
 
-def _limits(line: Lineage, evaluations: Sequence[Measured]) -> str:
-    points = [
-        "What stands in no table above was not measured: facts, reasoning, safety, bias and human preference among it, unless a table says otherwise."
+def _render_limits(lineage: Lineage, evaluations: Sequence[ModelEvaluation]) -> str:
+    limits = [
+        "Only what the tables above show was measured. Facts, reasoning, safety, bias and human preference were not, unless a table shows them."
     ]
-    if line.steps and not evaluations:
-        points.append("The model has not been compared with its base in one evaluation.")
+    if lineage.runs and not evaluations:
+        limits.append("The model has not been compared with its base in one evaluation.")
     for evaluation in evaluations:
-        small = [name for name, size in evaluation.step.result.get("validation", {}).items() if size.get("documents", 0) < 100]
+        small = [name for name, size in evaluation.run.result.get("validation", {}).items() if size.get("documents", 0) < 100]
         if small:
-            points.append(f"The held-out text is small ({', '.join(small)}: fewer than 100 documents), so small differences mean little.")
-    for step in line.steps:
+            limits.append(f"The held-out text is small ({', '.join(small)}: fewer than 100 documents), so small differences mean little.")
+    for step in lineage.runs:
         if step.stage == "sft":
-            what = "preferences" if _preferences(step) else "conversations"
-            points.append(
-                f"It learned to answer from {step.result['data']['train']:,} {what}. Whether its answers are true was not checked."
+            rows = "preferences" if _uses_preferences(step) else "conversations"
+            limits.append(
+                f"It learned to answer from {step.result['data']['train']:,} {rows}. Whether its answers are true was not checked."
             )
-    if line.lost:
-        points.append(f"The record is not complete: the run `{line.lost}` is missing.")
-    return "## Limits\n\n" + "\n".join(f"- {point}" for point in points)
+    if lineage.missing_run:
+        limits.append(f"The record is not complete: the run `{lineage.missing_run}` is missing.")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
-def _licence(about: About, terms: Terms | None) -> str:
+def _render_license(settings: CardSettings, terms: LicenseTerms | None) -> str:
     if terms is not None:
-        more = f" {terms.built_with}." if terms.built_with else ""
-        return f"## Licence\n\n[{terms.license}]({terms.url}), as its base.{more} {terms.notice}"
-    return f"## Licence\n\n{about.license or 'Not stated.'}"
+        built_with = f" {terms.built_with}." if terms.built_with else ""
+        return f"## Licence\n\n[{terms.license}]({terms.url}), as its base.{built_with} {terms.notice}"
+    return f"## Licence\n\n{settings.license or 'Not stated.'}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in row) + " |" for row in [heads, *rows]]
-    return "\n".join([lines[0], "|" + " --- |" * len(heads), *lines[1:]])
-
-
-def of(model_run: Any) -> tuple[Lineage, list[Measured]]:
-    """Everything that is recorded about a run's model."""
-    return lineage.of(model_run), lineage.measured(model_run)
+def _render_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in row) + " |" for row in [columns, *rows]]
+    return "\n".join([lines[0], "|" + " --- |" * len(columns), *lines[1:]])

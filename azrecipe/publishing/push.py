@@ -1,4 +1,4 @@
-"""`azrecipe push`: a model on the Hugging Face hub. Knows which files go there, and what can go wrong on the way."""
+"""`azrecipe push`: upload a model and its card to the hub."""
 
 from __future__ import annotations
 
@@ -10,59 +10,64 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from azrecipe.errors import DONE, CannotRun, CommandError
+from azrecipe.errors import EXIT_SUCCESS, CannotRun, CommandError
 from azrecipe.publishing import licenses, model_card
 from azrecipe.runs import finished_model
-from azrecipe.runs.lineage import Lineage
+from azrecipe.runs.lineage import Lineage, find_evaluations, trace_lineage
 from azrecipe.utils.atomic_files import read_json, write_text
-from azrecipe.utils.console import say
+from azrecipe.utils.console import print_progress
 
-# What a model's folder may hold for others to use; anything else in it stays here.
+# The files of a model's folder that are uploaded.
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "*.jinja",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "new_tokens.json", "LICENSE*", "USE_POLICY*", "NOTICE*", "Notice*",
 )  # fmt: skip
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
-Files = Mapping[str, Path | bytes]  # by their name in the repository: a file here, or its content
+RepoFiles = Mapping[str, Path | bytes]  # by name in the repository: a local file, or the content
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Write the card, list the files, and upload them in one commit, unless it is a dry run; returns the exit code."""
+def push_model(arguments: argparse.Namespace) -> int:
+    """Write the card, list the files, and upload them in one commit.
+
+    A dry run uploads nothing. Returns the exit code.
+    """
     _check_id(arguments.repo_id)
-    model = finished_model.find(arguments.model)
-    if not model.local:
+    model = finished_model.resolve_model(arguments.model)
+    if not model.is_local:
         raise CommandError(f"there is no folder {model.path}: push takes a run, or a folder with a model")
     try:
-        line, evaluations = model_card.of(model.run) if model.run else (Lineage([]), [])
-        terms = licenses.of_base(line.base)
-        allowed = licenses.chosen(arguments.license, terms, line.base)
-        about = model_card.About(
+        lineage = trace_lineage(model.run) if model.run else Lineage([])
+        evaluations = find_evaluations(model.run) if model.run else []
+        terms = licenses.find_base_terms(lineage.base)
+        settings = model_card.CardSettings(
             arguments.repo_id,
-            allowed,
+            licenses.choose_license(arguments.license, terms, lineage.base),
             arguments.data_license,
-            arguments.language or model_card.languages(line),
-            finished_model.has_template(model),
+            arguments.language or model_card.list_languages(lineage),
+            finished_model.has_chat_template(model),
         )
-        text = model_card.text(line, evaluations, about, terms)
+        text = model_card.render_card(lineage, evaluations, settings, terms)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CommandError(f"{model.path}: what its run has left is damaged, or of another version of azrecipe: {error!r}") from None
-    written = _card(model, text)
-    files = _files(model, terms, written)
+        raise CommandError(f"{model.path}: the files of its run are damaged, or of another version of azrecipe: {error!r}") from None
+    card = _write_card(model, text)
+    files = _collect_files(model, terms, card)
     if arguments.adapter:
-        files = {**files, **_adapter(model, line)}
-    for warning in _warnings(model, about, terms, files):
-        say(f"warning: {warning}")
-    print(f"card: {written}")
+        files = {**files, **_collect_adapter_files(model, lineage)}
+    for warning in _iter_warnings(model, settings, terms, files):
+        print_progress(f"warning: {warning}")
+    print(f"card: {card}")
     sizes = {name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()}
     for name, size in {**sizes, "bytes in all": sum(sizes.values())}.items():
         print(f"{size:>15,}  {name}")
     sys.stdout.flush()
     if arguments.dry_run:
-        say("dry run: nothing was uploaded. Read the card, change it where you like, and give the same command without --dry-run")
-        return DONE
+        print_progress(
+            "dry run: nothing was uploaded. Read the card, change it where you like, and give the same command without --dry-run"
+        )
+        return EXIT_SUCCESS
     print(_upload(arguments.repo_id, files, arguments.private))
-    return DONE
+    return EXIT_SUCCESS
 
 
 def _check_id(repo_id: str) -> None:
@@ -77,12 +82,15 @@ def _check_id(repo_id: str) -> None:
         raise CommandError(f"REPO_ID: {repo_id} names no owner: your-name/{repo_id}")
 
 
-def _card(model: finished_model.Finished, text: str) -> Path:
-    """Write the card beside final/, or into the folder of a model that no run here has made. One that was edited is kept as it is."""
+def _write_card(model: finished_model.FinishedModel, text: str) -> Path:
+    """Write the card into the run directory, or a model's folder.
+
+    A card that exists is kept.
+    """
     path = (model.run.path if model.run else Path(model.path)) / "README.md"
     if path.exists():
         if path.read_text(encoding="utf-8") != text:
-            say(f"{path} differs from what the run would give now, and is taken as it stands. Remove it to have it made anew")
+            print_progress(f"{path} differs from the card that azrecipe would write now, and is used as it is. Remove it to get a new one")
         return path
     try:
         write_text(path, text)
@@ -91,48 +99,61 @@ def _card(model: finished_model.Finished, text: str) -> Path:
     return path
 
 
-def _files(model: finished_model.Finished, terms: licenses.Terms | None, readme: Path) -> dict[str, Path | bytes]:
-    """The repository's content. Raises CommandError for a folder that is no whole model."""
+def _collect_files(model: finished_model.FinishedModel, terms: licenses.LicenseTerms | None, card: Path) -> dict[str, Path | bytes]:
+    """Collect the files of the repository.
+
+    Raises CommandError for a folder without weights.
+    """
     folder = Path(model.path)
-    there = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "README.md")
-    chosen: dict[str, Path | bytes] = {p.name: p for p in there if any(fnmatch.fnmatchcase(p.name, pattern) for pattern in MODEL_FILES)}
-    if not any(name.endswith(".safetensors") for name in chosen):
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "README.md")
+    files: dict[str, Path | bytes] = {p.name: p for p in paths if any(fnmatch.fnmatchcase(p.name, pattern) for pattern in MODEL_FILES)}
+    if not any(name.endswith(".safetensors") for name in files):
         raise CommandError(f"{folder} holds no weights as safetensors")
-    left = [path.name for path in there if path.name not in chosen]
-    if left:
-        say(f"not uploaded: {', '.join(left)}")
-    if terms is not None and not any(name.lower().startswith("notice") for name in chosen):
-        chosen["NOTICE"] = (terms.notice + "\n").encode()
-    return {"README.md": readme, **chosen}
+    excluded = [path.name for path in paths if path.name not in files]
+    if excluded:
+        print_progress(f"not uploaded: {', '.join(excluded)}")
+    if terms is not None and not any(name.lower().startswith("notice") for name in files):
+        files["NOTICE"] = (terms.notice + "\n").encode()
+    return {"README.md": card, **files}
 
 
-def _adapter(model: finished_model.Finished, line: Lineage) -> dict[str, Path | bytes]:
-    """The adapter's files. The base that it names is a folder on this machine: named only where it is a model on the hub."""
+def _collect_adapter_files(model: finished_model.FinishedModel, lineage: Lineage) -> dict[str, Path | bytes]:
+    """Collect the adapter's files.
+
+    Its configuration names a base model on the hub, and no local folder.
+    """
     folder = model.adapter
     if folder is None:
-        raise CommandError(f"--adapter: {model.path} has no adapter/ beside it")
-    found: dict[str, Path | bytes] = {f"adapter/{name}": folder / name for name in ADAPTER_FILES}
+        raise CommandError(f"--adapter: {model.path} has no adapter/ next to it")
+    files: dict[str, Path | bytes] = {f"adapter/{name}": folder / name for name in ADAPTER_FILES}
     config = read_json(folder / "adapter_config.json")
-    config["base_model_name_or_path"] = line.hub_base if len(line.steps) == 1 else None
+    config["base_model_name_or_path"] = lineage.hub_base if len(lineage.runs) == 1 else None
     if config["base_model_name_or_path"] is None:
-        say("the adapter belongs on the model before instruction tuning, which is not on the hub: its adapter_config.json names no base")
-    found["adapter/adapter_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    return found
+        print_progress(
+            "the adapter's base is the model before instruction tuning. It is not on the hub, so adapter_config.json names no base"
+        )
+    files["adapter/adapter_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
 
 
-def _warnings(model: finished_model.Finished, about: model_card.About, terms: licenses.Terms | None, files: Files) -> Iterator[str]:
-    if about.license is None:
+def _iter_warnings(
+    model: finished_model.FinishedModel, settings: model_card.CardSettings, terms: licenses.LicenseTerms | None, files: RepoFiles
+) -> Iterator[str]:
+    if settings.license is None:
         yield "no licence is stated: --license ID, by the hub's name for it"
-    if not about.languages:
+    if not settings.languages:
         yield "no language is stated: --language CODE (ISO 639), for example --language az"
-    if misnamed := licenses.misnamed(about.repo_id, terms):
-        yield misnamed
+    if name_warning := licenses.check_repo_name(settings.repo_id, terms):
+        yield name_warning
     if terms is not None and terms.prefix and not any(name.upper().startswith("LICENSE") for name in files):
         yield f"{terms.license} asks for a copy of the agreement with the model (section 1.b.i): put it into {model.path} as LICENSE.txt ({terms.url})"
 
 
-def _upload(repo_id: str, files: Files, private: bool) -> str:
-    """Make the repository where it does not exist, and commit all files at once: it never holds half a model. Returns its address."""
+def _upload(repo_id: str, files: RepoFiles, private: bool) -> str:
+    """Upload all files in one commit; return the repository's address.
+
+    One commit leaves no incomplete model. The repository is created if it does not exist.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.constants import is_offline_mode
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -144,16 +165,19 @@ def _upload(repo_id: str, files: Files, private: bool) -> str:
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi(library_name="azrecipe")
-    with _reaching(api.endpoint, repo_id, files["README.md"]):
-        made = api.create_repo(repo_id, private=private or None, exist_ok=True)
+    with _translate_hub_errors(api.endpoint, repo_id, files["README.md"]):
+        repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content)) for name, content in files.items()]
-        api.create_commit(made.repo_id, operations, commit_message="Upload with azrecipe")
-    return str(made)
+        api.create_commit(repo.repo_id, operations, commit_message="Upload with azrecipe")
+    return str(repo)
 
 
 @contextmanager
-def _reaching(endpoint: str, repo_id: str, readme: object) -> Iterator[None]:
-    """Turn what the hub's client raises into a message. No text of theirs that could hold a token is passed on."""
+def _translate_hub_errors(endpoint: str, repo_id: str, card: object) -> Iterator[None]:
+    """Translate the errors of the hub's client.
+
+    Texts of the client that could contain a token are left out.
+    """
     from huggingface_hub import errors
 
     try:
@@ -163,17 +187,15 @@ def _reaching(endpoint: str, repo_id: str, readme: object) -> Iterator[None]:
         reasons = {
             401: "the token is not valid: `hf auth login` again",
             403: f"the token may not write to {repo_id}: give it the right to, or choose a REPO_ID of your own",
-            404: f"there is no {repo_id.split('/')[0]} to make {repo_id} under, or you may not see it",
-            413: "the hub takes no file of this size",
+            404: f"there is no {repo_id.split('/')[0]} to create {repo_id} under, or you may not see it",
+            413: "the hub accepts no file of this size",
             429: "too many requests: try again later",
         }
-        told = f": {error.server_message}" if error.server_message else ""
-        raise CannotRun(
-            f"{endpoint} refused {repo_id} ({code}): {reasons.get(code, 'it gave no reason that azrecipe knows')}{told}"
-        ) from None
-    except ValueError as error:  # what the hub has against the card
-        raise CommandError(f"the card ({readme!s}): {error}") from None
-    except (OSError, RuntimeError, errors.HTTPError) as error:  # type: ignore[attr-defined] # of whichever client the hub's library has
+        detail = f": {error.server_message}" if error.server_message else ""
+        raise CannotRun(f"{endpoint} refused {repo_id} ({code}): {reasons.get(code, 'for an unknown reason')}{detail}") from None
+    except ValueError as error:  # the hub refuses the card's metadata
+        raise CommandError(f"the card ({card!s}): {error}") from None
+    except (OSError, RuntimeError, errors.HTTPError) as error:  # type: ignore[attr-defined] # depends on the HTTP client
         raise CannotRun(
             f"{endpoint} cannot be reached, or the connection broke ({type(error).__name__}). Give the same command again: files that have "
             "arrived are not sent twice"

@@ -1,1 +1,1 @@
-"""What a YAML file says: parsed, inherited, validated and typed."""
+"""Parse, inherit, validate and type YAML recipes."""

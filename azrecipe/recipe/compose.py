@@ -1,4 +1,7 @@
-"""Inheritance: a file and all that it extends, merged; variables and overrides put in. Places survive all of it."""
+"""Merge a recipe with the files that it extends.
+
+Overrides and variables are applied too. Each value keeps its location.
+"""
 
 from __future__ import annotations
 
@@ -8,149 +11,169 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from azrecipe.errors import Place, Problem, RecipeError, did_you_mean, hint
+from azrecipe.errors import Problem, RecipeError, SourceLocation, did_you_mean, suggest_choices
 from azrecipe.recipe.overrides import Override
-from azrecipe.recipe.yaml_tree import Key, Node, decode, parse
+from azrecipe.recipe.yaml_tree import Key, YamlNode, decode_utf8, parse_yaml
 
-# Alternatives: the nearer file's choice drops the inherited one.
-ALTERNATIVES = (
+# A file that sets one key of a group drops the inherited other keys.
+EXCLUSIVE_KEYS = (
     frozenset({"name_or_path", "output_of", "config", "family"}),
     frozenset({"max_steps", "max_tokens", "max_bytes", "num_train_epochs"}),
 )
-_BELONGS = {"name_or_path": {"revision"}, "config": set(), "output_of": {"candidate"}, "family": {"vocab_size"}}
-_CHANGES = {"set": 0, "matrix": 2}  # keys whose values change steps, and the levels above those changes: cell, step
+_DEPENDENT_KEYS = {"name_or_path": {"revision"}, "config": set(), "output_of": {"candidate"}, "family": {"vocab_size"}}
+_LEVELS_ABOVE_CHANGES = {"set": 0, "matrix": 2}  # keys that change steps: the number of levels (cell, step) above the changes
 
 
 @dataclass(frozen=True)
-class Composed:
-    """A recipe after inheritance: its merged tree, the files it came from (itself first), its variables, which of
-    them its values take, and what is wrong with overrides and variables: told together with what the schema finds."""
+class ComposedRecipe:
+    """A recipe after inheritance."""
 
-    root: Node
-    files: tuple[Path, ...]
-    variables: Mapping[str, Node]
-    used: frozenset[str]
-    problems: tuple[Problem, ...]
-    fragment: bool
+    root: YamlNode  # the merged tree
+    files: tuple[Path, ...]  # the recipe itself first, then its ancestors
+    variables: Mapping[str, YamlNode]
+    used_variables: frozenset[str]  # names of the variables that values refer to
+    problems: tuple[Problem, ...]  # of overrides and variables; reported together with those of the schema
+    is_fragment: bool  # a fragment is only extended, never run
 
 
-def shown(path: Path) -> str:
-    """A path as messages show it: relative to the working folder where it lies below it."""
+def display_path(path: Path) -> str:
+    """Return a path for messages, relative to the working folder.
+
+    A path outside the working folder is returned unchanged if it is absolute.
+    """
     text = os.path.relpath(path)
     return str(path) if text.startswith("..") and path.is_absolute() else text
 
 
-def read(path: Path) -> Node:
-    """One file's own tree, nothing merged. Raises RecipeError for a file that is missing, unreadable or no mapping."""
-    file = shown(path)
+def read_tree(path: Path) -> YamlNode:
+    """Return the tree of one file, without its ancestors.
+
+    Raises RecipeError for a file that is missing, unreadable or no mapping.
+    """
+    file = display_path(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise RecipeError([Problem(Place(file), "no such file" + _near_file(path))]) from None
+        raise RecipeError([Problem(SourceLocation(file), "no such file" + _suggest_file(path))]) from None
     except OSError as error:
-        raise RecipeError([Problem(Place(file), f"cannot be read: {error.strerror}")]) from None
-    root = parse(decode(data, file), file)
+        raise RecipeError([Problem(SourceLocation(file), f"cannot be read: {error.strerror}")]) from None
+    root = parse_yaml(decode_utf8(data, file), file)
     if not isinstance(root.value, dict):
-        what = "is empty" if root.value is None else "must be a mapping of keys to values"
-        raise RecipeError([Problem(root.place, f"the recipe {what}; it starts with `stage:`")])
+        reason = "is empty" if root.value is None else "must be a mapping of keys to values"
+        raise RecipeError([Problem(root.location, f"the recipe {reason}; it starts with `stage:`")])
     return root
 
 
-def _near_file(path: Path) -> str:
+def _suggest_file(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" (nor the folder {shown(path.parent)})"
+        return f" (nor the folder {display_path(path.parent)})"
     return did_you_mean(path.name, (p.name for p in path.parent.glob("*.y*ml")))
 
 
-def chain(path: Path) -> list[tuple[Path, Node]]:
-    """The file and its ancestors, nearest first. Raises RecipeError for a missing or cyclic `extends`."""
-    found: list[tuple[Path, Node]] = []
-    seen: list[Path] = []
-    at: Node | None = None
+def load_ancestry(path: Path) -> list[tuple[Path, YamlNode]]:
+    """Return a file and its ancestors with their trees, nearest first.
+
+    Raises RecipeError for an `extends` that is missing or goes in a circle.
+    """
+    trees: list[tuple[Path, YamlNode]] = []
+    paths: list[Path] = []
+    extends: YamlNode | None = None
     while True:
         path = Path(os.path.normpath(path))
-        if path in seen:
-            circle = " → ".join(p.name for p in [*seen[seen.index(path) :], path])
-            raise RecipeError([Problem(at.place if at else Place(shown(path)), f"extends goes in a circle: {circle}")])
-        if at is not None and not path.is_file():
-            raise RecipeError([Problem(at.place, f"extends: no such file: {shown(path)}{_near_file(path)}")])
-        seen.append(path)
-        root = read(path)
-        found.append((path, root))
-        at = root.get("extends")
-        if at is None or at.value is None:
-            return found
-        if not isinstance(at.value, str):
-            raise RecipeError([Problem(at.place, "extends must be the path of one recipe")])
-        path = path.parent / at.value
+        if path in paths:
+            circle = " → ".join(p.name for p in [*paths[paths.index(path) :], path])
+            raise RecipeError(
+                [Problem(extends.location if extends else SourceLocation(display_path(path)), f"extends goes in a circle: {circle}")]
+            )
+        if extends is not None and not path.is_file():
+            raise RecipeError([Problem(extends.location, f"extends: no such file: {display_path(path)}{_suggest_file(path)}")])
+        paths.append(path)
+        root = read_tree(path)
+        trees.append((path, root))
+        extends = root.get("extends")
+        if extends is None or extends.value is None:
+            return trees
+        if not isinstance(extends.value, str):
+            raise RecipeError([Problem(extends.location, "extends must be the path of one recipe")])
+        path = path.parent / extends.value
 
 
-def merge(parent: Node, child: Node, keep_nulls: bool = False) -> Node:
-    """The child over the parent: mappings merge, lists and scalars replace, null removes.
+def merge_nodes(parent: YamlNode, child: YamlNode, keep_nulls: bool = False) -> YamlNode:
+    """Merge a child over its parent.
 
-    Below a pipeline's `set` and `matrix` a null is kept: it is the step's key that it removes.
+    Mappings merge, lists and scalars replace, null removes a key. Below a pipeline's `set` and `matrix` nulls stay, as
+    they remove keys of a step.
     """
     if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
         return child
-    dropped = _dropped(child.value)
+    dropped = _list_dropped_keys(child.value)
     merged = {key: node for key, node in parent.value.items() if key not in dropped}
     for key, node in child.value.items():
         if node.value is None and not keep_nulls:
             merged.pop(key, None)
         elif key in merged:
-            merged[key] = merge(merged[key], node, keep_nulls or key in _CHANGES)
+            merged[key] = merge_nodes(merged[key], node, keep_nulls or key in _LEVELS_ABOVE_CHANGES)
         else:
             merged[key] = node
     return replace(child, value=merged)
 
 
-def _dropped(chosen: Mapping[str, Node]) -> set[str]:
-    """Inherited keys that the child's choice among alternatives makes void."""
+def _list_dropped_keys(child: Mapping[str, YamlNode]) -> set[str]:
+    """Return the inherited keys that the child's exclusive keys drop."""
     dropped: set[str] = set()
-    for group in ALTERNATIVES:
-        mine = {key for key in group if key in chosen and chosen[key].value is not None}
-        if mine:
-            others = group - mine
+    for group in EXCLUSIVE_KEYS:
+        child_keys = {key for key in group if key in child and child[key].value is not None}
+        if child_keys:
+            others = group - child_keys
             dropped |= others
             for other in others:
-                dropped |= _BELONGS.get(other, set()) - set(chosen)
+                dropped |= _DEPENDENT_KEYS.get(other, set()) - set(child)
     return dropped
 
 
-def without_nulls(node: Node, levels: int = 99) -> Node:
-    """The tree, so many levels down, without keys whose value is null: they removed what they had to remove."""
+def drop_nulls(node: YamlNode, levels: int = 99) -> YamlNode:
+    """Return the tree without keys whose value is null.
+
+    Only the given number of levels is changed. The nulls have removed their keys when the files were merged.
+    """
     if levels == 0:
         return node
     if isinstance(node.value, dict):
-        kept = {key: below for key, below in node.value.items() if below.value is not None}
-        return replace(node, value={key: without_nulls(below, _CHANGES.get(key, levels - 1)) for key, below in kept.items()})
+        entries = {key: child for key, child in node.value.items() if child.value is not None}
+        return replace(node, value={key: drop_nulls(child, _LEVELS_ABOVE_CHANGES.get(key, levels - 1)) for key, child in entries.items()})
     if isinstance(node.value, list):
-        return replace(node, value=[without_nulls(item, levels) for item in node.value])
+        return replace(node, value=[drop_nulls(item, levels) for item in node.value])
     return node
 
 
-def compose(
+def compose_recipe(
     path: Path,
     overrides: Sequence[Override] = (),
-    variables: Mapping[str, Node] | None = None,
-) -> Composed:
-    """Merge a file with its ancestors, apply overrides, put variables in.
+    variables: Mapping[str, YamlNode] | None = None,
+) -> ComposedRecipe:
+    """Merge a file with its ancestors, apply overrides, insert variables.
 
-    `variables` come from a pipeline and win over the recipe's own; names that the recipe does not declare are left
-    out (the pipeline checks that some step declares them). Raises RecipeError for files that cannot be read or merged.
+    Args:
+        path: The recipe.
+        overrides: Values that replace those of the recipe.
+        variables: Values from a pipeline, which replace the recipe's own. Names that the recipe does not declare are ignored;
+            the pipeline checks that a step declares them.
+
+    Raises:
+        RecipeError: A file cannot be read or merged.
     """
-    files = chain(path)
+    files = load_ancestry(path)
     merged = files[-1][1]
     for _, node in reversed(files[:-1]):
-        merged = merge(merged, node)
+        merged = merge_nodes(merged, node)
     problems: list[Problem] = []
     for override in overrides:
         try:
-            merged = put(merged, override.keys, override.node)
+            merged = set_at_path(merged, override.keys, override.node)
         except RecipeError as error:
             problems.extend(error.problems)
-    merged = without_nulls(merged)
-    declared = _variables(merged)
+    merged = drop_nulls(merged)
+    declared = _get_variables(merged)
     for name, node in (variables or {}).items():
         if name in declared:
             declared[name] = node
@@ -161,116 +184,125 @@ def compose(
         body["variables"] = merged.value["variables"]
     problems += [
         *dict.fromkeys(substitution.problems),
-        *_undeclared(files, overrides, substitution.used | _mentioned(files)),
-        *_nested(declared),
+        *_check_declared(files, overrides, substitution.used | _list_referenced_variables(files)),
+        *_check_plain_variables(declared),
     ]
     fragment = files[0][1].get("fragment")
-    return Composed(
+    return ComposedRecipe(
         root=replace(merged, value=body),
         files=tuple(p for p, _ in files),
         variables=declared,
-        used=frozenset(substitution.used),
+        used_variables=frozenset(substitution.used),
         problems=tuple(problems),
-        fragment=bool(fragment and fragment.value),
+        is_fragment=bool(fragment and fragment.value),
     )
 
 
-def _variables(root: Node) -> dict[str, Node]:
+def _get_variables(root: YamlNode) -> dict[str, YamlNode]:
     node = root.get("variables")
     return dict(node.value) if node and isinstance(node.value, dict) else {}
 
 
-def _nested(declared: Mapping[str, Node]) -> list[Problem]:
+def _check_plain_variables(declared: Mapping[str, YamlNode]) -> list[Problem]:
     message = "variable '{}' takes another variable: a variable's value is a plain one. Use the other where this one is used"
     return [
-        Problem(node.place, message.format(name))
+        Problem(node.location, message.format(name))
         for name, node in declared.items()
         if isinstance(node.value, str) and "${" in node.value.replace("$${", "")
     ]
 
 
-def _mentioned(files: list[tuple[Path, Node]]) -> set[str]:
-    """Variables that stand in any of the files, also in a value that is replaced further down or on the command line."""
-    every = _Substitution({})
+def _list_referenced_variables(files: list[tuple[Path, YamlNode]]) -> set[str]:
+    """Return the variables in any file, also in values that are replaced."""
+    substitution = _Substitution({})
     for _, root in files:
-        every.apply(root)
-    return every.used
+        substitution.apply(root)
+    return substitution.used
 
 
-def _undeclared(files: list[tuple[Path, Node]], overrides: Sequence[Override], used: set[str]) -> list[Problem]:
-    """Variables that are set, though no ancestor declares and no value takes them: a misspelling, most likely."""
+def _check_declared(files: list[tuple[Path, YamlNode]], overrides: Sequence[Override], used: set[str]) -> list[Problem]:
+    """Find variables that are set but not declared and not used.
+
+    They are most likely misspelt.
+    """
     if any(node.value == "pipeline" for _, root in files if (node := root.get("stage"))):
-        return []  # a pipeline's variables are its steps'; recipe.rules checks them there
-    every = {name for _, root in files for name in _variables(root)}
-    sets = [(str(o.keys[1]), o.node.at, every) for o in overrides if o.keys[0] == "variables" and len(o.keys) > 1]
+        return []  # its variables belong to its steps: recipe.pipeline_steps checks them
+    all_names = {name for _, root in files for name in _get_variables(root)}
+    settings = [(str(o.keys[1]), o.node.entry_location, all_names) for o in overrides if o.keys[0] == "variables" and len(o.keys) > 1]
     for i, (_, root) in enumerate(files[:-1]):
-        inherited = {name for _, ancestor in files[i + 1 :] for name in _variables(ancestor)}
-        sets += [(name, node.at, inherited) for name, node in _variables(root).items()]
+        inherited = {name for _, ancestor in files[i + 1 :] for name in _get_variables(ancestor)}
+        settings += [(name, node.entry_location, inherited) for name, node in _get_variables(root).items()]
     problems = []
-    for name, place, known in sets:
-        if name not in known and name not in used:
-            tail = hint(name, known, "Declared") if known else ""
-            problems.append(Problem(place, f"variable '{name}' is declared by nothing and used by nothing{tail}"))
+    for name, location, declared in settings:
+        if name not in declared and name not in used:
+            advice = suggest_choices(name, declared, "Declared") if declared else ""
+            problems.append(Problem(location, f"variable '{name}' is declared by nothing and used by nothing{advice}"))
     return problems
 
 
-def put(root: Node, keys: tuple[Key, ...], node: Node) -> Node:
-    """The tree with one value put at a path. Mappings on the way are made; list positions must exist."""
+def set_at_path(root: YamlNode, keys: tuple[Key, ...], node: YamlNode) -> YamlNode:
+    """Return the tree with one value set at a path of keys.
+
+    Missing mappings on the path are created. Elements of lists must exist; otherwise RecipeError is raised.
+    """
     key, rest = keys[0], keys[1:]
     if isinstance(key, int):
         if not isinstance(root.value, list) or key >= len(root.value):
             size = f"it has {len(root.value)}" if isinstance(root.value, list) else "it is no list"
-            raise RecipeError([Problem(node.at, f"there is no element [{key}]: {size}")])
+            raise RecipeError([Problem(node.entry_location, f"there is no element [{key}]: {size}")])
         items = list(root.value)
-        items[key] = put(items[key], rest, node) if rest else node
+        items[key] = set_at_path(items[key], rest, node) if rest else node
         return replace(root, value=items)
     if not isinstance(root.value, dict):
-        raise RecipeError([Problem(node.at, f"cannot set '{key}': the value above it is no mapping")])
+        raise RecipeError([Problem(node.entry_location, f"cannot set '{key}': the value above it is no mapping")])
     entries = dict(root.value)
     if not rest:
         if isinstance(node.value, dict) and key in entries:
-            node = merge(entries[key], node)
-        for gone in _dropped({key: node}):
-            entries.pop(gone, None)
+            node = merge_nodes(entries[key], node)
+        for dropped in _list_dropped_keys({key: node}):
+            entries.pop(dropped, None)
         entries[key] = node
     else:
-        below = entries.get(key) or Node({}, node.place, node.at)
-        entries[key] = replace(put(below, rest, node), key_place=below.key_place)
+        child = entries.get(key) or YamlNode({}, node.location, node.entry_location)
+        entries[key] = replace(set_at_path(child, rest, node), key_location=child.key_location)
     return replace(root, value=entries)
 
 
 class _Substitution:
-    """Puts variables where `${name}` stands; `$${` is a literal `${`. A value that is only ${name} keeps its type."""
+    """Replaces `${name}` by the value of a variable.
+
+    `$${` is a literal `${`. A value that is only `${name}` keeps its type.
+    """
 
     _PATTERN = re.compile(r"\$\$\{|\$\{([^}]*)\}")
 
-    def __init__(self, variables: Mapping[str, Node]) -> None:
+    def __init__(self, variables: Mapping[str, YamlNode]) -> None:
         self.variables = variables
         self.used: set[str] = set()
         self.problems: list[Problem] = []
 
-    def apply(self, node: Node) -> Node:
+    def apply(self, node: YamlNode) -> YamlNode:
         if isinstance(node.value, dict):
-            return replace(node, value={key: self.apply(below) for key, below in node.value.items()})
+            return replace(node, value={key: self.apply(child) for key, child in node.value.items()})
         if isinstance(node.value, list):
             return replace(node, value=[self.apply(item) for item in node.value])
         if not isinstance(node.value, str) or "${" not in node.value:
             return node
         whole = re.fullmatch(r"\$\{([^}]*)\}", node.value)
         if whole:
-            found = self.variables.get(whole[1], node)  # a path is relative to where the variable was given its value
-            return replace(node, value=self._take(whole[1], node), place=found.place)
-        return replace(node, value=self._PATTERN.sub(lambda m: "${" if m[1] is None else str(self._take(m[1], node)), node.value))
+            source = self.variables.get(whole[1], node)  # a path is relative to the file that sets the variable
+            return replace(node, value=self._look_up(whole[1], node), location=source.location)
+        return replace(node, value=self._PATTERN.sub(lambda m: "${" if m[1] is None else str(self._look_up(m[1], node)), node.value))
 
-    def _take(self, name: str, node: Node) -> str | int | float | bool | None:
+    def _look_up(self, name: str, node: YamlNode) -> str | int | float | bool | None:
         self.used.add(name)
-        found = self.variables.get(name)
-        if found is None:
-            tail = hint(name, self.variables, "Declared") if self.variables else ". This recipe declares no variables"
-            self.problems.append(Problem(node.place, f"variable '{name}' is not defined{tail}"))
+        variable = self.variables.get(name)
+        if variable is None:
+            advice = suggest_choices(name, self.variables, "Declared") if self.variables else ". This recipe declares no variables"
+            self.problems.append(Problem(node.location, f"variable '{name}' is not defined{advice}"))
             return ""
-        if isinstance(found.value, (dict, list)):
-            kind = "a list" if isinstance(found.value, list) else "a mapping"
-            self.problems.append(Problem(found.place, f"variable '{name}' must be text, a number, true or false, not {kind}"))
+        if isinstance(variable.value, (dict, list)):
+            kind = "a list" if isinstance(variable.value, list) else "a mapping"
+            self.problems.append(Problem(variable.location, f"variable '{name}' must be text, a number, true or false, not {kind}"))
             return ""
-        return found.value
+        return variable.value

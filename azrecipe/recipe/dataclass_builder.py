@@ -1,4 +1,4 @@
-"""Knows how checked plain data become the dataclasses of `recipe.types`, by their annotations."""
+"""Build the dataclasses of `recipe.types` from checked plain data."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 
-def build(kind: type[T], data: Mapping[str, Any]) -> T:
-    """A dataclass from checked plain data; every key must be a field."""
+def build_dataclass(kind: type[T], data: Mapping[str, Any]) -> T:
+    """Build a dataclass by its annotations; every key must be a field."""
     hints = get_type_hints(kind)
     unknown = data.keys() - {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown:
@@ -31,7 +31,7 @@ def _convert(hint: Any, value: Any) -> Any:
             return _convert(next(a for a in options if get_origin(a) is list), value)
         return value if len(options) > 1 else _convert(options[0], value)
     if is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, value)
+        return build_dataclass(hint, value)
     if origin is list:
         return [_convert(arguments[0], item) for item in value]
     if origin is Mapping:

@@ -1,4 +1,4 @@
-"""How two recipes differ: a recipe and its parent, and two states of one recipe."""
+"""Compare a recipe with its parent, or with an earlier state."""
 
 from __future__ import annotations
 
@@ -8,97 +8,111 @@ from typing import Any
 
 from azrecipe.errors import RecipeError
 from azrecipe.recipe import schema
-from azrecipe.recipe.compose import chain, compose, shown
+from azrecipe.recipe.compose import compose_recipe, display_path, load_ancestry
 from azrecipe.recipe.load import Recipe, resolve_paths
-from azrecipe.recipe.overrides import dotted
-from azrecipe.recipe.schema import document
+from azrecipe.recipe.overrides import format_key_path
+from azrecipe.recipe.schema import load_schema
 from azrecipe.recipe.to_yaml import to_yaml
-from azrecipe.recipe.yaml_tree import Key, Node, parse
-from azrecipe.utils.paths import LOCAL
+from azrecipe.recipe.yaml_tree import Key, YamlNode, parse_yaml
+from azrecipe.utils.paths import LOCAL_PATH_CHECKS
 
-_OWN = ("extends", "fragment", "variables", "description")  # say what a file is, not what a run does
+_FILE_KEYS = ("extends", "fragment", "variables", "description")  # they describe a file, not a run
 
 
-def differences(recipe: Recipe) -> dict[str, Any]:
-    """{"file", "extends": its ancestors, nearest first, "parent", "differences": [{"key", "value", "parent", "place"}]}.
+def diff_with_parent(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe's differences from its parent, for parent.json.
 
-    A difference lacks "value" where the recipe has taken a key away and "parent" where the parent has none. Defaults are not filled
-    in on either side. `parent` is None where the files can no longer be read.
+    {"file", "extends": its ancestors, nearest first, "parent", "differences": [{"key", "value", "parent", "place"}]}. A
+    difference has no "value" where the recipe removes a key, and no "parent" where the parent has no such key. Defaults are
+    not filled in. `parent` is None where the files can no longer be read.
     """
     try:
-        files = [path for path, _ in chain(recipe.path)]
+        files = [path for path, _ in load_ancestry(recipe.path)]
         parent = files[1] if len(files) > 1 else files[0]
-        before = resolve_paths(compose(parent).root, document(recipe.stage))
+        parent_tree = resolve_paths(compose_recipe(parent).root, load_schema(recipe.stage))
     except RecipeError:
-        return {"file": shown(recipe.path), "extends": [], "parent": None, "differences": []}
+        return {"file": display_path(recipe.path), "extends": [], "parent": None, "differences": []}
     return {
-        "file": shown(recipe.path),
-        "extends": [shown(path) for path in files[1:]],
-        "parent": shown(parent),
-        "differences": list(_between(before, recipe.tree)),
+        "file": display_path(recipe.path),
+        "extends": [display_path(path) for path in files[1:]],
+        "parent": display_path(parent),
+        "differences": list(_iter_differences(parent_tree, recipe.tree)),
     }
 
 
-def _between(old: Node, new: Node, at: tuple[Key, ...] = ()) -> Iterator[dict[str, Any]]:
+def _iter_differences(old: YamlNode, new: YamlNode, keys: tuple[Key, ...] = ()) -> Iterator[dict[str, Any]]:
     a, b = old.value, new.value
     if isinstance(a, dict) and isinstance(b, dict):
         for key in dict.fromkeys([*b, *a]):
-            if not at and key in _OWN:
+            if not keys and key in _FILE_KEYS:
                 continue
-            here = (*at, key)
+            child_keys = (*keys, key)
             if key not in a:
-                yield from _added(b[key], here)
+                yield from _iter_added_keys(b[key], child_keys)
             elif key not in b:
-                yield {"key": dotted(here), "parent": a[key].plain(), "place": None}
+                yield {"key": format_key_path(child_keys), "parent": a[key].to_plain(), "place": None}
             else:
-                yield from _between(a[key], b[key], here)
+                yield from _iter_differences(a[key], b[key], child_keys)
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and any(isinstance(item.value, dict) for item in b):
-        for nth, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from _between(x, y, (*at, nth))
-    elif old.plain() != new.plain():
-        yield {"key": dotted(at), "value": new.plain(), "parent": old.plain(), "place": str(new.place)}
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _iter_differences(x, y, (*keys, i))
+    elif old.to_plain() != new.to_plain():
+        yield {"key": format_key_path(keys), "value": new.to_plain(), "parent": old.to_plain(), "place": str(new.location)}
 
 
-def _added(node: Node, at: tuple[Key, ...]) -> Iterator[dict[str, Any]]:
-    """What the parent has nothing of, key by key."""
+def _iter_added_keys(node: YamlNode, keys: tuple[Key, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the keys that the parent lacks."""
     if isinstance(node.value, dict) and node.value:
-        for key, below in node.value.items():
-            yield from _added(below, (*at, key))
+        for key, child in node.value.items():
+            yield from _iter_added_keys(child, (*keys, key))
     else:
-        yield {"key": dotted(at), "value": node.plain(), "place": str(node.place)}
+        yield {"key": format_key_path(keys), "value": node.to_plain(), "place": str(node.location)}
 
 
-def stage_word(root: Node) -> Any:
+def get_stage_value(root: YamlNode) -> Any:
+    """Return the value of `stage`, which may be wrong or missing."""
     node = root.get("stage")
     return node.value if node else None
 
 
-def changed_keys(old: Node | None, new: Node | None, definition: schema.Schema, at: tuple[Key, ...] = ()) -> Iterator[str]:
-    """Keys whose values differ and can change the weights. Where a file stands does not matter, its content is an input."""
-    definition = schema.follow(definition)
+def iter_changed_keys(old: YamlNode | None, new: YamlNode | None, definition: schema.Schema, keys: tuple[Key, ...] = ()) -> Iterator[str]:
+    """Yield the keys that differ and can change the weights.
+
+    The location of a local file is not compared, as the hash of its content is an input of the run.
+
+    Args:
+        old: The tree of one recipe, or a part of it.
+        new: The same part of the other recipe.
+        definition: The schema of this part.
+        keys: The path of keys to this part.
+    """
+    definition = schema.resolve_ref(definition)
     if definition.get("x-changes-weights") is False:
         return
     a, b = (node.value if node else None for node in (old, new))
     if isinstance(a, dict) and isinstance(b, dict):
         for key in {*a, *b}:
-            below = schema.below(definition, key) or {}
-            yield from changed_keys(a.get(key) or _default(below), b.get(key) or _default(below), below, (*at, key))
+            child = schema.subschema(definition, key) or {}
+            yield from iter_changed_keys(a.get(key) or _parse_default(child), b.get(key) or _parse_default(child), child, (*keys, key))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from changed_keys(x, y, schema.below(definition, i) or {}, (*at, i))
-    elif a != b and not _moved(a, b, definition.get("x-path")):
-        yield dotted(at)
+            yield from iter_changed_keys(x, y, schema.subschema(definition, i) or {}, (*keys, i))
+    elif a != b and not _is_same_file(a, b, definition.get("x-path")):
+        yield format_key_path(keys)
 
 
-def _default(definition: schema.Schema) -> Node | None:
-    """What a key that a recipe lacks stands for: a run made before the key was there goes on."""
-    value = schema.follow(definition).get("default")
-    return None if value is None else parse(to_yaml({"value": value}), "").get("value")
+def _parse_default(definition: schema.Schema) -> YamlNode | None:
+    """Return the default of a key that a recipe lacks.
+
+    With it a run of an azrecipe that did not have the key can be resumed.
+    """
+    value = schema.resolve_ref(definition).get("default")
+    return None if value is None else parse_yaml(to_yaml({"value": value}), "").get("value")
 
 
-def _moved(a: Any, b: Any, kind: str | None) -> bool:
-    """Whether two values are the same local file or folder seen from two places."""
+def _is_same_file(a: Any, b: Any, kind: str | None) -> bool:
+    """Whether two values are paths of one local file from two folders."""
     if kind is None or not isinstance(a, str) or not isinstance(b, str):
         return False
-    local = LOCAL[kind]
-    return local(a) and local(b) and Path(a).name == Path(b).name
+    is_local = LOCAL_PATH_CHECKS[kind]
+    return is_local(a) and is_local(b) and Path(a).name == Path(b).name

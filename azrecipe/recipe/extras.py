@@ -5,44 +5,78 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from azrecipe.errors import CannotRun
 from azrecipe.recipe.load import Recipe
 
 WORD_VECTOR_METHODS = ("focus", "omp")
-BITSANDBYTES = ("adamw_8bit", "lion_32bit", "lion_8bit")
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "lion_32bit", "lion_8bit")
 
 
-def required_packages(recipe: Recipe) -> Iterator[str]:
-    """The packages of azrecipe's extras that a recipe needs, as its metadata names them."""
-
+def _needs_bitsandbytes(recipe: Recipe) -> bool:
     data = recipe.data
-    wanted = ["evaluation"] if recipe.stage == "evaluate" else []
-    wanted += ["harness"] if data.get("tasks") else []
-    wanted += ["focus"] if data.get("tokenizer", {}).get("new_embeddings") in WORD_VECTOR_METHODS else []
     optimizers = [data.get("training", {}).get("optim"), *(phase.get("optim") for phase in data.get("phases") or [])]
-    wanted += ["qlora"] if data.get("adapter") == "qlora" or set(optimizers) & set(BITSANDBYTES) else []
+    return data.get("adapter") == "qlora" or bool(set(optimizers) & set(BITSANDBYTES_OPTIMIZERS))
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An extra of azrecipe, and the recipes that need it."""
+
+    modules: tuple[str, ...]  # what the extra's packages are imported as
+    is_needed: Callable[[Recipe], bool]
+
+
+EXTRAS: Mapping[str, Extra] = {
+    "evaluation": Extra(("lingua", "sacrebleu", "rouge_score"), lambda recipe: recipe.stage == "evaluate"),
+    "harness": Extra(("lm_eval",), lambda recipe: bool(recipe.data.get("tasks"))),
+    "focus": Extra(("gensim",), lambda recipe: recipe.data.get("tokenizer", {}).get("new_embeddings") in WORD_VECTOR_METHODS),
+    "qlora": Extra(("bitsandbytes",), _needs_bitsandbytes),
+}
+
+
+def list_required_packages(recipe: Recipe) -> Iterator[str]:
+    """Yield the packages of the extras that a recipe needs.
+
+    The requirements are those of azrecipe's metadata.
+    """
+    names = [name for name, extra in EXTRAS.items() if extra.is_needed(recipe)]
     for requirement in importlib.metadata.requires("azrecipe") or []:
-        name, _, marker = requirement.partition(";")
-        if any(re.search(rf"extra == ['\"]{extra}['\"]", marker) for extra in wanted):
-            yield name.strip()
+        package, _, marker = requirement.partition(";")
+        if any(re.search(rf"extra == ['\"]{name}['\"]", marker) for name in names):
+            yield package.strip()
+
+
+def is_installed(extra: str) -> bool:
+    """Whether all packages of an extra are installed."""
+    return all(importlib.util.find_spec(module) is not None for module in EXTRAS[extra].modules)
+
+
+def check_extra(extra: str, subject: str) -> None:
+    """Raise CannotRun where an extra is not installed.
+
+    The message is `subject`, which names the packages, and the command that installs them.
+    """
+    if not is_installed(extra):
+        raise CannotRun(f"{subject}: pip install 'azrecipe[{extra}]'")
 
 
 def check_word_vectors(method: str) -> None:
-    """Raise CannotRun for a method that needs vectors where gensim, which trains them, is not installed."""
-    if method in WORD_VECTOR_METHODS and importlib.util.find_spec("gensim") is None:
-        raise CannotRun(f"tokenizer.new_embeddings: {method} needs gensim: pip install 'azrecipe[focus]'")
+    """Raise CannotRun where the method needs gensim and it is missing."""
+    if method in WORD_VECTOR_METHODS:
+        check_extra("focus", f"tokenizer.new_embeddings: {method} needs gensim")
 
 
 def check_adapter(adapter: str) -> None:
-    """Raise CannotRun where a base in 4 bits is asked for and bitsandbytes is not there."""
-    if adapter == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-        raise CannotRun("adapter: qlora needs bitsandbytes: pip install 'azrecipe[qlora]'")
+    """Raise CannotRun where the adapter needs bitsandbytes and it is missing."""
+    if adapter == "qlora":
+        check_extra("qlora", "adapter: qlora needs bitsandbytes")
 
 
 def check_trackers(report_to: list[str]) -> None:
-    """Raise CannotRun for trackers whose package is missing."""
+    """Raise CannotRun for trackers with a missing package."""
     missing = [name for name in report_to if importlib.util.find_spec(name) is None]
     if missing:
         raise CannotRun(
@@ -51,10 +85,10 @@ def check_trackers(report_to: list[str]) -> None:
 
 
 def check_optimizers(names: Iterable[str]) -> None:
-    """Raise CannotRun for optimizers whose package is missing."""
-    lacking = [name for name in names if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None]
-    if lacking:
+    """Raise CannotRun for optimizers with a missing package."""
+    unavailable = [name for name in names if name in BITSANDBYTES_OPTIMIZERS and not is_installed("qlora")]
+    if unavailable:
         raise CannotRun(
-            f"optim: {', '.join(lacking)} needs bitsandbytes, which is not installed: pip install bitsandbytes, "
+            f"optim: {', '.join(unavailable)} needs bitsandbytes, which is not installed: pip install bitsandbytes, "
             "or --set training.optim=adamw_torch_fused"
         )

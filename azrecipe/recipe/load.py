@@ -1,4 +1,4 @@
-"""The front door: a path and overrides in, a checked Recipe out, or RecipeError with all that is wrong."""
+"""Load and check a recipe; RecipeError reports all its problems."""
 
 from __future__ import annotations
 
@@ -8,166 +8,190 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import Place, Problem, RecipeError, hint
+from azrecipe.errors import Problem, RecipeError, SourceLocation, suggest_choices
 from azrecipe.recipe import schema
-from azrecipe.recipe.compose import Composed, compose, shown
-from azrecipe.recipe.dataclass_builder import build
+from azrecipe.recipe.compose import ComposedRecipe, compose_recipe, display_path
+from azrecipe.recipe.dataclass_builder import build_dataclass
 from azrecipe.recipe.overrides import Override
 from azrecipe.recipe.rules import common
 from azrecipe.recipe.types import STAGE_TYPES
-from azrecipe.recipe.yaml_tree import Key, Node, parse
-from azrecipe.utils.paths import LOCAL
+from azrecipe.recipe.yaml_tree import Key, YamlNode, parse_yaml
+from azrecipe.utils.paths import LOCAL_PATH_CHECKS
 
-CELLS = "cells"  # the folder of a project that holds the runs of a matrix' cells, one folder a cell
+CELLS_FOLDER = "cells"  # a project's folder for the runs of a matrix, with one subfolder a cell
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a pipeline's matrix: its name, and the names of the recipes that it repeats, whose runs are its own."""
+class MatrixCell:
+    """A cell of a pipeline's matrix."""
 
     name: str
-    recipes: frozenset[str]
+    recipes: frozenset[str]  # names of the recipes that the cell runs for itself
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe.
-
-    `data` is the resolved recipe as plain data, defaults filled in; `config` the same as a dataclass of
-    `recipe.types`; `tree` knows where each value was written, `used` names the variables that values take; `cell`
-    is the cell of a matrix that it is looked at from, if any.
-    """
+    """A checked recipe."""
 
     path: Path
     stage: str
-    data: Mapping[str, Any]
-    config: Any
-    tree: Node
-    used: frozenset[str] = frozenset()
-    cell: Cell | None = None
+    data: Mapping[str, Any]  # the resolved recipe as plain data, with defaults
+    config: Any  # the same as a dataclass of `recipe.types`
+    tree: YamlNode  # the same with the location of each value
+    used_variables: frozenset[str] = frozenset()  # names of the variables that values refer to
+    cell: MatrixCell | None = None  # the cell of a matrix that runs the recipe
 
     @property
     def name(self) -> str:
-        """The file's name without its ending: also the name of its run."""
+        """The file's name without its suffix, which also names the run."""
         return self.path.stem
 
     @property
     def project(self) -> str:
         return str(self.data["project"])
 
-    def cell_of(self, name: str) -> str | None:
-        """The cell that has the run of the recipe called `name`, seen from here; None for a run that is no cell's own."""
+    def find_cell(self, name: str) -> str | None:
+        """Return the cell that contains the run `name`, as seen from here.
+
+        Returns None for a run outside the cells.
+        """
         return self.cell.name if self.cell and name in self.cell.recipes else None
 
-    def place(self, *keys: Key) -> Place:
-        """Where a value was written, or the nearest thing above it."""
-        return self.tree.nearest(keys).place
+    def locate(self, *keys: Key) -> SourceLocation:
+        """Return the location of a value, or of its nearest parent."""
+        return self.tree.find_nearest(keys).location
 
-    def problem(self, message: str, *keys: Key) -> RecipeError:
-        """A RecipeError that points at a value, for what only a stage can find."""
-        return RecipeError([Problem(self.place(*keys), message)])
+    def error(self, message: str, *keys: Key) -> RecipeError:
+        """Return a RecipeError at a value, for problems that a stage finds."""
+        return RecipeError([Problem(self.locate(*keys), message)])
 
 
-def load(
-    path: str | Path, overrides: Sequence[Override] = (), variables: Mapping[str, Node] | None = None, project: str | None = None
+def load_recipe(
+    path: str | Path, overrides: Sequence[Override] = (), variables: Mapping[str, YamlNode] | None = None, project: str | None = None
 ) -> Recipe:
     """Load and check one recipe.
 
-    `variables` and `project` come from a pipeline and win over the recipe's own. Raises RecipeError with every
-    problem that can be found without torch and without a network.
+    Args:
+        path: The recipe's file.
+        overrides: Values that replace those of the recipe.
+        variables: A pipeline's variables, which replace the recipe's own.
+        project: A pipeline's project, which replaces the recipe's own.
+
+    Raises:
+        RecipeError: Every problem that can be found without torch and without a network.
     """
     path = Path(path)
     for override in overrides:
         if override.step is not None:
-            raise RecipeError([Problem(override.node.at, f"{override.step}: names a step, and {shown(path)} is run by itself")])
-    composed = compose(path, overrides, variables)
-    if composed.fragment:
-        raise RecipeError([Problem(Place(shown(path)), "a fragment: it is only extended. Run a recipe that extends it")])
+            raise RecipeError(
+                [Problem(override.node.entry_location, f"{override.step}: names a step, and {display_path(path)} is run by itself")]
+            )
+    composed = compose_recipe(path, overrides, variables)
+    if composed.is_fragment:
+        raise RecipeError([Problem(SourceLocation(display_path(path)), "a fragment: it is only extended. Run a recipe that extends it")])
     if project is not None:
         composed = _with_project(composed, project)
-    return from_composed(path, composed)
+    return build_recipe(path, composed)
 
 
-def _with_project(composed: Composed, project: str) -> Composed:
+def _with_project(composed: ComposedRecipe, project: str) -> ComposedRecipe:
     assert isinstance(composed.root.value, dict)
-    at = Place("project, from the pipeline")
-    return replace(composed, root=replace(composed.root, value={**composed.root.value, "project": Node(project, at, at)}))
+    location = SourceLocation("project, from the pipeline")
+    return replace(composed, root=replace(composed.root, value={**composed.root.value, "project": YamlNode(project, location, location)}))
 
 
-def from_composed(path: Path, composed: Composed) -> Recipe:
-    """Check a merged tree against its stage's schema and rules, and make it a Recipe."""
+def build_recipe(path: Path, composed: ComposedRecipe) -> Recipe:
+    """Check a merged tree by its stage's schema and rules.
+
+    Returns the recipe. Raises RecipeError with every problem.
+    """
     root = composed.root
-    stage = stage_of(root)
-    if path.stem == CELLS:
+    stage = get_stage(root)
+    if path.stem == CELLS_FOLDER:
         message = f"a recipe cannot be called {path.name}: a project keeps the runs of a matrix in a folder of that name. Rename the file"
-        raise RecipeError([Problem(Place(shown(path)), message)])
-    broken = {problem.place for problem in composed.problems}  # what the schema says of a value that is not there is no news
-    problems = [*composed.problems, *(p for p in schema.check(root, stage) + common.check(root, stage) if p.place not in broken)]
+        raise RecipeError([Problem(SourceLocation(display_path(path)), message)])
+    reported = {problem.location for problem in composed.problems}  # a second message about the same value says nothing new
+    problems = [
+        *composed.problems,
+        *(p for p in schema.check_schema(root, stage) + common.check_rules(root, stage) if p.location not in reported),
+    ]
     if problems:
-        raise RecipeError(_unique(problems))
-    tree = resolve_paths(root, schema.document(stage))
-    data = _finished(tree, stage)
-    return Recipe(path, stage, data, build(STAGE_TYPES[stage], data), tree, composed.used)
+        raise RecipeError(_sort_problems(problems))
+    tree = resolve_paths(root, schema.load_schema(stage))
+    data = _to_resolved_data(tree, stage)
+    return Recipe(path, stage, data, build_dataclass(STAGE_TYPES[stage], data), tree, composed.used_variables)
 
 
-def _finished(tree: Node, stage: str) -> Any:
-    data = schema.finish(tree, stage)
+def _to_resolved_data(tree: YamlNode, stage: str) -> Any:
+    data = schema.fill_defaults(tree, stage)
     for key in ("extends", "fragment", "variables"):
         data.pop(key, None)
     return data
 
 
-def of_run(file: Path) -> Any:
-    """The dataclass of a run's recipe.yaml, which is resolved already: its paths are relative to where that run was started."""
-    tree = parse(file.read_text(encoding="utf-8"), str(file))
-    stage = stage_of(tree)
-    return build(STAGE_TYPES[stage], _finished(tree, stage))
+def load_run_config(file: Path) -> Any:
+    """Load the resolved recipe.yaml of a run as a dataclass.
+
+    Its paths are relative to the folder in which the run was started.
+    """
+    tree = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    stage = get_stage(tree)
+    return build_dataclass(STAGE_TYPES[stage], _to_resolved_data(tree, stage))
 
 
-def stage_of(root: Node) -> str:
-    """The stage that a tree names, which must be known."""
+def get_stage(root: YamlNode) -> str:
+    """Return the stage of a tree. Raises RecipeError for an unknown one."""
     node = root.get("stage")
     if node is None:
         raise RecipeError(
             [
                 Problem(
-                    root.place,
+                    root.location,
                     f"missing key 'stage': one of {', '.join(schema.STAGES)} (a file that is only extended says `fragment: true`)",
                 )
             ]
         )
     if node.value not in schema.STAGES:
-        raise RecipeError([Problem(node.place, f"there is no stage '{node.value}'{hint(str(node.value), schema.STAGES, 'Stages')}")])
+        raise RecipeError(
+            [Problem(node.location, f"there is no stage '{node.value}'{suggest_choices(str(node.value), schema.STAGES, 'Stages')}")]
+        )
     return str(node.value)
 
 
-def _unique(problems: Sequence[Problem]) -> list[Problem]:
-    return sorted(dict.fromkeys(problems), key=lambda p: (p.place.file, p.place.line, p.place.column))
+def _sort_problems(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems in the order of their locations, each once."""
+    return sorted(dict.fromkeys(problems), key=lambda p: (p.location.file, p.location.line, p.location.column))
 
 
-def resolve_paths(node: Node, definition: schema.Schema) -> Node:
-    """Every relative path made relative to the working folder, from the file that it stands in."""
-    definition = schema.follow(definition)
+def resolve_paths(node: YamlNode, definition: schema.Schema) -> YamlNode:
+    """Return the tree with local paths relative to the working folder.
+
+    In a recipe they are relative to the file that contains them.
+    """
+    definition = schema.resolve_ref(definition)
     if isinstance(node.value, dict):
         entries = {}
         for key, value in node.value.items():
-            inner = schema.below(definition, key)
-            entries[key] = resolve_paths(value, inner) if inner is not None else value
+            child = schema.subschema(definition, key)
+            entries[key] = resolve_paths(value, child) if child is not None else value
         return replace(node, value=entries)
     if isinstance(node.value, list):
-        inner = schema.below(definition, 0)
-        return replace(node, value=[resolve_paths(item, inner) if inner is not None else item for item in node.value])
+        child = schema.subschema(definition, 0)
+        return replace(node, value=[resolve_paths(item, child) if child is not None else item for item in node.value])
     kind = definition.get("x-path")
     if kind is None or not isinstance(node.value, str):
         return node
-    local = LOCAL[kind](node.value)
-    return replace(node, value=beside(node.place, node.value)) if local else node
+    is_local = LOCAL_PATH_CHECKS[kind](node.value)
+    return replace(node, value=relative_to_cwd(node.location, node.value)) if is_local else node
 
 
-def beside(place: Place, path: str) -> str:
-    """A path that stands in a file, seen from the working folder. From the command line it is taken as it is."""
+def relative_to_cwd(location: SourceLocation, path: str) -> str:
+    """Return a path of a recipe relative to the working folder.
+
+    A path from the command line is relative to the working folder already.
+    """
     path = os.path.expanduser(path)
-    base = os.path.dirname(place.file) if place.line else ""
+    base = os.path.dirname(location.file) if location.line else ""
     joined = os.path.normpath(os.path.join(base, path))
-    # a bare name would read as a hub id
-    return joined if os.path.isabs(joined) or joined.startswith("..") or (place.line == 0 and not path.startswith(".")) else f"./{joined}"
+    is_explicit = os.path.isabs(joined) or joined.startswith("..") or (location.line == 0 and not path.startswith("."))
+    return joined if is_explicit else f"./{joined}"  # without ./ it could be a hub id

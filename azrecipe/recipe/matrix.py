@@ -1,53 +1,60 @@
-"""What the cells of a pipeline's matrix are compared by: which recipes of a cell count, and on which held-out text."""
+"""Select the recipes and the text that rank a matrix' cells."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from azrecipe.errors import Problem, hint
+from azrecipe.errors import Problem, suggest_choices
 from azrecipe.recipe.load import Recipe
 
 
-def lineage(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """The pretrain recipes of a cell that made the model of its last one, that one included, in the order they ran."""
-    earlier = {recipe.name: recipe for recipe in recipes if recipe.stage == "pretrain"}
-    found: list[Recipe] = []
-    name = next(reversed(earlier), None)
-    while name in earlier:  # a name leaves the mapping once it was taken, so a circle of recipes ends
-        found.insert(0, earlier.pop(name))
-        output_of = found[0].config.model.output_of
+def select_lineage(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Return the pretrain recipes that train a cell's last model, in order."""
+    remaining = {recipe.name: recipe for recipe in recipes if recipe.stage == "pretrain"}
+    selected: list[Recipe] = []
+    name = next(reversed(remaining), None)
+    while name in remaining:  # each recipe is removed once, so a circle of recipes ends
+        selected.insert(0, remaining.pop(name))
+        output_of = selected[0].config.model.output_of
         name = Path(output_of).stem if output_of else None
-    return found
+    return selected
 
 
-def dataset(pipeline: Recipe, cells: Mapping[str, Sequence[Recipe]]) -> str:
-    """The validation set that cells are ranked by: the one asked for, or the first of the first cell's last pretrain step."""
-    asked: str | None = pipeline.config.compare.dataset
-    return asked or next(iter(lineage(next(iter(cells.values())))[-1].config.data.validation))
+def get_ranking_dataset(pipeline: Recipe, cells: Mapping[str, Sequence[Recipe]]) -> str:
+    """Return the name of the validation set that ranks the cells.
+
+    By default it is the first one of the first cell's last pretrain step.
+    """
+    dataset_name: str | None = pipeline.config.compare.dataset
+    return dataset_name or next(iter(select_lineage(next(iter(cells.values())))[-1].config.data.validation))
 
 
-def check(pipeline: Recipe, cells: Mapping[str, Sequence[Recipe]]) -> Iterator[Problem]:
-    """What keeps a pipeline's cells, each given with the recipes of its own, from being ranked."""
+def check_comparison(pipeline: Recipe, cells: Mapping[str, Sequence[Recipe]]) -> Iterator[Problem]:
+    """Find the problems that prevent a ranking of the cells.
+
+    `cells` maps the name of each cell to its recipes.
+    """
     if pipeline.config.compare is None:
         return
-    last = {name: lineage(recipes)[-1:] for name, recipes in cells.items()}
-    idle = [name for name, found in last.items() if not found]
-    for name in idle:
+    last_recipes = {name: select_lineage(recipes)[-1:] for name, recipes in cells.items()}
+    without_pretrain = [name for name, recipes in last_recipes.items() if not recipes]
+    for name in without_pretrain:
         message = f"cell '{name}' repeats no pretrain step: compare has no bits per byte of its own to rank it by"
-        yield Problem(pipeline.tree.nearest(("matrix", name)).at, message)
-    if idle:
+        yield Problem(pipeline.tree.find_nearest(("matrix", name)).entry_location, message)
+    if without_pretrain:
         return
-    ranked = dataset(pipeline, cells)
-    held_out = {name: found[0].data["data"]["validation"] for name, found in last.items()}
-    lacking = [name for name, sets in held_out.items() if ranked not in sets]
-    for name in lacking[:1] if pipeline.config.compare.dataset else lacking:
-        message = f"cell '{name}' has no validation set '{ranked}' to be compared on{hint(ranked, held_out[name], 'Validation sets')}"
-        yield Problem(pipeline.place("compare", "dataset"), message)
-    if lacking:
+    dataset_name = get_ranking_dataset(pipeline, cells)
+    validation = {name: recipe.data["data"]["validation"] for name, (recipe,) in last_recipes.items()}
+    without_dataset = [name for name, sets in validation.items() if dataset_name not in sets]
+    for name in without_dataset[:1] if pipeline.config.compare.dataset else without_dataset:
+        advice = suggest_choices(dataset_name, validation[name], "Validation sets")
+        message = f"cell '{name}' has no validation set '{dataset_name}' to be compared on{advice}"
+        yield Problem(pipeline.locate("compare", "dataset"), message)
+    if without_dataset:
         return
     first = next(iter(cells))
-    for name, (recipe,) in last.items():
-        if held_out[name][ranked] != held_out[first][ranked]:
-            message = f"cell '{name}' measures another text as '{ranked}' than cell '{first}': their bits per byte cannot be ranked"
-            yield Problem(recipe.place("data", "validation", ranked), message)
+    for name, (recipe,) in last_recipes.items():
+        if validation[name][dataset_name] != validation[first][dataset_name]:
+            message = f"cell '{name}' measures another text as '{dataset_name}' than cell '{first}': their bits per byte cannot be ranked"
+            yield Problem(recipe.locate("data", "validation", dataset_name), message)

@@ -1,4 +1,4 @@
-"""`--set key.path=value`, and a pipeline's `set:`: one changed value, and where that was asked for."""
+"""Parse `--set key.path=value`, and paths of keys."""
 
 from __future__ import annotations
 
@@ -6,36 +6,39 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from azrecipe.errors import Place, Problem, RecipeError
-from azrecipe.recipe.yaml_tree import Key, Node, parse
+from azrecipe.errors import Problem, RecipeError, SourceLocation
+from azrecipe.recipe.yaml_tree import Key, YamlNode, parse_yaml
 
 _STEP = re.compile(r"([^=:]+\.ya?ml):(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Override:
-    """One value put in place of another. `step` names a pipeline's step, or is None for the recipe itself."""
+    """A value that replaces one of the recipe."""
 
     keys: tuple[Key, ...]
-    node: Node
-    step: str | None = None
+    node: YamlNode
+    step: str | None = None  # a pipeline's step; None: the recipe itself
 
     @property
-    def dotted(self) -> str:
-        """The path as a user writes it: data.datasets[0].weight."""
-        return dotted(self.keys)
+    def key_path(self) -> str:
+        """The keys as a user writes them: data.datasets[0].weight."""
+        return format_key_path(self.keys)
 
 
-def dotted(keys: Sequence[Key]) -> str:
-    """A path as a user writes it: data.datasets[0].weight."""
+def format_key_path(keys: Sequence[Key]) -> str:
+    """Format keys as a user writes them: data.datasets[0].weight."""
     text = ""
     for key in keys:
         text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
     return text
 
 
-def split_keys(path: str) -> tuple[Key, ...] | None:
-    """`data.datasets[0].weight` (or `.0.`) as keys; None when a part is empty."""
+def parse_key_path(path: str) -> tuple[Key, ...] | None:
+    """Parse `data.datasets[0].weight` (or `.0.`) as keys.
+
+    Returns None where a part is empty.
+    """
     keys: list[Key] = []
     for part in path.split("."):
         match = re.fullmatch(r"([^\[\]]+)((?:\[\d+\])*)", part)
@@ -48,26 +51,26 @@ def split_keys(path: str) -> tuple[Key, ...] | None:
 
 
 def parse_overrides(texts: Sequence[str]) -> list[Override]:
-    """Read `--set` arguments, `key.path=value` or, for a pipeline, `step.yaml:key.path=value`.
+    """Parse the arguments of `--set`.
 
-    Raises RecipeError with every one that cannot be read.
+    Each is `key.path=value` or, for a pipeline, `step.yaml:key.path=value`. Raises RecipeError with every wrong one.
     """
     overrides: list[Override] = []
     problems: list[Problem] = []
     for text in texts:
-        place = Place(f"--set {text}")
+        location = SourceLocation(f"--set {text}")
         step, rest = (match[1], match[2]) if (match := _STEP.match(text)) else (None, text)
         path, equals, value = rest.partition("=")
-        keys = split_keys(path.strip())
+        keys = parse_key_path(path.strip())
         if not equals or keys is None:
-            problems.append(Problem(place, "write key.path=value, for example data.max_length=4096"))
+            problems.append(Problem(location, "write key.path=value, for example data.max_length=4096"))
             continue
         try:
-            node = parse(value, place.file, at=place)
+            node = parse_yaml(value, location.file, location=location)
         except RecipeError as error:
             problems.extend(error.problems)
             continue
-        overrides.append(Override(keys, Node(node.value, place, place), step))
+        overrides.append(Override(keys, YamlNode(node.value, location, location), step))
     if problems:
         raise RecipeError(problems)
     return overrides

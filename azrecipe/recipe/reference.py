@@ -1,4 +1,7 @@
-"""docs/recipes.md, written from schema/: `python -m azrecipe.recipe.reference > docs/recipes.md`."""
+"""Generate docs/recipes.md from schema/.
+
+Run `python -m azrecipe.recipe.reference > docs/recipes.md`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from azrecipe.recipe.schema import STAGES, Schema, document, follow
+from azrecipe.recipe.schema import STAGES, Schema, load_schema, resolve_ref
 
 PREFACE = """\
 # Recipes
@@ -90,126 +93,135 @@ _UPPER = {"maximum": "≤", "exclusiveMaximum": "<"}
 _HEAD = "| key | type | default | allowed | description |\n| --- | --- | --- | --- | --- |"
 
 
-def generate() -> str:
-    """The whole reference, as GitHub's Markdown."""
-    contents = [f"- [`stage: {stage}`](#stage-{stage}): {document(stage)['description']}" for stage in STAGES]
+def generate_reference() -> str:
+    """Return the reference as GitHub Markdown."""
+    contents = [f"- [`stage: {stage}`](#stage-{stage}): {load_schema(stage)['description']}" for stage in STAGES]
     contents.append("- [Shared keys](#shared-keys), and sources of text")
-    parts = [PREFACE, "\n".join(contents), *(part for stage in STAGES for part in _stage(stage)), *_shared()]
+    parts = [PREFACE, "\n".join(contents), *(part for stage in STAGES for part in _format_stage(stage)), *_format_shared_keys()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _stage(stage: str) -> Iterator[str]:
-    schema = document(stage)
+def _format_stage(stage: str) -> Iterator[str]:
+    schema = load_schema(stage)
     yield f"## stage: {stage}"
-    for path, definition in objects(schema):
+    for path, definition in iter_objects(schema):
         if path:
             yield f"### {stage}: `{path}`"
-        yield _object(path, definition)
+        yield _format_object(path, definition)
 
 
-def _shared() -> Iterator[str]:
-    definitions: Mapping[str, Schema] = document("common")["$defs"]
-    names = _names()
+def _format_shared_keys() -> Iterator[str]:
+    definitions: Mapping[str, Schema] = load_schema("common")["$defs"]
+    names = _map_key_names()
     yield "## Shared keys"
-    rows = [_row(names[name], {"$ref": name, **schema}, name) for name, schema in definitions.items() if "properties" not in schema]
+    rows = [_format_row(names[name], {"$ref": name, **schema}, name) for name, schema in definitions.items() if "properties" not in schema]
     yield "\n".join([_HEAD, *rows])
     for name, schema in definitions.items():
         if "properties" in schema:
             yield f'<a id="{name}"></a>\n\n### Shared: {name.replace("_", " ")}'
-            yield _object("", schema)
+            yield _format_object("", schema)
 
 
-def _names() -> dict[str, str]:
-    """For each shared definition the key that it is used under (`dataset_path` is the `path` of a source)."""
-    found = {}
+def _map_key_names() -> dict[str, str]:
+    """Return the key under which each shared definition is used.
+
+    For example `dataset_path` is the `path` of a source.
+    """
+    keys = {}
     for name in ("common", *STAGES):
-        mappings = document("common")["$defs"].values() if name == "common" else [below for _, below in objects(document(name))]
+        mappings = load_schema("common")["$defs"].values() if name == "common" else [child for _, child in iter_objects(load_schema(name))]
         for mapping in mappings:
-            found.update({_ref(raw): key for key, raw in mapping.get("properties", {}).items() if "$ref" in raw})
-    return {name: found.get(name, name) for name in document("common")["$defs"]}
+            keys.update({_get_ref_name(raw): key for key, raw in mapping.get("properties", {}).items() if "$ref" in raw})
+    return {name: keys.get(name, name) for name in load_schema("common")["$defs"]}
 
 
-def objects(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
-    """Every mapping with keys of its own in a stage's schema, and its path; not those behind a $ref."""
+def iter_objects(schema: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
+    """Yield the paths and mappings of a schema.
+
+    Mappings behind a $ref are left out.
+    """
     if "properties" in schema:
         yield path, schema
-    for key, below in schema.get("properties", {}).items():
-        yield from objects(below, f"{path}.{key}" if path else key)
+    for key, child in schema.get("properties", {}).items():
+        yield from iter_objects(child, f"{path}.{key}" if path else key)
     for suffix, keyword in (("[]", "items"), (".<name>", "additionalProperties")):
-        if isinstance(below := schema.get(keyword), Mapping):
-            yield from objects(below, path + suffix)
+        if isinstance(child := schema.get(keyword), Mapping):
+            yield from iter_objects(child, path + suffix)
 
 
-def _object(path: str, schema: Schema) -> str:
+def _format_object(path: str, schema: Schema) -> str:
     required, alternatives = schema.get("x-required", []), schema.get("x-exactly-one", [])
-    rules = [f"Required: {_codes(required)}."] if required else []
-    rules += [f"Exactly one of: {_codes(alternatives)}."] if alternatives else []
+    rules = [f"Required: {_format_codes(required)}."] if required else []
+    rules += [f"Exactly one of: {_format_codes(alternatives)}."] if alternatives else []
     rows = []
     for key, raw in schema["properties"].items():
-        standing = "required" if key in required else "one of" if key in alternatives else ""
-        rows.append(_row(f"{path}.{key}" if path else key, raw, standing=standing))
+        requirement = "required" if key in required else "one of" if key in alternatives else ""
+        rows.append(_format_row(f"{path}.{key}" if path else key, raw, requirement=requirement))
     return "\n\n".join(text for text in (_escape(schema["description"]), " ".join(rules), "\n".join([_HEAD, *rows])) if text)
 
 
-def _row(key: str, raw: Schema, anchor: str = "", standing: str = "") -> str:
-    """One line of a table. `anchor` makes it the place that links to a shared definition lead to."""
-    schema = raw if anchor else follow(raw)
+def _format_row(key: str, raw: Schema, anchor: str = "", requirement: str = "") -> str:
+    """Return one row of a table.
+
+    `anchor` is the target of links to a shared definition.
+    """
+    schema = raw if anchor else resolve_ref(raw)
     description = _escape(schema["description"])
     cell = f"`{key}`"
     if anchor:
         cell = f'<a id="{anchor}"></a>{cell}'
     elif "$ref" in raw:
-        cell = f"[{cell}](#{_ref(raw)})"
+        cell = f"[{cell}](#{_get_ref_name(raw)})"
         description = description.partition(". ")[0].rstrip(".") + "."
     mark = " ↻" if schema.get("x-changes-weights") is False else ""
-    return f"| {cell}{mark} | {_type(schema)} | {_default(schema, standing)} | {_allowed(schema)} | {description} |"
+    return f"| {cell}{mark} | {_format_type(schema)} | {_format_default(schema, requirement)} | {_format_limits(schema)} | {description} |"
 
 
-def _ref(raw: Schema) -> str:
+def _get_ref_name(raw: Schema) -> str:
     return str(raw["$ref"]).rpartition("/")[2]
 
 
-def _type(schema: Schema) -> str:
+def _format_type(schema: Schema) -> str:
     if "const" in schema:
         return "text"
     kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    return " or ".join(_kind(kind, schema) for kind in kinds)
+    return " or ".join(_format_kind(kind, schema) for kind in kinds)
 
 
-def _kind(kind: str, schema: Schema) -> str:
+def _format_kind(kind: str, schema: Schema) -> str:
     if kind == "array":
-        return f"list of {_inner(schema.get('items', {}))}"
+        return f"list of {_format_element_type(schema.get('items', {}))}"
     extra = schema.get("additionalProperties")
     if kind == "object" and isinstance(extra, Mapping):
-        return f"names to {_inner(extra)}"
+        return f"names to {_format_element_type(extra)}"
     return _TYPES[kind]
 
 
-def _inner(raw: Schema) -> str:
+def _format_element_type(raw: Schema) -> str:
     if "$ref" in raw:
-        return f"[{_ref(raw).replace('_', ' ')}](#{_ref(raw)})"
-    return _type(raw)
+        return f"[{_get_ref_name(raw).replace('_', ' ')}](#{_get_ref_name(raw)})"
+    return _format_type(raw)
 
 
-def _default(schema: Schema, standing: str) -> str:
+def _format_default(schema: Schema, requirement: str) -> str:
     default = schema.get("default")
-    if standing or default is None or (default == {} and "properties" in schema):
-        return standing
+    if requirement or default is None or (default == {} and "properties" in schema):
+        return requirement
     return f"`{json.dumps(default, ensure_ascii=False)}`"
 
 
-def _allowed(schema: Schema) -> str:
-    found = [f"`{schema['const']}`"] if "const" in schema else []
+def _format_limits(schema: Schema) -> str:
+    limits = [f"`{schema['const']}`"] if "const" in schema else []
     values = schema if "enum" in schema else schema["items"] if "enum" in schema.get("items", {}) else {}
-    found += [_codes(values.get("enum", []))]
-    found += [f"{sign} {schema[key]:,}" for key, sign in (_LOWER | _UPPER).items() if key in schema]
-    found += [f"`{where['pattern']}`" for where in (schema, schema.get("propertyNames", {})) if "pattern" in where]
-    found += ["not empty" for key in ("minLength", "minItems", "minProperties") if key in schema][:1]
-    found += ["none twice"] if schema.get("uniqueItems") else []
-    return _escape(", ".join(text for text in found if text))
+    limits += [_format_codes(values.get("enum", []))]
+    limits += [f"{sign} {schema[key]:,}" for key, sign in (_LOWER | _UPPER).items() if key in schema]
+    limits += [f"`{node['pattern']}`" for node in (schema, schema.get("propertyNames", {})) if "pattern" in node]
+    limits += ["not empty" for key in ("minLength", "minItems", "minProperties") if key in schema][:1]
+    limits += ["none twice"] if schema.get("uniqueItems") else []
+    return _escape(", ".join(text for text in limits if text))
 
 
-def _codes(words: Any) -> str:
+def _format_codes(words: Any) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
@@ -219,4 +231,4 @@ def _escape(text: str) -> str:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    sys.stdout.write(generate())
+    sys.stdout.write(generate_reference())

@@ -1,4 +1,4 @@
-"""The law: the schema files, each key's definition, and what jsonschema finds wrong, said in words."""
+"""Read the schema files, and check recipes by them."""
 
 from __future__ import annotations
 
@@ -7,90 +7,96 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from azrecipe.errors import Problem, did_you_mean, hint
-from azrecipe.recipe.overrides import dotted
-from azrecipe.recipe.yaml_tree import Key, Node
+from azrecipe.errors import Problem, did_you_mean, suggest_choices
+from azrecipe.recipe.overrides import format_key_path
+from azrecipe.recipe.yaml_tree import Key, YamlNode
 from azrecipe.utils import shipped_files
 
 STAGES = ("tokenizer", "pretrain", "sft", "evaluate", "pipeline")
-SHOWN = 15  # a longer list of allowed words is cut in messages
+MAX_WORDS_SHOWN = 15  # messages abbreviate a longer list of allowed words
 Schema = Mapping[str, Any]
 
 
 @cache
-def document(name: str) -> Schema:
-    """A schema file as it stands: document("pretrain"), document("common")."""
-    loaded: Schema = json.loads((shipped_files.root() / "schema" / f"{name}.json").read_text(encoding="utf-8"))
+def load_schema(name: str) -> Schema:
+    """Return the content of a schema file: "pretrain", "common"."""
+    loaded: Schema = json.loads((shipped_files.locate_root() / "schema" / f"{name}.json").read_text(encoding="utf-8"))
     return loaded
 
 
-def follow(schema: Schema) -> Schema:
-    """The definition behind a $ref, with what stands beside it; the schema itself where there is none."""
+def resolve_ref(schema: Schema) -> Schema:
+    """Return the definition behind a $ref.
+
+    Keys beside the $ref are added. A schema without a $ref is returned unchanged.
+    """
     while "$ref" in schema:
-        definition: Any = document("common")
+        definition: Any = load_schema("common")
         for part in schema["$ref"].partition("#/")[2].split("/"):
             definition = definition[part]
         schema = {**definition, **{key: value for key, value in schema.items() if key != "$ref"}}
     return schema
 
 
-def below(schema: Schema, key: Key) -> Schema | None:
-    """The definition of one key of a mapping, or of a list's items; None where the schema says nothing of it."""
-    schema = follow(schema)
+def subschema(schema: Schema, key: Key) -> Schema | None:
+    """Return the schema of one key, or of a list's items.
+
+    Returns None where the schema does not define the key.
+    """
+    schema = resolve_ref(schema)
     if isinstance(key, int):
-        found = schema.get("items")
+        definition = schema.get("items")
     else:
-        found = schema.get("properties", {}).get(key, schema.get("additionalProperties"))
-    return follow(found) if isinstance(found, Mapping) else None
+        definition = schema.get("properties", {}).get(key, schema.get("additionalProperties"))
+    return resolve_ref(definition) if isinstance(definition, Mapping) else None
 
 
-def check(root: Node, stage: str) -> list[Problem]:
-    """Every way in which a merged tree breaks the schema of its stage, each at its place."""
+def check_schema(root: YamlNode, stage: str) -> list[Problem]:
+    """Return every problem of a merged tree with its stage's schema."""
     problems = []
-    for error in _validator(stage).iter_errors(root.plain()):
+    for error in _validator(stage).iter_errors(root.to_plain()):
         keys: tuple[Key, ...] = tuple(error.absolute_path)
         if error.validator == "additionalProperties":
             node = root.get(*keys, str(error.validator_value))
             assert node is not None
-            problems.append(Problem(node.at, error.message))
+            problems.append(Problem(node.entry_location, error.message))
         else:
-            named = "propertyNames" in error.absolute_schema_path
-            node = root.nearest((*keys, error.instance) if named else keys)
-            at = node.at if named or error.validator in ("x-required", "x-exactly-one") else node.place
-            problems.append(Problem(at, _words(error, keys)))
+            is_name = "propertyNames" in error.absolute_schema_path
+            node = root.find_nearest((*keys, error.instance) if is_name else keys)
+            location = node.entry_location if is_name or error.validator in ("x-required", "x-exactly-one") else node.location
+            problems.append(Problem(location, _format_error(error, keys)))
     return problems
 
 
-def _closed(validator: Any, extra: Any, instance: Any, schema: Schema) -> Iterator[Any]:
+def _validate_additional_keys(validator: Any, extra: Any, instance: Any, schema: Schema) -> Iterator[Any]:
     """additionalProperties, with one error for each unknown key."""
     from jsonschema import ValidationError
 
-    known = schema.get("properties", {})
-    for key in [key for key in instance if key not in known] if isinstance(instance, dict) else []:
+    properties = schema.get("properties", {})
+    for key in [key for key in instance if key not in properties] if isinstance(instance, dict) else []:
         if extra is False:
-            message = f"unknown key '{key}'{hint(key, known, 'Allowed here')}"
+            message = f"unknown key '{key}'{suggest_choices(key, properties, 'Allowed here')}"
             yield ValidationError(message, validator="additionalProperties", validator_value=key)
         elif isinstance(extra, dict):
             yield from validator.descend(instance[key], extra, path=key)
 
 
-def _required(_validator: Any, keys: list[str], instance: Any, schema: Schema) -> Iterator[Any]:
-    """x-required: what a resolved recipe must have."""
+def _validate_required(_validator: Any, keys: list[str], instance: Any, schema: Schema) -> Iterator[Any]:
+    """x-required: keys that a resolved recipe must have."""
     from jsonschema import ValidationError
 
     for key in [key for key in keys if key not in instance] if isinstance(instance, dict) else []:
-        what = follow(schema.get("properties", {}).get(key, {})).get("description", "").split(". ")[0].rstrip(".")
-        yield ValidationError(f"missing key '{key}'" + (f": {what}" if what else ""))
+        description = resolve_ref(schema.get("properties", {}).get(key, {})).get("description", "").split(". ")[0].rstrip(".")
+        yield ValidationError(f"missing key '{key}'" + (f": {description}" if description else ""))
 
 
-def _exactly_one(_validator: Any, keys: list[str], instance: Any, _schema: Schema) -> Iterator[Any]:
-    """x-exactly-one: alternatives of which a resolved recipe has one."""
+def _validate_exactly_one(_validator: Any, keys: list[str], instance: Any, _schema: Schema) -> Iterator[Any]:
+    """x-exactly-one: keys of which a resolved recipe has exactly one."""
     from jsonschema import ValidationError
 
-    found = [key for key in keys if key in instance] if isinstance(instance, dict) else keys[:1]
-    if len(found) != 1:
-        have = "there is none" if not found else f"there are {', '.join(found)}"
-        yield ValidationError(f"give exactly one of {', '.join(keys)}: {have}")
+    present = [key for key in keys if key in instance] if isinstance(instance, dict) else keys[:1]
+    if len(present) != 1:
+        state = "there is none" if not present else f"there are {', '.join(present)}"
+        yield ValidationError(f"give exactly one of {', '.join(keys)}: {state}")
 
 
 @cache
@@ -99,9 +105,14 @@ def _validator(stage: str) -> Any:
     from referencing import Registry, Resource
 
     extend: Any = validators.extend
-    kind = extend(Draft202012Validator, {"additionalProperties": _closed, "x-required": _required, "x-exactly-one": _exactly_one})
-    registry: Any = Registry().with_resources((f"{n}.json", Resource.from_contents(dict(document(n)))) for n in (stage, "common"))
-    return kind(document(stage), registry=registry)
+    keywords = {
+        "additionalProperties": _validate_additional_keys,
+        "x-required": _validate_required,
+        "x-exactly-one": _validate_exactly_one,
+    }
+    validator_class = extend(Draft202012Validator, keywords)
+    registry: Any = Registry().with_resources((f"{n}.json", Resource.from_contents(dict(load_schema(n)))) for n in (stage, "common"))
+    return validator_class(load_schema(stage), registry=registry)
 
 
 _TYPES = {
@@ -109,7 +120,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _type_of(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     if isinstance(value, bool):
         return "true/false"
     for kind, word in ((str, "text"), (int, "a whole number"), (float, "a number"), (list, "a list"), (dict, "a mapping")):
@@ -118,29 +129,29 @@ def _type_of(value: Any) -> str:
     return "empty"
 
 
-def _words(error: Any, keys: tuple[Key, ...]) -> str:
-    """A jsonschema error as a sentence: the key, what it holds, what it may hold."""
-    name, value, limit = dotted(keys) or "the recipe", error.instance, error.validator_value
-    shown = json.dumps(value, ensure_ascii=False) if not isinstance(value, (dict, list)) else _type_of(value)
+def _format_error(error: Any, keys: tuple[Key, ...]) -> str:
+    """Format a jsonschema error: the key, its value, the allowed values."""
+    name, value, limit = format_key_path(keys) or "the recipe", error.instance, error.validator_value
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, (dict, list)) else _describe_type(value)
     match error.validator:
         case "type":
             kinds = [limit] if isinstance(limit, str) else limit
-            return f"{name} must be {' or '.join(_TYPES[kind] for kind in kinds)}, not {shown if isinstance(value, (dict, list)) else f'{_type_of(value)} ({shown})'}"
+            return f"{name} must be {' or '.join(_TYPES[kind] for kind in kinds)}, not {text if isinstance(value, (dict, list)) else f'{_describe_type(value)} ({text})'}"
         case "enum":
             limit = [word for word in limit if word is not None]
-            near = did_you_mean(value, limit) if isinstance(value, str) else ""
-            more = f", … ({len(limit)} in all)" if len(limit) > SHOWN else ""
-            return f"{name} = {shown} is not known{near or '.'} Allowed: {', '.join(limit[:SHOWN])}{more}"
+            suggestion = did_you_mean(value, limit) if isinstance(value, str) else ""
+            total = f", … ({len(limit)} in all)" if len(limit) > MAX_WORDS_SHOWN else ""
+            return f"{name} = {text} is not known{suggestion or '.'} Allowed: {', '.join(limit[:MAX_WORDS_SHOWN])}{total}"
         case "const":
-            return f"{name} must be {limit}, not {shown}"
+            return f"{name} must be {limit}, not {text}"
         case "minimum":
-            return f"{name} = {shown} is too small: at least {limit}"
+            return f"{name} = {text} is too small: at least {limit}"
         case "exclusiveMinimum":
-            return f"{name} = {shown} is too small: it must be above {limit}"
+            return f"{name} = {text} is too small: it must be above {limit}"
         case "maximum":
-            return f"{name} = {shown} is too large: at most {limit}"
+            return f"{name} = {text} is too large: at most {limit}"
         case "exclusiveMaximum":
-            return f"{name} = {shown} is too large: it must be below {limit}"
+            return f"{name} = {text} is too large: it must be below {limit}"
         case "minItems" | "minProperties" | "minLength":
             return f"{name} must not be empty"
         case "uniqueItems":
@@ -155,19 +166,22 @@ def _words(error: Any, keys: tuple[Key, ...]) -> str:
                 r"ml\.": "an instance type of SageMaker, as in ml.p4d.24xlarge",
                 "iam::": "a role's name, or its ARN (arn:aws:iam::…:role/…)",
             }
-            hint = next((words for part, words in kinds.items() if part in limit), "letters, digits, '-', '_' and '.', no spaces")
-            return f"{name} = {shown} must be {hint}"
+            expected = next((words for part, words in kinds.items() if part in limit), "letters, digits, '-', '_' and '.', no spaces")
+            return f"{name} = {text} must be {expected}"
         case _:
             return f"{name}: {error.message}"
 
 
-def finish(root: Node, stage: str) -> Any:
-    """Plain data with every default of the schema filled in. The tree must have passed `check`."""
-    return _fill(root.plain(), document(stage))
+def fill_defaults(root: YamlNode, stage: str) -> Any:
+    """Return plain data with every default of the schema.
+
+    The tree must have no problems.
+    """
+    return _fill(root.to_plain(), load_schema(stage))
 
 
 def _fill(value: Any, schema: Schema) -> Any:
-    schema = follow(schema)
+    schema = resolve_ref(schema)
     if isinstance(value, list):
         items = schema.get("items", {})
         return [_fill(item, items) for item in value]
@@ -177,10 +191,10 @@ def _fill(value: Any, schema: Schema) -> Any:
     for key, definition in schema.get("properties", {}).items():
         if key in value:
             filled[key] = _fill(value[key], definition)
-        elif "default" in (target := follow(definition)):
+        elif "default" in (target := resolve_ref(definition)):
             filled[key] = _fill(target["default"], definition)
     extra = schema.get("additionalProperties", {})
     for key in value.keys() - filled.keys():
         filled[key] = _fill(value[key], extra) if isinstance(extra, Mapping) else value[key]
-    known = [key for key in schema.get("properties", {}) if key in filled]
-    return {key: filled[key] for key in [*known, *(k for k in value if k not in known)]}
+    ordered = [key for key in schema.get("properties", {}) if key in filled]
+    return {key: filled[key] for key in [*ordered, *(k for k in value if k not in ordered)]}

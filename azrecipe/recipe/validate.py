@@ -1,4 +1,4 @@
-"""`azrecipe validate`: every problem of every recipe in files and folders."""
+"""Find every problem of the recipes in files and folders."""
 
 from __future__ import annotations
 
@@ -6,80 +6,88 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from azrecipe.errors import Place, Problem, RecipeError
-from azrecipe.recipe.compose import compose, read, shown
-from azrecipe.recipe.load import from_composed
+from azrecipe.errors import Problem, RecipeError, SourceLocation
+from azrecipe.recipe.compose import compose_recipe, display_path, read_tree
+from azrecipe.recipe.load import build_recipe
 from azrecipe.recipe.overrides import Override
-from azrecipe.recipe.pipeline_steps import lone_candidate, resolve
+from azrecipe.recipe.pipeline_steps import check_candidate, resolve_steps
 
 
 @dataclass(frozen=True)
-class Report:
-    """What validation found: recipes that are right, fragments that were checked through them, and every problem."""
+class ValidationReport:
+    """The result of a validation."""
 
-    valid: list[str]
-    fragments: list[str]
+    valid: list[str]  # recipes without problems
+    fragments: list[str]  # files that are checked through the recipes that extend them
     problems: list[Problem]
 
 
-def validate(paths: Sequence[Path], overrides: Sequence[Override] = ()) -> Report:
-    """Check every recipe named; a folder means every recipe in it.
+def validate_recipes(paths: Sequence[Path], overrides: Sequence[Override] = ()) -> ValidationReport:
+    """Check every recipe in files and folders.
 
-    A fragment is checked through the recipes that extend it; one that nothing here extends is checked for its YAML.
+    A fragment is checked through the recipes that extend it. If none of the recipes extends it, only its YAML is checked.
     """
     valid: list[str] = []
     fragments: dict[Path, bool] = {}
     problems: list[Problem] = []
-    reached: set[Path] = set()
-    for path in _files(paths, problems):
+    extended: set[Path] = set()
+    for path in _list_files(paths, problems):
         try:
-            composed = compose(path, [o for o in overrides if o.step is None])
-            if composed.fragment:
+            composed = compose_recipe(path, [o for o in overrides if o.step is None])
+            if composed.is_fragment:
                 fragments[path.resolve()] = True
                 continue
-            reached |= {file.resolve() for file in composed.files}
-            recipe = from_composed(path, composed)
-            of_steps = [o for o in overrides if o.step is not None]
+            extended |= {file.resolve() for file in composed.files}
+            recipe = build_recipe(path, composed)
+            step_overrides = [o for o in overrides if o.step is not None]
             if recipe.stage == "pipeline":
-                wrong = resolve(recipe, of_steps)[1]
+                recipe_problems = resolve_steps(recipe, step_overrides)[1]
             else:
-                wrong = [Problem(o.node.at, f"{o.step}: names a step, and {shown(path)} is no pipeline") for o in of_steps]
-                wrong = wrong or lone_candidate(recipe)
-            problems += wrong
-            if not wrong:
-                valid.append(shown(path))
+                message = f"names a step, and {display_path(path)} is no pipeline"
+                recipe_problems = [Problem(o.node.entry_location, f"{o.step}: {message}") for o in step_overrides]
+                recipe_problems = recipe_problems or check_candidate(recipe)
+            problems += recipe_problems
+            if not recipe_problems:
+                valid.append(display_path(path))
         except RecipeError as error:
             if not _is_fragment(path):
                 problems += error.problems
     for path in fragments:
-        if path not in reached and len(paths) == 1 and paths[0].is_file():
+        if path not in extended and len(paths) == 1 and paths[0].is_file():
             problems.append(
                 Problem(
-                    Place(shown(path)),
+                    SourceLocation(display_path(path)),
                     "a fragment: it is checked through the recipes that extend it. Validate one of those, or their folder",
                 )
             )
     unique = list(dict.fromkeys(problems))
-    return Report(valid, [shown(path) for path in fragments], unique)
+    return ValidationReport(valid, [display_path(path) for path in fragments], unique)
 
 
 def _is_fragment(path: Path) -> bool:
-    """Whether a file calls itself a fragment; its variables may be undefined until a recipe extends it."""
+    """Whether a file is a fragment.
+
+    Its variables may be undefined until a recipe extends it.
+    """
     try:
-        node = read(path).get("fragment")
+        node = read_tree(path).get("fragment")
     except RecipeError:
         return False
     return node is not None and node.value is True
 
 
-def _files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
-    found: dict[Path, None] = {}
+def _list_files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
+    """Return the recipes in files and folders.
+
+    Adds a problem for a folder without recipes.
+    """
+    files: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
-            inside = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
-            if not inside:
-                problems.append(Problem(Place(shown(path)), "no recipe in this folder"))
-            found.update(dict.fromkeys(inside))
+            recipes = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
+            if not recipes:
+                problems.append(Problem(SourceLocation(display_path(path)), "no recipe in this folder"))
+            files.update(dict.fromkeys(recipes))
         else:
-            found[path] = None
-    return list(found)
+            files[path] = None
+    return list(files)

@@ -1,4 +1,4 @@
-"""The one YAML dialect of recipes, read into a tree in which every value knows its place.
+"""Parse the YAML dialect of recipes into a tree with locations.
 
 `2e-5` and `1.5` are floats, `5_000` is an integer, `true` and `false` are the only booleans, everything else is text
 (`no` is a language, a date is a string). No tags, no merge keys, few aliases, no duplicate keys.
@@ -13,30 +13,30 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from azrecipe.errors import Place, Problem, RecipeError
+from azrecipe.errors import Problem, RecipeError, SourceLocation
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Key: TypeAlias = "str | int"
-MAX_NODES = 20_000  # an alias bomb is larger, no recipe is
-MAX_DIGITS = 1_000  # Python refuses to read integers of a few thousand
+MAX_NODES = 20_000  # more than any recipe needs; aliases could multiply without end
+MAX_DIGITS = 1_000  # Python refuses to read integers of a few thousand digits
 
 
 @dataclass(frozen=True)
-class Node:
-    """A value, where it was written and, inside a mapping, where its key was."""
+class YamlNode:
+    """A value of a recipe with its location and its key's."""
 
-    value: Scalar | list[Node] | dict[str, Node]
-    place: Place
-    key_place: Place | None = None
+    value: Scalar | list[YamlNode] | dict[str, YamlNode]
+    location: SourceLocation
+    key_location: SourceLocation | None = None
 
     @property
-    def at(self) -> Place:
-        """Where to point a reader: at the key if there is one."""
-        return self.key_place or self.place
+    def entry_location(self) -> SourceLocation:
+        """The key's location, or the value's if there is no key."""
+        return self.key_location or self.location
 
-    def get(self, *keys: Key) -> Node | None:
-        """The node below these keys, or None."""
-        node: Node | None = self
+    def get(self, *keys: Key) -> YamlNode | None:
+        """Return the node at a path of keys, or None."""
+        node: YamlNode | None = self
         for key in keys:
             if node is None:
                 return None
@@ -48,20 +48,20 @@ class Node:
                 return None
         return node
 
-    def nearest(self, keys: tuple[Key, ...]) -> Node:
-        """The node below these keys, or the deepest one on the way that exists."""
+    def find_nearest(self, keys: tuple[Key, ...]) -> YamlNode:
+        """Return the node at a path of keys, or its nearest parent."""
         for end in range(len(keys), 0, -1):
-            found = self.get(*keys[:end])
-            if found is not None:
-                return found
+            node = self.get(*keys[:end])
+            if node is not None:
+                return node
         return self
 
-    def plain(self) -> Any:
-        """The same as ordinary dicts, lists and scalars."""
+    def to_plain(self) -> Any:
+        """Return the tree as dicts, lists and scalars."""
         if isinstance(self.value, dict):
-            return {key: node.plain() for key, node in self.value.items()}
+            return {key: node.to_plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
+            return [node.to_plain() for node in self.value]
         return self.value
 
 
@@ -69,8 +69,11 @@ _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 
 
-def scalar(text: str) -> Scalar:
-    """What an unquoted YAML scalar means in a recipe. `.inf`, `.nan` and endless numbers stay text: no key of ours takes them."""
+def parse_scalar(text: str) -> Scalar:
+    """Return the value of an unquoted YAML scalar.
+
+    `.inf`, `.nan` and numbers beyond the range of a float stay text, as no key allows them.
+    """
     if text in ("", "~", "null"):
         return None
     if text in ("true", "false"):
@@ -83,7 +86,7 @@ def scalar(text: str) -> Scalar:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's composer, refusing tags and counting the nodes that aliases multiply."""
+    """PyYAML's loader without tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -92,59 +95,71 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-class _Builder:
-    def __init__(self, file: str, at: Place | None) -> None:
-        self.file, self.at = file, at
+class _TreeBuilder:
+    """Turns PyYAML's nodes into a tree, and collects problems."""
+
+    def __init__(self, file: str, location: SourceLocation | None) -> None:
+        self.file, self.location = file, location
         self.problems: list[Problem] = []
-        self.nodes = 0
+        self.num_nodes = 0
 
-    def place(self, mark: yaml.Mark) -> Place:
-        return self.at or Place(self.file, mark.line + 1, mark.column + 1)
+    def to_location(self, mark: yaml.Mark) -> SourceLocation:
+        return self.location or SourceLocation(self.file, mark.line + 1, mark.column + 1)
 
-    def build(self, node: yaml.Node) -> Node:
-        self.nodes += 1
-        place = self.place(node.start_mark)
-        if self.nodes > MAX_NODES:
-            raise RecipeError([Problem(place, f"more than {MAX_NODES:,} values: aliases (*name) multiply too far")])
+    def build(self, node: yaml.Node) -> YamlNode:
+        """Build the tree below a node.
+
+        An alias counts as a node each time it is used.
+        """
+        self.num_nodes += 1
+        location = self.to_location(node.start_mark)
+        if self.num_nodes > MAX_NODES:
+            raise RecipeError([Problem(location, f"more than {MAX_NODES:,} values: aliases (*name) multiply too far")])
         if isinstance(node, yaml.ScalarNode):
-            return Node(scalar(node.value) if node.style is None else node.value, place)
+            return YamlNode(parse_scalar(node.value) if node.style is None else node.value, location)
         if isinstance(node, yaml.SequenceNode):
-            return Node([self.build(item) for item in node.value], place)
-        entries: dict[str, Node] = {}
+            return YamlNode([self.build(item) for item in node.value], location)
+        entries: dict[str, YamlNode] = {}
         for key, value in node.value:
-            key_place = self.place(key.start_mark)
+            key_location = self.to_location(key.start_mark)
             if not isinstance(key, yaml.ScalarNode):
-                self.problems.append(Problem(key_place, "a key must be text"))
+                self.problems.append(Problem(key_location, "a key must be text"))
                 continue
             if key.value in entries:
-                first = entries[key.value].at
-                self.problems.append(Problem(key_place, f"duplicate key '{key.value}': it stands already in line {first.line}"))
+                first = entries[key.value].entry_location
+                self.problems.append(Problem(key_location, f"duplicate key '{key.value}': it is already in line {first.line}"))
                 continue
-            entries[key.value] = replace(self.build(value), key_place=key_place)
-        return Node(entries, place)
+            entries[key.value] = replace(self.build(value), key_location=key_location)
+        return YamlNode(entries, location)
 
 
-def parse(text: str, file: str, at: Place | None = None) -> Node:
-    """Read YAML text. `at` replaces every place (for a value from the command line).
+def parse_yaml(text: str, file: str, location: SourceLocation | None = None) -> YamlNode:
+    """Parse YAML text.
 
-    Raises RecipeError with every duplicate or non-text key, or with the first error of syntax.
+    Args:
+        text: The YAML.
+        file: The name of the file in locations.
+        location: Replaces every location, for a value from the command line.
+
+    Raises:
+        RecipeError: Every duplicate or non-text key, or the first syntax error.
     """
-    builder = _Builder(file, at)
+    builder = _TreeBuilder(file, location)
     loader = None
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        built = builder.build(root) if root is not None else Node(None, at or Place(file, 1, 1))
+        built = builder.build(root) if root is not None else YamlNode(None, location or SourceLocation(file, 1, 1))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = builder.place(mark) if mark else at or Place(file, 1, 1)
-        raise RecipeError([Problem(place, _syntax(error, text, mark))]) from None
+        error_location = builder.to_location(mark) if mark else location or SourceLocation(file, 1, 1)
+        raise RecipeError([Problem(error_location, _describe_syntax_error(error, text, mark))]) from None
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
-        place = at or Place(file, before.count("\n") + 1, error.position - before.rfind("\n"))
-        raise RecipeError([Problem(place, f"the character U+{ord(text[error.position]):04X} is not allowed in YAML")]) from None
+        error_location = location or SourceLocation(file, before.count("\n") + 1, error.position - before.rfind("\n"))
+        raise RecipeError([Problem(error_location, f"the character U+{ord(text[error.position]):04X} is not allowed in YAML")]) from None
     except RecursionError:
-        raise RecipeError([Problem(at or Place(file, 1, 1), "nested too deeply")]) from None
+        raise RecipeError([Problem(location or SourceLocation(file, 1, 1), "nested too deeply")]) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -153,7 +168,7 @@ def parse(text: str, file: str, at: Place | None = None) -> Node:
     return built
 
 
-def _syntax(error: yaml.MarkedYAMLError, text: str, mark: yaml.Mark | None) -> str:
+def _describe_syntax_error(error: yaml.MarkedYAMLError, text: str, mark: yaml.Mark | None) -> str:
     lines = text.splitlines()
     line = lines[mark.line] if mark and mark.line < len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())] or "'\\t'" in str(error.problem):
@@ -162,8 +177,11 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, mark: yaml.Mark | None) -> s
     return "not valid YAML: " + "; ".join(parts)
 
 
-def decode(data: bytes, file: str) -> str:
-    """UTF-8 text of a recipe file (a byte-order mark is dropped); RecipeError points at the first bad byte."""
+def decode_utf8(data: bytes, file: str) -> str:
+    """Decode a recipe file without its byte-order mark.
+
+    Raises RecipeError at the first byte that is not UTF-8.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -171,4 +189,4 @@ def decode(data: bytes, file: str) -> str:
         line_start = before.rfind(b"\n") + 1
         column = len(before[line_start:].decode("utf-8", "replace")) + 1
         message = f"not UTF-8: byte 0x{data[error.start]:02x}; save the file as UTF-8"
-        raise RecipeError([Problem(Place(file, before.count(b"\n") + 1, column), message)]) from None
+        raise RecipeError([Problem(SourceLocation(file, before.count(b"\n") + 1, column), message)]) from None

@@ -1,4 +1,4 @@
-"""Knows how what was foreseen of a run (plan.json) stands beside what was measured in it (metrics.jsonl)."""
+"""The estimate of a run (plan.json) beside its measurements (metrics.jsonl)."""
 
 from __future__ import annotations
 
@@ -6,62 +6,66 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from azrecipe.report.html import Html, Part, joined, table, tag
-from azrecipe.runs.reader import Run
+from azrecipe.report.html import Html, Section, join_html, render_table, tag
+from azrecipe.runs.reader import RunRecord
 
 GIB = 2**30
-HEADS = ("", "peak of tensors, foreseen", "measured", "error", "tokens/s, foreseen", "measured", "error")
-MEANS = (
-    "Foreseen: before the weights were loaded, by the step's tensors and the card's roofline. Measured: the most that PyTorch had allocated on "
-    "the main process' GPU since the loop began, evaluation and saving included; the median rate of the logged lines after the first. Error: "
-    "foreseen against measured."
+HEADERS = ("", "peak of tensors, estimated", "measured", "error", "tokens/s, estimated", "measured", "error")
+DEFINITIONS_NOTE = (
+    "Estimated: before the weights were loaded, from the step's tensors and the GPU's roofline. Measured: the peak that PyTorch allocated on the "
+    "main process' GPU since the start of the loop, with evaluation and saving; the median rate of the logged lines after the first. Error: "
+    "estimated against measured."
 )
-CPU = "On a CPU memory is not measured in a way that could be compared: the process' resident size holds its libraries too."
-PADDED = "Rows are foreseen at max_length, and padding is no token in the measured rate: it is lower by as much as rows are shorter."
+CPU_NOTE = "On a CPU the measured memory is not comparable: the resident size of the process includes its libraries."
+PADDING_NOTE = "The estimate takes rows of max_length. The measured rate counts no padding: it is lower where rows are shorter."
 
 
-def part(run: Run) -> Part:
-    """The table, and what is to be known of it; empty where nothing was foreseen."""
-    found = rows(run)
-    said = [MEANS, *notes(run)] if found else []
-    caption = f"Needed for training, on {_where(run.foreseen)}" if found else ""
-    return Part("Foreseen and measured", joined([table(caption, HEADS, found), tag("p", " ".join(said))]) if found else Html(""))
+def build_section(run: RunRecord) -> Section:
+    """Build the section; empty for a run without an estimate."""
+    cells = build_rows(run)
+    if not cells:
+        return Section("Estimated and measured", Html(""))
+    caption = f"Needed for training, on {_describe_hardware(run.plan)}"
+    return Section(
+        "Estimated and measured",
+        join_html([render_table(caption, HEADERS, cells), tag("p", " ".join([DEFINITIONS_NOTE, *list_notes(run)]))]),
+    )
 
 
-def notes(run: Run) -> list[str]:
-    """What keeps the two from being compared as they stand."""
-    told = [] if run.foreseen.get("card") else [CPU]
+def list_notes(run: RunRecord) -> list[str]:
+    """List what makes estimate and measurement hard to compare."""
+    lines = [] if run.plan.get("card") else [CPU_NOTE]
     data = run.recipe.get("data") or {}
-    return [*told, PADDED] if run.stage == "sft" or not data.get("packing", True) else told
+    return [*lines, PADDING_NOTE] if run.stage == "sft" or not data.get("packing", True) else lines
 
 
-def rows(run: Run) -> list[list[str]]:
-    """A line for each loop, its cells by HEADS."""
-    return [_row(loop, run) for loop in run.foreseen.get("loops", [])]
+def build_rows(run: RunRecord) -> list[list[str]]:
+    """Build one row for each training loop, with the columns of HEADERS."""
+    return [_build_row(loop, run) for loop in run.plan.get("loops", [])]
 
 
-def _row(loop: Mapping[str, Any], run: Run) -> list[str]:
+def _build_row(loop: Mapping[str, Any], run: RunRecord) -> list[str]:
     lines = [line for line in run.metrics if line.get("phase") == loop["name"] and "loss" in line]
     peak, rate = loop["memory"]["peak"], (loop.get("tokens_per_second") or {}).get("middle")
-    memory = max((line.get("peak_memory_bytes") or 0 for line in lines), default=0) if run.foreseen.get("card") else 0
+    memory = max((line.get("peak_memory_bytes") or 0 for line in lines), default=0) if run.plan.get("card") else 0
     speeds = [line["tokens_per_second"] for line in lines[1:] if line.get("tokens_per_second")]
     speed = statistics.median(speeds) if speeds else 0
     return [
         loop["name"],
-        size(peak), size(memory) if memory else "–", _error(peak, memory),
-        f"{rate:,.0f}" if rate else "–", f"{speed:,.0f}" if speed else "–", _error(rate, speed),
+        format_size(peak), format_size(memory) if memory else "–", _format_error(peak, memory),
+        f"{rate:,.0f}" if rate else "–", f"{speed:,.0f}" if speed else "–", _format_error(rate, speed),
     ]  # fmt: skip
 
 
-def _error(foreseen: float | None, measured: float) -> str:
-    return f"{foreseen / measured - 1:+.1%}" if foreseen and measured else "–"
+def _format_error(estimate: float | None, measured: float) -> str:
+    return f"{estimate / measured - 1:+.1%}" if estimate and measured else "–"
 
 
-def size(value: float) -> str:
-    """Bytes for people."""
+def format_size(value: float) -> str:
+    """Format a number of bytes in GiB or MiB."""
     return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / 2**20:.1f} MiB"
 
 
-def _where(found: Mapping[str, Any]) -> str:
-    processes, device = found.get("processes", 1), "a CPU" if found.get("device") == "cpu" else str(found.get("device"))
-    return f"{processes} × {device}" if processes > 1 and found.get("card") else device
+def _describe_hardware(estimate: Mapping[str, Any]) -> str:
+    processes, device = estimate.get("processes", 1), "a CPU" if estimate.get("device") == "cpu" else str(estimate.get("device"))
+    return f"{processes} × {device}" if processes > 1 and estimate.get("card") else device

@@ -1,202 +1,228 @@
-"""Knows how a page shows an evaluation: each measure as a table of models, differences, and what the models wrote, side by side."""
+"""The report of an evaluation: measures, differences and samples of models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from azrecipe.report.html import Html, Part, folded, joined, listing, plots, table, tables, tag
-from azrecipe.report.number_format import PERCENT, WRITTEN, number
-from azrecipe.report.svg_plots import Frame, Point, steps
-from azrecipe.runs.reader import Run
+from azrecipe.report.html import (
+    Html,
+    Section,
+    join_html,
+    render_details,
+    render_figures,
+    render_json,
+    render_side_by_side,
+    render_table,
+    tag,
+)
+from azrecipe.report.number_format import GENERATION_MEASURES, PERCENT, format_number
+from azrecipe.report.svg_plots import PlotFrame, Point, plot_categories
+from azrecipe.runs.reader import RunRecord
 
-TITLES = {
+MEASURE_TITLES = {
     "bpb": "Bits per byte, lower is better",
-    "fertility": "Fertility: tokens a word",
-    "bytes_per_token": "Bytes a token",
-    "generations": "What was written after the prompts",
+    "fertility": "Fertility: tokens per word",
+    "bytes_per_token": "Bytes per token",
+    "generations": "Continuations of the prompts",
     "answers": "Answers to held-out conversations",
     "tasks": "Tasks",
 }
-# Keys of a model that are no measure, and of a generation that are not said in small print.
+# Keys of a model that are no measures, and keys of a sample that do not appear in its note.
 _NO_MEASURE = ("path", "parameters", "vocab_size", "samples", "answer_samples")
 _NO_NOTE = ("prompt", "output", "messages", "text")
-CHANGES = ("differences", "difference", "changes")
+DIFFERENCE_KEYS = ("differences", "difference", "changes")
 
 
-def facts(run: Run) -> dict[str, str]:
-    """The headline: the last model against the first."""
+def collect_headline(run: RunRecord) -> dict[str, str]:
+    """Collect the headline: the last model against the first."""
     models = run.result.get("models", {})
     if not models:
         return {}
     first, last = (models[name] for name in (next(iter(models)), list(models)[-1]))
-    bpb = {name: f"{value(first['bpb'].get(name))} → {value(last['bpb'][name])}" for name in last.get("bpb", {}) if "bpb" in first}
-    return {"models": number(len(models)), **{f"bits per byte, {name}": said for name, said in bpb.items()}}
+    bpb = {
+        name: f"{format_measurement(first['bpb'].get(name))} → {format_measurement(last['bpb'][name])}"
+        for name in last.get("bpb", {})
+        if "bpb" in first
+    }
+    return {"models": format_number(len(models)), **{f"bits per byte, {name}": change for name, change in bpb.items()}}
 
 
-def parts(run: Run) -> Iterator[Part]:
-    """What was measured and written."""
+def build_sections(run: RunRecord) -> Iterator[Section]:
+    """Build the sections of an evaluation."""
     result = run.result
     models: Mapping[str, Mapping[str, Any]] = result.get("models", {})
     if not models:
         return
-    yield from of_models(models)
-    yield Part("Differences", tables(_differences(result)))
-    yield Part("Held-out text", _texts(result.get("validation", {})))
+    yield from build_model_sections(models)
+    yield Section("Differences", render_side_by_side(_render_differences(result)))
+    yield Section("Held-out text", _render_texts(result.get("validation", {})))
 
 
-def of_models(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
-    """Models side by side, of one evaluation or of several."""
+def build_model_sections(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
+    """Build the sections of models, from one evaluation or several."""
     rows = [
-        [name, number(told.get("parameters")), number(told.get("vocab_size")), str(told.get("path", ""))] for name, told in models.items()
+        [name, format_number(model.get("parameters")), format_number(model.get("vocab_size")), str(model.get("path", ""))]
+        for name, model in models.items()
     ]
-    yield Part("Models", table("What was measured", ["model", "parameters", "vocabulary", "from"], rows))
-    yield Part("Measures", measures(models))
-    yield Part("Samples", samples(models))
+    yield Section("Models", render_table("Measured models", ["model", "parameters", "vocabulary", "from"], rows))
+    yield Section("Measures", render_measures(models))
+    yield Section("Samples", render_samples(models))
 
 
-def measures(models: Mapping[str, Mapping[str, Any]]) -> Html:
-    """Every measure that the models have."""
-    return joined([plots([(_plot(models), "")]), tables(_tables(models))])
+def render_measures(models: Mapping[str, Mapping[str, Any]]) -> Html:
+    """Render every measure that the models have."""
+    return join_html([render_figures([(_plot_bits_per_byte(models), "")]), render_side_by_side(_render_tables(models))])
 
 
-def _plot(models: Mapping[str, Mapping[str, Any]]) -> Html:
-    """Bits per byte of each model, set by set."""
+def _plot_bits_per_byte(models: Mapping[str, Mapping[str, Any]]) -> Html:
+    """Plot the bits per byte of each model, set by set."""
     names = list(models)
-    sets = dict.fromkeys(name for told in models.values() for name in told.get("bpb", {}))
+    sets = dict.fromkeys(name for model in models.values() for name in model.get("bpb", {}))
     series = {
         dataset: [
-            Point(name, nth, plain(told["bpb"][dataset]) or 0.0, interval(told["bpb"][dataset]))
-            for nth, (name, told) in enumerate(models.items())
-            if plain(told.get("bpb", {}).get(dataset)) is not None
+            Point(name, index, parse_number(model["bpb"][dataset]) or 0.0, parse_interval(model["bpb"][dataset]))
+            for index, (name, model) in enumerate(models.items())
+            if parse_number(model.get("bpb", {}).get(dataset)) is not None
         ]
         for dataset in sets
     }
     if len(names) < 2 or not any(series.values()):
         return Html("")
-    return steps(Frame("Bits per byte of held-out text", "", "bits per byte", leaning=len(names) > 3), names, series)
+    return plot_categories(PlotFrame("Bits per byte of held-out text", "", "bits per byte", long_labels=len(names) > 3), names, series)
 
 
-def _tables(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Html]:
-    """A table for each measure that models have, those known here first; intervals stand below the values."""
-    keys = dict.fromkeys([*TITLES, *(key for told in models.values() for key in told)])
+def _render_tables(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Html]:
+    """Render a table for each measure, those of MEASURE_TITLES first."""
+    keys = dict.fromkeys([*MEASURE_TITLES, *(key for model in models.values() for key in model)])
     for key in keys:
-        if key in _NO_MEASURE or key in CHANGES:
+        if key in _NO_MEASURE or key in DIFFERENCE_KEYS:
             continue
-        yield _table(_title(key, models), {name: told.get(key) for name, told in models.items()}, key)
+        yield _render_measure(_measure_title(key, models), {name: model.get(key) for name, model in models.items()}, key)
 
 
-def _differences(result: Mapping[str, Any]) -> Iterator[Html]:
-    """Differences to the first model, wherever they stand: beside the models or in each of them."""
+def _render_differences(result: Mapping[str, Any]) -> Iterator[Html]:
+    """Render differences to the first model.
+
+    They are a key of the result, or of each model.
+    """
     models = result["models"]
-    for key in CHANGES:
-        of_models = {name: told[key] for name, told in models.items() if key in told}
-        found = of_models or result.get(key) or {}
-        if not isinstance(found, Mapping):
+    for key in DIFFERENCE_KEYS:
+        differences = {name: model[key] for name, model in models.items() if key in model} or result.get(key) or {}
+        if not isinstance(differences, Mapping):
             continue
-        measures = dict.fromkeys(measure for told in found.values() if isinstance(told, Mapping) for measure in told)
-        for measure in measures:
-            rows = {name: told.get(measure) for name, told in found.items() if isinstance(told, Mapping)}
-            yield _table(f"{TITLES.get(measure, measure.replace('_', ' '))}: difference to {next(iter(models))}", rows, measure, sign=True)
+        differences = {name: values for name, values in differences.items() if isinstance(values, Mapping)}
+        for measure in dict.fromkeys(measure for values in differences.values() for measure in values):
+            rows = {name: values.get(measure) for name, values in differences.items()}
+            yield _render_measure(
+                f"{MEASURE_TITLES.get(measure, measure.replace('_', ' '))}: difference to {next(iter(models))}", rows, measure, sign=True
+            )
 
 
-def _table(caption: str, rows: Mapping[str, Any], measure: str, sign: bool = False) -> Html:
-    found = {name: dict(leaves(told)) for name, told in rows.items()}
-    columns = list(dict.fromkeys(column for told in found.values() for column in told))
+def _render_measure(caption: str, rows: Mapping[str, Any], measure: str, sign: bool = False) -> Html:
+    numbers = {name: dict(iterate_numbers(values)) for name, values in rows.items()}
+    columns = list(dict.fromkeys(column for row in numbers.values() for column in row))
     if not columns:
         return Html("")
-    cells = [[name, *(value(told.get(column), _form(measure, column), sign) for column in columns)] for name, told in found.items() if told]
-    known = WRITTEN if measure in ("generations", "answers") else {}
-    return table(caption, ["model", *(known[column][0] if column in known else column or measure for column in columns)], cells)
+    cells = [
+        [name, *(format_measurement(row.get(column), _number_format(measure, column), sign) for column in columns)]
+        for name, row in numbers.items()
+        if row
+    ]
+    titles = {key: style.title for key, style in GENERATION_MEASURES.items()} if measure in ("generations", "answers") else {}
+    return render_table(caption, ["model", *(titles.get(column, column or measure) for column in columns)], cells)
 
 
-def leaves(told: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """The numbers below a measure with the names that lead to them; {"value", "interval"} is one number."""
-    if isinstance(told, bool):
+def iterate_numbers(measure: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over a measure's numbers, with their keys.
+
+    {"value", "interval"} is one number.
+    """
+    if isinstance(measure, bool):
         return
-    if isinstance(told, int | float) or (isinstance(told, Mapping) and isinstance(told.get("value"), int | float)):
-        yield at, told
-    elif isinstance(told, Mapping):
-        for key, below in told.items():
-            yield from leaves(below, f"{at}: {key}" if at else str(key))
+    if isinstance(measure, int | float) or (isinstance(measure, Mapping) and isinstance(measure.get("value"), int | float)):
+        yield path, measure
+    elif isinstance(measure, Mapping):
+        for key, child in measure.items():
+            yield from iterate_numbers(child, f"{path}: {key}" if path else str(key))
 
 
-def _form(measure: str, column: str) -> str:
-    if measure in ("generations", "answers") and column in WRITTEN:
-        return WRITTEN[column][1]
+def _number_format(measure: str, column: str) -> str:
+    if measure in ("generations", "answers") and column in GENERATION_MEASURES:
+        return GENERATION_MEASURES[column].format_spec
     return {"bpb": ".3f", "fertility": ".2f", "bytes_per_token": ".2f"}.get(measure, ".4g")
 
 
-def plain(found: Any) -> float | None:
-    """The value of a measure, with or without its interval; None for what is no number."""
-    if isinstance(found, Mapping):
-        found = found.get("value")
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
+def parse_number(measure: Any) -> float | None:
+    """Return a measure's value; None for what is no number."""
+    number = measure.get("value") if isinstance(measure, Mapping) else measure
+    return float(number) if isinstance(number, int | float) and not isinstance(number, bool) else None
 
 
-def interval(found: Any) -> Sequence[float] | None:
-    """The interval of a measure that has one."""
-    ends = found.get("interval") if isinstance(found, Mapping) else None
+def parse_interval(measure: Any) -> Sequence[float] | None:
+    """Return the ends of a measure's interval, if it has one."""
+    ends = measure.get("interval") if isinstance(measure, Mapping) else None
     return ends if ends and len(ends) == 2 and all(isinstance(end, int | float) for end in ends) else None
 
 
-def value(found: Any, form: str = ".3f", sign: bool = False) -> str:
-    """A measure as a table shows it, its interval in brackets."""
-    number_, ends = plain(found), interval(found)
-    if number_ is None:
+def format_measurement(measure: Any, format_spec: str = ".3f", sign: bool = False) -> str:
+    """Format a measure for a table, with its interval in brackets."""
+    number, ends = parse_number(measure), parse_interval(measure)
+    if number is None:
         return "–"
-    form = f"+{form}" if sign else form
-    if isinstance(found, Mapping) and found.get("stderr") is not None:
-        return f"{number_:{form}} ± {found['stderr']:{form.removeprefix('+')}}"
-    return f"{number_:{form}}" + (f" [{ends[0]:{form}}–{ends[1]:{form}}]" if ends else "")
+    format_spec = f"+{format_spec}" if sign else format_spec
+    if isinstance(measure, Mapping) and measure.get("stderr") is not None:
+        return f"{number:{format_spec}} ± {measure['stderr']:{format_spec.removeprefix('+')}}"
+    return f"{number:{format_spec}}" + (f" [{ends[0]:{format_spec}}–{ends[1]:{format_spec}}]" if ends else "")
 
 
-def _title(key: str, models: Mapping[str, Mapping[str, Any]]) -> str:
-    name = TITLES.get(key, key.replace("_", " "))
-    measured = any(interval(found) for told in models.values() for _, found in leaves(told.get(key)))
-    return f"{name}. In brackets: its interval" if measured else name
+def _measure_title(key: str, models: Mapping[str, Mapping[str, Any]]) -> str:
+    name = MEASURE_TITLES.get(key, key.replace("_", " "))
+    has_intervals = any(parse_interval(measure) for model in models.values() for _, measure in iterate_numbers(model.get(key)))
+    return f"{name}. In brackets: its interval" if has_intervals else name
 
 
-def samples(models: Mapping[str, Mapping[str, Any]]) -> Html:
-    """What each model wrote to each prompt, a column a model where there is room."""
-    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for name, told in models.items():
-        for sample in told.get("samples") or told.get("generations") or []:
+def render_samples(models: Mapping[str, Mapping[str, Any]]) -> Html:
+    """Render what each model wrote to each prompt, side by side."""
+    samples_by_prompt: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for name, model in models.items():
+        for sample in model.get("samples") or model.get("generations") or []:
             if isinstance(sample, Mapping) and "output" in sample:
-                found.setdefault(str(sample.get("prompt", "")), []).append((name, sample))
+                samples_by_prompt.setdefault(str(sample.get("prompt", "")), []).append((name, sample))
     pieces = []
-    for prompt, answers in found.items():
+    for prompt, answers in samples_by_prompt.items():
         pieces.append(tag("blockquote", prompt, class_="text"))
         columns = [
-            joined([tag("h5", name), tag("p", sample["output"] or "(nothing)"), tag("small", _note(sample))]) for name, sample in answers
+            join_html([tag("h5", name), tag("p", sample["output"] or "(nothing)"), tag("small", _describe_sample(sample))])
+            for name, sample in answers
         ]
-        pieces.append(tag("div", joined(tag("div", column) for column in columns), class_="samples"))
-    return joined(pieces)
+        pieces.append(tag("div", join_html(tag("div", column) for column in columns), class_="samples"))
+    return join_html(pieces)
 
 
-def _note(sample: Mapping[str, Any]) -> str:
-    """What is known of a sample, in small print: every short value that stands beside the text."""
-    said = []
-    for key, told in sample.items():
-        if key in _NO_NOTE or told is None or isinstance(told, list | Mapping):
+def _describe_sample(sample: Mapping[str, Any]) -> str:
+    """Describe a sample by the short values beside its text."""
+    words = []
+    for key, entry in sample.items():
+        if key in _NO_NOTE or entry is None or isinstance(entry, list | Mapping):
             continue
         name = key.replace("_", " ")
-        if isinstance(told, bool):
-            said.append(name if told else f"not {name}")
-        elif isinstance(told, float):
-            said.append(f"{name} {told:{PERCENT}}" if 0 <= told <= 1 else f"{name} {told:.4g}")
+        if isinstance(entry, bool):
+            words.append(name if entry else f"not {name}")
+        elif isinstance(entry, float):
+            words.append(f"{name} {entry:{PERCENT}}" if 0 <= entry <= 1 else f"{name} {entry:.4g}")
         else:
-            said.append(f"{told} {name}" if isinstance(told, int) else f"{name} {told}")
-    return ", ".join(said)
+            words.append(f"{entry} {name}" if isinstance(entry, int) else f"{name} {entry}")
+    return ", ".join(words)
 
 
-def _texts(sets: Mapping[str, Mapping[str, Any]]) -> Html:
-    columns = list(dict.fromkeys(key for told in sets.values() for key, found in told.items() if isinstance(found, int)))
-    rows = [[name, *(number(told.get(column)) for column in columns)] for name, told in sets.items()]
-    more = [
-        folded(f"{key} of {name}", listing(found))
-        for name, told in sets.items()
-        for key, found in told.items()
-        if isinstance(found, Mapping)
+def _render_texts(sets: Mapping[str, Mapping[str, Any]]) -> Html:
+    columns = list(dict.fromkeys(key for counts in sets.values() for key, count in counts.items() if isinstance(count, int)))
+    rows = [[name, *(format_number(counts.get(column)) for column in columns)] for name, counts in sets.items()]
+    details = [
+        render_details(f"{key} of {name}", render_json(entry))
+        for name, counts in sets.items()
+        for key, entry in counts.items()
+        if isinstance(entry, Mapping)
     ]
-    return joined([table("What was measured on", ["set", *columns], rows), *more])
+    return join_html([render_table("Held-out sets", ["set", *columns], rows), *details])

@@ -1,4 +1,7 @@
-"""Knows how a page is written: what is escaped, how tables, plots and parts are laid out, in both themes, on paper and on a phone."""
+"""HTML of pages: escaping, sections, tables and figures.
+
+Pages are readable in light and dark themes, on paper and on a phone. They contain no script.
+"""
 
 from __future__ import annotations
 
@@ -44,121 +47,131 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
   td.n { white-space: normal; } details::details-content { content-visibility: visible; block-size: auto; } a { color: inherit; }
 }
 """
-OWN = "\ue000"  # begins a plot's ids until the page has numbered its plots
-# The page holds no script and asks for nothing; with this the browser holds it to that.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+PLOT_ID_PREFIX = "\ue000"  # stands before the ids of a plot until the page numbers its plots
+# A page has no script and loads nothing. With this policy the browser enforces it.
+CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _NUMBER = re.compile(r"[+\-–−]?(\d|$)")
 
 
 class Html(str):
-    """Text that is markup already; any other text is escaped where it goes into a page."""
+    """Text that is markup already. Any other text is escaped."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a page with a heading; parts below it have smaller ones."""
+class Section:
+    """A section of a page: heading, body and subsections."""
 
     title: str
     body: Html
-    below: Sequence[Part] = ()
+    children: Sequence[Section] = ()
     anchor: str = ""
 
 
-def text(value: object) -> Html:
-    """A value as markup."""
+def escape_html(value: object) -> Html:
+    """Convert a value to markup, and escape what is not Html."""
     return value if isinstance(value, Html) else Html(escape(str(value)))
 
 
-def joined(pieces: Iterable[str]) -> Html:
-    """Pieces of markup one after the other."""
-    return Html("".join(text(piece) for piece in pieces))
+def join_html(pieces: Iterable[str]) -> Html:
+    """Join pieces of markup."""
+    return Html("".join(escape_html(piece) for piece in pieces))
 
 
 def tag(name: str, body: object, **attributes: str) -> Html:
-    """An element; `class_` stands for class."""
-    given = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items() if value)
-    return Html(f"<{name}{given}>{text(body)}</{name}>")
+    """Build an element. The attribute class is written `class_`."""
+    attribute_text = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items() if value)
+    return Html(f"<{name}{attribute_text}>{escape_html(body)}</{name}>")
 
 
-def page(title: str, body: Html) -> str:
-    """A whole file. Plots are numbered, so that ids are never twice in it."""
+def render_page(title: str, body: Html) -> str:
+    """Render the whole page, with unique ids in its plots."""
     numbers = count(1)
-    body = Html(re.sub(r"<svg.*?</svg>", lambda plot: plot[0].replace(OWN, f"p{next(numbers)}-"), body, flags=re.DOTALL))
+    body = Html(re.sub(r"<svg.*?</svg>", lambda plot: plot[0].replace(PLOT_ID_PREFIX, f"p{next(numbers)}-"), body, flags=re.DOTALL))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
         f"<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )
 
 
-def parts(found: Iterable[Part], level: int = 2) -> Html:
-    """Parts with their headings, from h2 downwards; one that says nothing is left out."""
-    return joined(
-        Html(f"{tag(f'h{level}', part.title, id=part.anchor)}\n{part.body}\n{parts(part.below, level + 1)}")
-        for part in found
-        if part.body or part.below
+def render_sections(sections: Iterable[Section], level: int = 2) -> Html:
+    """Render sections with headings from h2 on. Empty ones are left out."""
+    return join_html(
+        Html(f"{tag(f'h{level}', section.title, id=section.anchor)}\n{section.body}\n{render_sections(section.children, level + 1)}")
+        for section in sections
+        if section.body or section.children
     )
 
 
-def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], chosen: Sequence[bool] | None = None) -> Html:
-    """A table in a box that scrolls by itself; the first column names the rows, columns of numbers stand to the right.
+def render_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], selected: Sequence[bool] | None = None) -> Html:
+    """Render a table. Its first column names the rows.
 
-    A bold row, marked with a word too, is the chosen one. An interval, "1.2 [1.1–1.3]", stands below its value. No rows, no table.
+    Columns of numbers are aligned to the right. An interval, "1.2 [1.1–1.3]", is below its value.
+
+    Args:
+        caption: The caption; it may be empty.
+        heads: The column titles.
+        rows: The cells of each row.
+        selected: Which rows are bold and marked as selected.
+
+    Returns:
+        The table; empty where there are no rows.
     """
     if not rows:
         return Html("")
-    numeric = [all(_NUMBER.match(row[nth]) for row in rows) for nth in range(len(heads))]
-    top = joined(tag("th", head, scope="col", class_="n" if numeric[nth] and nth else "") for nth, head in enumerate(heads))
+    numeric = [all(_NUMBER.match(row[column]) for row in rows) for column in range(len(heads))]
+    top = join_html(tag("th", head, scope="col", class_="n" if numeric[column] and column else "") for column, head in enumerate(heads))
     body = []
-    for nth, row in enumerate(rows):
-        mark = bool(chosen and chosen[nth])
-        first = tag("th", f"{row[0]} ← selected" if mark else row[0], scope="row")
-        cells = joined(_cell(cell, numeric[column]) for column, cell in enumerate(row[1:], 1))
-        body.append(tag("tr", Html(first + cells), class_="chosen" if mark else ""))
-    said = tag("caption", tag("span", caption)) if caption else ""
-    return Html(f'<div class="wide" tabindex="0"><table>{said}<thead><tr>{top}</tr></thead><tbody>{joined(body)}</tbody></table></div>')
-
-
-def tables(found: Iterable[Html]) -> Html:
-    """Tables side by side where there is room."""
-    inside = joined(found)
-    return tag("div", inside, class_="tables") if inside else inside
-
-
-def _cell(cell: str, numeric: bool) -> Html:
-    if not numeric:
-        return tag("td", cell, class_="t" if len(cell) > 30 and not isinstance(cell, Html) else "")
-    value, bracket, interval = cell.partition(" [")
-    below = f"<br><small>[{escape(interval)}</small>" if bracket else ""
-    return Html(f'<td class="n">{escape(value)}{below}</td>')
-
-
-def plots(figures: Iterable[tuple[str, str]]) -> Html:
-    """Plots, each with its caption, as many side by side as there is room for; those that show nothing are left out."""
-    drawn = [tag("figure", Html(svg + (tag("figcaption", said) if said else ""))) for svg, said in figures if svg]
-    return tag("div", joined(drawn), class_="plots") if drawn else Html("")
-
-
-def facts(found: Mapping[str, str]) -> Html:
-    """Names and short values in a grid; empty values are left out."""
-    items = joined(Html(f"<div>{tag('dt', name)}{tag('dd', value)}</div>") for name, value in found.items() if value)
-    return tag("dl", items, class_="facts") if items else Html("")
-
-
-def definitions(found: Mapping[str, str]) -> Html:
-    """What measures mean."""
-    return (
-        tag("dl", joined(joined([tag("dt", key), tag("dd", said)]) for key, said in found.items()), class_="terms") if found else Html("")
+    for index, row in enumerate(rows):
+        is_selected = bool(selected and selected[index])
+        first = tag("th", f"{row[0]} ← selected" if is_selected else row[0], scope="row")
+        cells = join_html(_render_cell(cell, numeric[column]) for column, cell in enumerate(row[1:], 1))
+        body.append(tag("tr", Html(first + cells), class_="chosen" if is_selected else ""))
+    caption_element = tag("caption", tag("span", caption)) if caption else ""
+    return Html(
+        f'<div class="wide" tabindex="0"><table>{caption_element}<thead><tr>{top}</tr></thead><tbody>{join_html(body)}</tbody></table></div>'
     )
 
 
-def folded(summary: str, body: Html) -> Html:
-    """Something long that is opened by a click, and stands open on paper."""
+def render_side_by_side(items: Iterable[Html]) -> Html:
+    """Render tables side by side where there is room."""
+    body = join_html(items)
+    return tag("div", body, class_="tables") if body else body
+
+
+def _render_cell(cell: str, numeric: bool) -> Html:
+    if not numeric:
+        return tag("td", cell, class_="t" if len(cell) > 30 and not isinstance(cell, Html) else "")
+    value, bracket, interval = cell.partition(" [")
+    small_print = f"<br><small>[{escape(interval)}</small>" if bracket else ""
+    return Html(f'<td class="n">{escape(value)}{small_print}</td>')
+
+
+def render_figures(figures: Iterable[tuple[str, str]]) -> Html:
+    """Render non-empty plots with their captions, side by side."""
+    elements = [tag("figure", Html(svg + (tag("figcaption", caption) if caption else ""))) for svg, caption in figures if svg]
+    return tag("div", join_html(elements), class_="plots") if elements else Html("")
+
+
+def render_facts(values: Mapping[str, str]) -> Html:
+    """Render names and non-empty short values in a grid."""
+    items = join_html(Html(f"<div>{tag('dt', name)}{tag('dd', value)}</div>") for name, value in values.items() if value)
+    return tag("dl", items, class_="facts") if items else Html("")
+
+
+def render_definitions(meanings: Mapping[str, str]) -> Html:
+    """Render the definitions of terms."""
+    items = join_html(join_html([tag("dt", term), tag("dd", meaning)]) for term, meaning in meanings.items())
+    return tag("dl", items, class_="terms") if items else items
+
+
+def render_details(summary: str, body: Html) -> Html:
+    """Render a block that a click opens; it is open on paper."""
     return Html(f"<details>{tag('summary', summary)}{body}</details>") if body else Html("")
 
 
-def listing(told: object) -> Html:
-    """Counts and samples as indented JSON."""
-    return tag("pre", json.dumps(told, indent=1, ensure_ascii=False))
+def render_json(data: object) -> Html:
+    """Render counts and samples as indented JSON."""
+    return tag("pre", json.dumps(data, indent=1, ensure_ascii=False))

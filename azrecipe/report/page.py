@@ -1,4 +1,7 @@
-"""Knows which page is written where: one HTML file for a run, or for several, that opens from disk with no network."""
+"""Report pages: one HTML file for one run or several.
+
+A page opens from disk and needs no network.
+"""
 
 from __future__ import annotations
 
@@ -8,64 +11,86 @@ from pathlib import Path
 
 from azrecipe.errors import CannotRun, CommandError
 from azrecipe.report import comparison_page, history_section, pipeline_page, sections
-from azrecipe.report.html import Html, joined, page, parts
-from azrecipe.runs.reader import Run, opened
+from azrecipe.report.html import Html, join_html, render_page, render_sections
+from azrecipe.runs.reader import RunRecord, read_run
 from azrecipe.utils.atomic_files import write_text
 
-NAME = "report.html"
-COMPARISON = "comparison.html"
+PAGE_FILE = "report.html"
+COMPARISON_FILE = "comparison.html"
 
 
-def write(path: Path, output: Path | None = None) -> Path:
-    """Make the page of a run, finished or not, from what it left: RUN/report.html, or `output`. Returns where it stands.
+def write_page(path: Path, output: Path | None = None) -> Path:
+    """Write the page of a run, finished or not.
 
-    Raises CommandError for a folder that holds no run or a damaged one. A page that says the same already is not touched.
+    A page with the same content is not written again.
+
+    Args:
+        path: The run directory.
+        output: The file of the page; None for report.html in the run directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        CommandError: The folder has no run, or a damaged one.
+        CannotRun: The file cannot be written.
     """
-    run, file = opened(path), output or path / NAME
+    run, file = read_run(path), output or path / PAGE_FILE
     try:
         if run.stage == "pipeline":
-            return _written(file, f"Pipeline: {run.name}", parts(pipeline_page.parts(run, file)))
-        found = [*sections.of_run(run), history_section.environment([run])]
-        return _written(file, f"{sections.title(run)}: {run.name}", joined([sections.summary(run), parts(found)]))
+            return _write_html(file, f"Pipeline: {run.name}", render_sections(pipeline_page.build_sections(run, file)))
+        run_sections = [*sections.build_run_sections(run), history_section.build_environment_section([run])]
+        return _write_html(
+            file, f"{sections.stage_title(run)}: {run.name}", join_html([sections.render_summary(run), render_sections(run_sections)])
+        )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
+        raise _damaged_run_error(path, error) from None
 
 
-def compare(paths: Sequence[Path], output: Path | None = None) -> Path:
-    """Make one page that shows several runs in the same plots: `output`, or comparison.html in the folder that holds them all.
+def write_comparison(paths: Sequence[Path], output: Path | None = None) -> Path:
+    """Write one page that compares several runs.
 
-    A pipeline stands for the runs of its steps. Raises CommandError as `write` does.
+    Args:
+        paths: The run directories. A pipeline stands for the runs of its steps.
+        output: The file of the page; None for comparison.html in the folder that has all runs.
+
+    Returns:
+        The file.
+
+    Raises:
+        CommandError: A folder has no run, or a damaged one.
+        CannotRun: The file cannot be written.
     """
     folder = Path(os.path.commonpath([path.resolve() for path in paths]))
-    file, runs = output or folder / COMPARISON, []
+    file, runs = output or folder / COMPARISON_FILE, []
     for path in paths:
-        run = opened(path, os.path.relpath(path.resolve(), folder))
-        steps = [Run(each.path, os.path.relpath(each.path.resolve(), folder)) for _, _, each in run.steps if each.recipe]
+        run = read_run(path, os.path.relpath(path.resolve(), folder))
+        steps = [RunRecord(step.path, os.path.relpath(step.path.resolve(), folder)) for _, _, step in run.steps if step.recipe]
         runs += steps if run.stage == "pipeline" else [run]
     runs = list({run.path.resolve(): run for run in runs}.values())
     try:
-        return _written(file, f"Comparison of {len(runs)} runs", parts(comparison_page.parts(runs, file)))
+        return _write_html(file, f"Comparison of {len(runs)} runs", render_sections(comparison_page.build_sections(runs, file)))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from None
+        raise _damaged_run_error(folder, error) from None
 
 
-def fresh(path: Path) -> bool:
-    """Whether a run has a page that is newer than what it shows."""
-    file = path / NAME
-    return file.exists() and file.stat().st_mtime >= opened(path).touched
+def is_page_fresh(path: Path) -> bool:
+    """Return whether a run's page is newer than its files."""
+    file = path / PAGE_FILE
+    return file.exists() and file.stat().st_mtime >= read_run(path).modified_time
 
 
-def _damaged(path: Path, error: Exception) -> CommandError:
+def _damaged_run_error(path: Path, error: Exception) -> CommandError:
     return CommandError(f"{path}: damaged, or written by another version of azrecipe: {error!r}")
 
 
-def _written(file: Path, title: str, body: Html) -> Path:
-    whole = page(title, body)
+def _write_html(file: Path, title: str, body: Html) -> Path:
+    content = render_page(title, body)
     try:
-        if not file.exists() or file.read_text(encoding="utf-8") != whole:
-            write_text(file, whole)
+        if not file.exists() or file.read_text(encoding="utf-8") != content:
+            write_text(file, content)
         else:
-            os.utime(file)  # what it shows has been looked at again
+            os.utime(file)  # its content is current
     except OSError as error:
         raise CannotRun(f"{file}: cannot be written: {error.strerror}") from None
     return file

@@ -1,4 +1,7 @@
-"""Knows how a page shows a pipeline: its steps at a glance, then each as its own page shows it; those of a matrix' cells together."""
+"""The page of a pipeline: overview, then each step.
+
+The cells of a matrix share the section of a step.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +9,65 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from azrecipe.report import comparison_page, evaluate_section, history_section, matrix_section, recipe_section, sections
-from azrecipe.report.html import Html, Part, joined, table, tag
-from azrecipe.runs.reader import Run
+from azrecipe.report.html import Html, Section, join_html, render_table, tag
+from azrecipe.runs.reader import RunRecord
 
 
-def parts(pipeline: Run, page: Path) -> Iterator[Part]:
-    """All that the page tells; `page` is where it will stand."""
+def build_sections(pipeline: RunRecord, page: Path) -> Iterator[Section]:
+    """Build the sections of a pipeline.
+
+    Args:
+        pipeline: The pipeline.
+        page: The file of the page, from which links to other pages start.
+    """
     steps = pipeline.steps
     keys = list(dict.fromkeys(key for key, _, _ in steps))
-    yield Part("Steps", joined([recipe_section.described(pipeline), _overview(pipeline, page)]))
+    yield Section("Steps", join_html([recipe_section.render_description(pipeline), _render_overview(pipeline, page)]))
     last = [run for key, cell, run in steps if run.stage == "evaluate" and cell is None][-1:]
-    yield from (Part("What came of it", evaluate_section.measures(run.result.get("models", {}))) for run in last)
-    yield from matrix_section.parts(pipeline)
-    yield recipe_section.part(pipeline)
-    for nth, key in enumerate(keys, 1):
-        once = [run for step, cell, run in steps if step == key and cell is None]
-        several = [run for step, cell, run in steps if step == key and cell is not None]
-        for run in once:
-            yield Part(f"{nth}. {sections.title(run)}: {key}", sections.summary(run), _of_step(run), f"step-{nth}")
-        if several:
-            ran = [run for run in several if run.recipe]
-            body = tag("p", f"Runs once in each of {len(several)} cells; {len(ran)} of them have begun.")
-            yield Part(f"{nth}. {sections.title(several[0])}: {key}, cell by cell", body, list(comparison_page.of_stage(ran)) if ran else (), "" if once else f"step-{nth}")  # fmt: skip
-    yield history_section.environment([run for _, _, run in steps])
+    yield from (Section("Result", evaluate_section.render_measures(run.result.get("models", {}))) for run in last)
+    yield from matrix_section.build_sections(pipeline)
+    yield recipe_section.build_section(pipeline)
+    for number, key in enumerate(keys, 1):
+        single = [run for step, cell, run in steps if step == key and cell is None]
+        cells = [run for step, cell, run in steps if step == key and cell is not None]
+        for run in single:
+            yield Section(
+                f"{number}. {sections.stage_title(run)}: {key}", sections.render_summary(run), _build_step_sections(run), f"step-{number}"
+            )
+        if cells:
+            started = [run for run in cells if run.recipe]
+            title = f"{number}. {sections.stage_title(cells[0])}: {key}, cell by cell"
+            body = tag("p", f"Runs once in each of {len(cells)} cells; {len(started)} of them have started.")
+            yield Section(
+                title,
+                body,
+                list(comparison_page.build_stage_sections(started)) if started else (),
+                "" if single else f"step-{number}",
+            )
+    yield history_section.build_environment_section([run for _, _, run in steps])
 
 
-def _of_step(run: Run) -> Sequence[Part]:
-    return sections.of_run(run) if run.recipe else [Part("", Html("Not run yet."))]
+def _build_step_sections(run: RunRecord) -> Sequence[Section]:
+    return sections.build_run_sections(run) if run.recipe else [Section("", Html("Not run yet."))]
 
 
-def _overview(pipeline: Run, page: Path) -> Html:
+def _render_overview(pipeline: RunRecord, page: Path) -> Html:
     rows = []
     numbers: dict[str, int] = {}
     for key, cell, run in pipeline.steps:
-        nth = numbers.setdefault(key, len(numbers) + 1)
+        number = numbers.setdefault(key, len(numbers) + 1)
         name = f"{cell}: {key}" if cell else key
-        told = [f"{name} {value}" for name, value in sections.headline(run).items() if value][:2]
-        times = history_section.facts(run)
-        own = comparison_page.link(run, page, "page") if (run.path / "report.html").exists() else "–"
+        headline = [f"{label} {value}" for label, value in sections.collect_headline(run).items() if value][:2]
+        times = history_section.collect_state(run)
+        page_link = comparison_page.link_run_page(run, page, "page") if (run.path / "report.html").exists() else "–"
         rows.append(
             [
-                tag("a", name, href=f"#step-{nth}"),
+                tag("a", name, href=f"#step-{number}"),
                 run.stage or "–",
                 run.state,
                 times["from first start to end"] or "–",
-                "; ".join(told) or "–",
-                own,
+                "; ".join(headline) or "–",
+                page_link,
             ]
         )
-    return table("In the order in which they run", ["step", "stage", "state", "took", "headline", "its own page"], rows)
+    return render_table("In the order in which they run", ["step", "stage", "state", "took", "headline", "page"], rows)

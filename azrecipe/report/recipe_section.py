@@ -1,44 +1,46 @@
-"""Knows how a page tells what was asked of a run: the recipe as resolved, and how it differs from its parent."""
+"""The report of a run's recipe and its differences."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from azrecipe.report.html import Html, Part, folded, joined, table, tag
-from azrecipe.runs.reader import Run
+from azrecipe.report.html import Html, Section, join_html, render_details, render_table, tag
+from azrecipe.runs.reader import RunRecord
 
 
-def part(run: Run) -> Part:
-    """The recipe of one run."""
-    pieces = [differences(run)]
-    pieces.append(folded("The whole recipe, as resolved", tag("pre", run.recipe_text) if run.recipe_text else Html("")))
-    return Part("What was asked", joined(pieces))
+def build_section(run: RunRecord) -> Section:
+    """Build the section of a run's recipe."""
+    text = render_details("The whole recipe, as resolved", tag("pre", run.recipe_text) if run.recipe_text else Html(""))
+    return Section("Recipe", join_html([render_differences(run), text]))
 
 
-def described(run: Run) -> Html:
-    """What the recipe says of itself."""
-    said = run.recipe.get("description")
-    return tag("p", said) if said else Html("")
+def render_description(run: RunRecord) -> Html:
+    """Render the description that a recipe has."""
+    description = run.recipe.get("description")
+    return tag("p", description) if description else Html("")
 
 
-def differences(run: Run) -> Html:
-    """How the recipe differs from the file that it extends, or from its own file as it stands."""
-    told = run.parent
-    if not told.get("parent"):
+def render_differences(run: RunRecord) -> Html:
+    """Render the differences from the file that the recipe extends.
+
+    A recipe that extends none is compared with its own file, without overrides.
+    """
+    diff = run.parent_diff
+    if not diff.get("parent"):
         return Html("")
-    own = told["parent"] == told["file"]
-    parent = f"{told['file']} as it stands" if own else f"{told['parent']}, which it extends"
+    extends_none = diff["parent"] == diff["file"]
+    parent = f"{diff['file']} without overrides" if extends_none else f"{diff['parent']}, which it extends"
     rows = [
-        [found["key"], shown(found["value"]) if "value" in found else "taken away", shown(found["parent"]) if "parent" in found else "not set",
-         found["place"] or "–"]
-        for found in told["differences"]
+        [row["key"], format_recipe_value(row["value"]) if "value" in row else "removed", format_recipe_value(row["parent"]) if "parent" in row else "not set",
+         row["place"] or "–"]
+        for row in diff["differences"]
     ]  # fmt: skip
     if not rows:
-        return tag("p", f"{told['file']}: nothing in it was changed." if own else f"{told['file']} changes nothing of {parent}.")
-    return table(f"{'What was changed of' if own else 'Differences from'} {parent}", ["key", "here", "there", "written in"], rows)
+        return tag("p", f"{diff['file']}: no overrides." if extends_none else f"{diff['file']} changes nothing of {parent}.")
+    return render_table(f"Differences from {parent}", ["key", "here", "there", "written in"], rows)
 
 
-def shown(value: Any) -> str:
-    """A recipe's value in one line."""
+def format_recipe_value(value: Any) -> str:
+    """Format a recipe's value in one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,8 +1,9 @@
-"""Knows which module shows which stage, and the order of what a page tells of one run."""
+"""The sections of a run's page, in order, for each stage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from azrecipe.report import (
     estimate_section,
@@ -13,36 +14,55 @@ from azrecipe.report import (
     sft_section,
     tokenizer_section,
 )
-from azrecipe.report.html import Html, Part, definitions, facts, folded, joined
-from azrecipe.runs.reader import Run
+from azrecipe.report.html import Html, Section, join_html, render_definitions, render_details, render_facts
+from azrecipe.runs.reader import RunRecord
 
-Facts = Callable[[Run], Mapping[str, str]]
-Parts = Callable[[Run], Iterable[Part]]
-STAGES: Mapping[str, tuple[str, Facts, Parts]] = {
-    "tokenizer": ("Tokenizers", tokenizer_section.facts, tokenizer_section.parts),
-    "pretrain": ("Pretraining", pretrain_section.facts, pretrain_section.parts),
-    "sft": ("Instruction tuning", sft_section.facts, sft_section.parts),
-    "evaluate": ("Evaluation", evaluate_section.facts, evaluate_section.parts),
+
+class StageReport(NamedTuple):
+    """How a page reports a stage."""
+
+    title: str
+    collect_headline: Callable[[RunRecord], Mapping[str, str]]
+    build_sections: Callable[[RunRecord], Iterable[Section]]
+
+
+STAGE_REPORTS: Mapping[str, StageReport] = {
+    "tokenizer": StageReport("Tokenizers", tokenizer_section.collect_headline, tokenizer_section.build_sections),
+    "pretrain": StageReport("Pretraining", pretrain_section.collect_headline, pretrain_section.build_sections),
+    "sft": StageReport("Instruction tuning", sft_section.collect_headline, sft_section.build_sections),
+    "evaluate": StageReport("Evaluation", evaluate_section.collect_headline, evaluate_section.build_sections),
 }
 
 
-def title(run: Run) -> str:
-    """What a run's stage is called."""
-    return STAGES[run.stage][0] if run.stage in STAGES else "Run"
+def stage_title(run: RunRecord) -> str:
+    """Return the title of a run's stage."""
+    return STAGE_REPORTS[run.stage].title if run.stage in STAGE_REPORTS else "Run"
 
 
-def headline(run: Run) -> Mapping[str, str]:
-    """The numbers of a run that stand first, the most important one in front."""
-    return STAGES[run.stage][1](run) if run.stage in STAGES else {}
+def collect_headline(run: RunRecord) -> Mapping[str, str]:
+    """Collect a run's headline numbers, the most important one first."""
+    return STAGE_REPORTS[run.stage].collect_headline(run) if run.stage in STAGE_REPORTS else {}
 
 
-def summary(run: Run) -> Html:
-    """State, times and headline numbers, and why it stopped where it did."""
-    return joined([recipe_section.described(run), facts({**headline(run), **history_section.facts(run)}), history_section.message(run)])
+def render_summary(run: RunRecord) -> Html:
+    """Render state, times, headline numbers and the reason of a failure."""
+    return join_html(
+        [
+            recipe_section.render_description(run),
+            render_facts({**collect_headline(run), **history_section.collect_state(run)}),
+            history_section.render_message(run),
+        ]
+    )
 
 
-def of_run(run: Run) -> list[Part]:
-    """All that a page tells of one run, but the machine."""
-    found = STAGES[run.stage][2](run) if run.stage in STAGES else ()
-    terms = folded("What the measures mean", definitions(run.result.get("definitions", {})))
-    return [recipe_section.part(run), *found, estimate_section.part(run), history_section.starts(run), Part("Definitions", terms)]
+def build_run_sections(run: RunRecord) -> list[Section]:
+    """Build all sections of a run except its environment."""
+    stage_sections = STAGE_REPORTS[run.stage].build_sections(run) if run.stage in STAGE_REPORTS else ()
+    terms = render_details("Definitions of the measures", render_definitions(run.result.get("definitions", {})))
+    return [
+        recipe_section.build_section(run),
+        *stage_sections,
+        estimate_section.build_section(run),
+        history_section.build_starts_section(run),
+        Section("Definitions", terms),
+    ]

@@ -1,4 +1,4 @@
-"""Knows how a page shows a tokenizer run: its candidates measured on each held-out set, what they cost, how words are cut."""
+"""The report of a tokenizer run and its candidates."""
 
 from __future__ import annotations
 
@@ -6,90 +6,93 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from azrecipe.report import svg_plots
-from azrecipe.report.html import Html, Part, folded, joined, listing, table, tag
-from azrecipe.report.html import plots as laid
-from azrecipe.report.number_format import MEASURES, PERCENT, number, series, with_interval
-from azrecipe.runs.reader import Run
+from azrecipe.report.html import Html, Section, join_html, render_details, render_figures, render_json, render_table, tag
+from azrecipe.report.number_format import MEASURE_HEADERS, PERCENT, collect_points, format_measure, format_number
+from azrecipe.runs.reader import RunRecord
 
 
-def facts(run: Run) -> dict[str, str]:
-    """The headline: the selected candidate against the first."""
+def collect_headline(run: RunRecord) -> dict[str, str]:
+    """Collect the headline: the selected candidate against the first."""
     lines = run.result.get("candidates", [])
     if not lines:
         return {}
-    chosen = next(line for line in lines if line["name"] == run.result["selected"])
+    selected = next(line for line in lines if line["name"] == run.result["selected"])
     tokens = {
-        f"tokens a word, {name}": f"{lines[0]['fertility'][name]['value']:.2f} → {measure['value']:.2f}"
-        for name, measure in chosen["fertility"].items()
+        f"tokens per word, {name}": f"{lines[0]['fertility'][name]['value']:.2f} → {measure['value']:.2f}"
+        for name, measure in selected["fertility"].items()
         if measure["value"] is not None and lines[0]["fertility"][name]["value"] is not None
     }
-    return {"selected": chosen["name"], "tokens in it": number(chosen["vocab_size"]), **tokens}
+    return {"selected": selected["name"], "tokens in it": format_number(selected["vocab_size"]), **tokens}
 
 
-def parts(run: Run) -> Iterator[Part]:
-    """What was measured."""
+def build_sections(run: RunRecord) -> Iterator[Section]:
+    """Build the sections of a tokenizer run."""
     result = run.result
     if not result:
         return
-    yield Part("Fertility and vocabulary size", laid((svg_plots.against(name, points, "tokens in the vocabulary", "tokens a word"), "") for name, points in series(result).items()))  # fmt: skip
+    plots = [
+        svg_plots.plot_over_log_x(name, points, "tokens in the vocabulary", "tokens per word")
+        for name, points in collect_points(result).items()
+    ]
+    yield Section("Fertility and vocabulary size", render_figures((plot, "") for plot in plots))
     for name in result["validation"]:
-        yield Part(f"On {name}", _measures(result, name))
-    yield Part("What it costs", _costs(result))
+        yield Section(f"On {name}", _render_measures(result, name))
+    yield Section("Costs", _render_costs(result))
     if result["show_words"]:
-        said = tag("p", "Boxes are tokens. A bar stands where the pre-tokenizer cuts; no token crosses it.")
-        yield Part("How words are cut", joined([said, _words(result)]))
-    yield Part("The corpus", _corpus(result))
+        note = tag("p", "Boxes are tokens. A bar is a split of the pre-tokenizer; no token crosses it.")
+        yield Section("How words are split", join_html([note, _render_words(result)]))
+    yield Section("The corpus", _render_corpus(result))
 
 
-def _measures(result: Mapping[str, Any], name: str) -> Html:
+def _render_measures(result: Mapping[str, Any], name: str) -> Html:
     size = result["validation"][name]
-    grouped = f" in {size['groups']:,} groups" if size["groups"] != size["documents"] else ""
+    groups = f" in {size['groups']:,} groups" if size["groups"] != size["documents"] else ""
     caption = (
-        f"{size['documents']:,} held-out documents{grouped}, {size['words']:,} words, {size['bytes']:,} bytes. In brackets: 95 % intervals"
+        f"{size['documents']:,} held-out documents{groups}, {size['words']:,} words, {size['bytes']:,} bytes. In brackets: 95 % intervals"
     )
-    heads = ["candidate", "tokens", *(title.format(window=f"{result['window']:,}") for title in MEASURES.values())]
+    heads = ["candidate", "tokens", *(title.format(window=f"{result['window']:,}") for title in MEASURE_HEADERS.values())]
     rows = [
-        [line["name"], number(line["vocab_size"]), *(with_interval(line[key][name], key) for key in MEASURES)]
+        [line["name"], format_number(line["vocab_size"]), *(format_measure(line[key][name], key) for key in MEASURE_HEADERS)]
         for line in result["candidates"]
     ]
-    return table(caption, heads, rows, [line["name"] == result["selected"] for line in result["candidates"]])
+    return render_table(caption, heads, rows, [line["name"] == result["selected"] for line in result["candidates"]])
 
 
-def _costs(result: Mapping[str, Any]) -> Html:
+def _render_costs(result: Mapping[str, Any]) -> Html:
     lines = result["candidates"]
     heads = ["candidate", "kind", "embedding rows", "embedding parameters", "unused tokens", "encoding, MB/s", "encoding, tokens/s"]
     heads += ["parity with English"] if "parity" in lines[0] else []
     rows = [
-        [line["name"], line["kind"], number(line["embedding_rows_added"], sign=True), number(line["embedding_parameters_added"], sign=True),
+        [line["name"], line["kind"], format_number(line["embedding_rows_added"], sign=True), format_number(line["embedding_parameters_added"], sign=True),
          f"{line['unused_tokens']['value']:,} ({line['unused_tokens']['share']:{PERCENT}})", f"{line['encoding']['bytes_per_second'] / 1e6:.1f}",
-         f"{line['encoding']['tokens_per_second']:,}", *([with_interval(line["parity"])] if "parity" in line else [])]
+         f"{line['encoding']['tokens_per_second']:,}", *([format_measure(line["parity"])] if "parity" in line else [])]
         for line in lines
     ]  # fmt: skip
-    return table("Rows and parameters are against the base's", heads, rows)
+    return render_table("Rows and parameters are differences from the base", heads, rows)
 
 
-def _words(result: Mapping[str, Any]) -> Html:
-    rows = [[line["name"], *(_cut(cut) for cut in line["words"])] for line in result["candidates"]]
-    return table("Words, and how many tokens they are", ["candidate", *result["show_words"]], rows)
+def _render_words(result: Mapping[str, Any]) -> Html:
+    rows = [[line["name"], *(_render_split(word) for word in line["words"])] for line in result["candidates"]]
+    return render_table("Words, and how many tokens they are", ["candidate", *result["show_words"]], rows)
 
 
-def _cut(cut: Sequence[Sequence[str]]) -> Html:
-    """Tokens in boxes; a bar where the pre-tokenizer cuts."""
-    pieces = Html(" | ".join(joined(tag("span", token) for token in piece) for piece in cut))
-    return tag("span", joined([pieces, Html(" "), tag("small", sum(map(len, cut)))]), class_="cut")
+def _render_split(word: Sequence[Sequence[str]]) -> Html:
+    """Render the tokens of a word, by the pieces of the pre-tokenizer."""
+    pieces = Html(" | ".join(join_html(tag("span", token) for token in piece) for piece in word))
+    return tag("span", join_html([pieces, Html(" "), tag("small", sum(map(len, word)))]), class_="cut")
 
 
-def _corpus(result: Mapping[str, Any]) -> Html:
-    """What the candidates were trained on; what the clean-up dropped and changed, with samples."""
+def _render_corpus(result: Mapping[str, Any]) -> Html:
+    """Render the training corpus and the report of its clean-up."""
     trained = next((line["training"] for line in result["candidates"] if line.get("training")), None)
     if trained is None:
         return Html("")
-    said = (
+    summary = (
         f"{trained['documents']:,} documents, {trained['bytes']:,} bytes; {trained['held_out_left_out']:,} held-out documents left out; "
-        f"{trained['special_tokens_in_text']:,} special tokens spelled out in the text, cut out."
+        f"{trained['special_tokens_in_text']:,} special tokens removed from the text."
     )
-    rows = [[source["source"], number(source["bytes"]), f"{source['share']:{PERCENT}}"] for source in trained["sources"]]
-    cleaned = {s["source"]: s["cleaned"] for s in trained["sources"] if "cleaned" in s}
-    cleaned |= {f"{name} (held out)": v["cleaned"] for name, v in result["validation"].items() if "cleaned" in v}
-    folds = [folded(f"Clean-up of {name}", listing(told)) for name, told in cleaned.items()]
-    return joined([tag("p", said), table("What the candidates were trained on", ["source", "bytes", "share"], rows), *folds])
+    rows = [[source["source"], format_number(source["bytes"]), f"{source['share']:{PERCENT}}"] for source in trained["sources"]]
+    cleaned = {source["source"]: source["cleaned"] for source in trained["sources"] if "cleaned" in source}
+    cleaned |= {f"{name} (held out)": counts["cleaned"] for name, counts in result["validation"].items() if "cleaned" in counts}
+    details = [render_details(f"Clean-up of {name}", render_json(report)) for name, report in cleaned.items()]
+    return join_html([tag("p", summary), render_table("Training data of the candidates", ["source", "bytes", "share"], rows), *details])

@@ -1,4 +1,4 @@
-"""Knows what is drawn of metrics.jsonl: which curves there are, over what, and how a long one is thinned."""
+"""Curves of training, from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,119 +7,159 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import NamedTuple
 
 from azrecipe.report.html import Html
-from azrecipe.report.svg_plots import Curve, Frame, curves
-from azrecipe.runs.reader import Run
+from azrecipe.report.svg_plots import Curve, PlotFrame, plot_curves
+from azrecipe.runs.reader import RunRecord
 
-MOST = 400  # points of a plot's curves, shared by the curves of several runs
-LEAST = 80  # points of one curve, however many there are
-X = {"tokens": "tokens read", "bytes": "bytes of text read", "step": "step"}
-# What each training logs: key of a line, title, unit, and what a value is divided by.
-LOGGED: Sequence[tuple[str, str, str, float]] = (
-    ("loss", "Training loss", "nats a token", 1),
-    ("train_bpb", "Training text", "bits per byte", 1),
-    ("learning_rate", "Learning rate", "", 1),
-    ("tokens_per_second", "Speed", "tokens/s", 1),
-    ("peak_memory_bytes", "Peak memory", "GB", 1e9),
+
+class LoggedMetric(NamedTuple):
+    """A value that each training logs."""
+
+    key: str  # in a line of metrics.jsonl
+    title: str
+    unit: str
+    divisor: float  # converts a logged value to the unit
+
+
+MAX_POINTS_PER_PLOT = 400  # shared by the curves of all runs
+MIN_POINTS_PER_CURVE = 80  # however many curves a plot has
+X_LABELS = {"tokens": "tokens read", "bytes": "bytes of text read", "step": "step"}
+LOGGED_METRICS: Sequence[LoggedMetric] = (
+    LoggedMetric("loss", "Training loss", "nats per token", 1),
+    LoggedMetric("train_bpb", "Training text", "bits per byte", 1),
+    LoggedMetric("learning_rate", "Learning rate", "", 1),
+    LoggedMetric("tokens_per_second", "Speed", "tokens/s", 1),
+    LoggedMetric("peak_memory_bytes", "Peak memory", "GB", 1e9),
 )
-FROM_ZERO = ("tokens_per_second", "peak_memory_bytes")
-THINNED = "A point stands for up to {:,} logged steps: their mean, and the band from the lowest to the highest"
+METRICS_FROM_ZERO = ("tokens_per_second", "peak_memory_bytes")
+THINNED_NOTE = "A point stands for up to {:,} logged steps: their mean, and the band from the lowest to the highest"
 
 
-def offsets(run: Run, key: str) -> dict[str, float]:
-    """How much of `key` (tokens, bytes or step) a run had done when each phase began; a line counts from its phase's start."""
+def phase_offsets(run: RunRecord, key: str) -> dict[str, float]:
+    """Return the value of `key` at the start of each phase.
+
+    `key` is tokens, bytes or step.     The lines of metrics.jsonl count from the start of their phase.
+    """
     finished = run.result.get("phases", {})
     totals: dict[str, float] = {}
     for line in run.metrics:
         totals[line.get("phase", "")] = max(totals.get(line.get("phase", ""), 0), line.get(key) or 0)
-    for phase, told in finished.items():
-        totals[phase] = told.get("steps" if key == "step" else key) or totals.get(phase, 0)
+    for phase, result in finished.items():
+        totals[phase] = result.get("steps" if key == "step" else key) or totals.get(phase, 0)
     return dict(zip(totals, accumulate(totals.values(), initial=0), strict=False))
 
 
-def borders(run: Run, key: str) -> list[tuple[float, str]]:
-    """Where each phase begins, for a run that has several."""
-    found = offsets(run, key)
-    return [(x, name) for name, x in found.items()] if len(found) > 1 else []
+def phase_borders(run: RunRecord, key: str) -> list[tuple[float, str]]:
+    """Return each phase's start and name, for several phases."""
+    starts = phase_offsets(run, key)
+    return [(x, name) for name, x in starts.items()] if len(starts) > 1 else []
 
 
-def values(run: Run, wanted: str, key: str) -> list[tuple[float, float]]:
-    """Every logged value of one kind, with how much of `key` had been read."""
-    before, read, found = offsets(run, key), _read(run, key), []
+def read_points(run: RunRecord, metric: str, key: str) -> list[tuple[float, float]]:
+    """Read a logged metric over training.
+
+    Args:
+        run: The run.
+        metric: The key of the metric in metrics.jsonl.
+        key: The x-axis: tokens, bytes or step.
+
+    Returns:
+        (x, y) of each logged value.
+    """
+    starts, logged_steps, points = phase_offsets(run, key), _read_logged_steps(run, key), []
     for line in run.metrics:
-        phase, y = line.get("phase", ""), line.get(wanted)
+        phase, y = line.get("phase", ""), line.get(metric)
         if not isinstance(y, int | float) or not math.isfinite(y):
             continue
         x = line.get(key)
-        if x is None and phase in read:  # a measurement, which knows its step only: as much as at the next logged one, in proportion
-            steps, amounts = read[phase]
-            nth = min(bisect_left(steps, line.get("step") or 0), len(steps) - 1)
-            x = amounts[nth] * (line.get("step") or 0) / max(steps[nth], 1)
+        if x is None and phase in logged_steps:  # an evaluation logs its step only: interpolate from the next logged step
+            steps, amounts = logged_steps[phase]
+            index = min(bisect_left(steps, line.get("step") or 0), len(steps) - 1)
+            x = amounts[index] * (line.get("step") or 0) / max(steps[index], 1)
         if isinstance(x, int | float):
-            found.append((x + before.get(phase, 0), float(y)))
-    return found
+            points.append((x + starts.get(phase, 0), float(y)))
+    return points
 
 
-def _read(run: Run, key: str) -> dict[str, tuple[list[int], list[float]]]:
-    """The logged steps of each phase, and how much of `key` had been read at them."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
+def _read_logged_steps(run: RunRecord, key: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Read the logged steps of each phase, with the values of `key`."""
+    logged_steps: dict[str, tuple[list[int], list[float]]] = {}
     for line in run.metrics:
         if isinstance(line.get(key), int | float) and "loss" in line:
-            steps, amounts = found.setdefault(line.get("phase", ""), ([], []))
+            steps, amounts = logged_steps.setdefault(line.get("phase", ""), ([], []))
             steps.append(line["step"])
             amounts.append(line[key])
-    return found
+    return logged_steps
 
 
-def curve(name: str, found: Sequence[tuple[float, float]], nth: int, most: int) -> Curve:
-    """Values as a curve of at most `most` points: means of neighbours with the lowest and the highest of them."""
-    if len(found) <= most:
-        return Curve(name, [x for x, _ in found], [y for _, y in found], nth=nth)
-    size = group(len(found), most)
-    groups = [found[i : i + size] for i in range(0, len(found), size)]
+def thin_curve(name: str, points: Sequence[tuple[float, float]], style_index: int, max_points: int) -> Curve:
+    """Thin points to a curve of means and extremes.
+
+    Args:
+        name: The name of the curve.
+        points: Its (x, y) values.
+        style_index: The number of its style.
+        max_points: The number of points that it may have.
+    """
+    if len(points) <= max_points:
+        return Curve(name, [x for x, _ in points], [y for _, y in points], style_index=style_index)
+    size = points_per_group(len(points), max_points)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
     ys = [[y for _, y in each] for each in groups]
-    return Curve(
-        name, [sum(x for x, _ in each) / len(each) for each in groups], [sum(y) / len(y) for y in ys], list(map(min, ys)), list(map(max, ys)), nth
-    )  # fmt: skip
+    xs = [sum(x for x, _ in each) / len(each) for each in groups]
+    return Curve(name, xs, [sum(y) / len(y) for y in ys], low=list(map(min, ys)), high=list(map(max, ys)), style_index=style_index)
 
 
-def group(count: int, most: int) -> int:
-    """How many neighbours become one point."""
-    return math.ceil(count / most)
+def points_per_group(count: int, max_points: int) -> int:
+    """Return how many of `count` values become one point."""
+    return math.ceil(count / max_points)
 
 
-def logged(runs: Sequence[Run], key: str) -> list[tuple[Html, str]]:
-    """A plot for each thing that training logs, all runs in the same plots, with what a reader must know of it."""
-    most = max(MOST // max(len(runs), 1), LEAST)
-    found = []
-    for wanted, title, unit, divisor in LOGGED:
-        if wanted == "train_bpb" and len(runs) == 1:
-            continue  # has the shape of the loss, and is for comparing tokenizers
-        series = {run.name: [(x, y / divisor) for x, y in values(run, wanted, key)] for run in runs}
+def plot_logged_metrics(runs: Sequence[RunRecord], key: str) -> list[tuple[Html, str]]:
+    """Plot each logged metric, all runs in the same plot.
+
+    Returns:
+        The plots with their captions.
+    """
+    max_points = max(MAX_POINTS_PER_PLOT // max(len(runs), 1), MIN_POINTS_PER_CURVE)
+    figures = []
+    for metric in LOGGED_METRICS:
+        if metric.key == "train_bpb" and len(runs) == 1:
+            continue  # it has the shape of the loss, and serves to compare tokenizers
+        series = {run.name: [(x, y / metric.divisor) for x, y in read_points(run, metric.key, key)] for run in runs}
         longest = max(map(len, series.values()), default=0)
-        drawn = [curve(name, points, nth, most) for nth, (name, points) in enumerate(series.items())]
-        frame = Frame(title, X[key], unit, borders(runs[0], key) if len(runs) == 1 else (), wanted in FROM_ZERO)
-        found.append((curves(frame, drawn), THINNED.format(group(longest, most)) + "." if longest > most else ""))
-    return found
+        thinned = [thin_curve(name, points, index, max_points) for index, (name, points) in enumerate(series.items())]
+        frame = PlotFrame(
+            metric.title, X_LABELS[key], metric.unit, phase_borders(runs[0], key) if len(runs) == 1 else (), metric.key in METRICS_FROM_ZERO
+        )
+        figures.append(
+            (plot_curves(frame, thinned), THINNED_NOTE.format(points_per_group(longest, max_points)) + "." if longest > max_points else "")
+        )
+    return figures
 
 
-def bpb(runs: Sequence[Run], dataset: str, key: str) -> list[Curve]:
-    """Bits per byte on one validation set over training, of each run: before the first step, measured on the way, after each phase."""
-    found = []
-    for nth, run in enumerate(runs):
-        before, told = offsets(run, key), run.result.get("bpb", {})
-        points = values(run, f"eval_{dataset}_bpb", key)
-        start = told.get("new_vocabulary") or told.get("base") or {}
+def build_bpb_curves(runs: Sequence[RunRecord], dataset: str, key: str) -> list[Curve]:
+    """Build each run's curve of bits per byte.
+
+    They have the values before the first step, during training and after each phase.
+    """
+    series = []
+    for index, run in enumerate(runs):
+        phase_starts, bits_per_byte = phase_offsets(run, key), run.result.get("bpb", {})
+        points = read_points(run, f"eval_{dataset}_bpb", key)
+        start = bits_per_byte.get("new_vocabulary") or bits_per_byte.get("base") or {}
         if dataset in start:
             points.append((0.0, start[dataset]))
-        for phase, done in run.result.get("phases", {}).items():
-            if dataset in told.get(phase, {}):
-                points.append((before.get(phase, 0) + (done.get("steps" if key == "step" else key) or 0), told[phase][dataset]))
-        found.append(curve(run.name, sorted(dict(points).items()), nth, MOST))
-    return found
+        for phase, result in run.result.get("phases", {}).items():
+            if dataset in bits_per_byte.get(phase, {}):
+                x = phase_starts.get(phase, 0) + (result.get("steps" if key == "step" else key) or 0)
+                points.append((x, bits_per_byte[phase][dataset]))
+        series.append(thin_curve(run.name, sorted(dict(points).items()), index, MAX_POINTS_PER_PLOT))
+    return series
 
 
-def named(name: str, found: Curve, nth: int) -> Curve:
-    """The same curve under another name and in another style."""
-    return replace(found, name=name, nth=nth)
+def restyle_curve(name: str, curve: Curve, style_index: int) -> Curve:
+    """Copy a curve with another name and style."""
+    return replace(curve, name=name, style_index=style_index)

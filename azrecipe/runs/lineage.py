@@ -1,101 +1,83 @@
-"""Knows which runs led to a model, from its base on, and which evaluations have measured it."""
+"""Trace the runs that trained a model, and find its evaluations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from azrecipe.recipe.load import CELLS
-from azrecipe.recipe.yaml_tree import parse
+from azrecipe.recipe.load import CELLS_FOLDER
+from azrecipe.runs.reader import RunRecord
 from azrecipe.runs.run_dir import RunDir
-from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.paths import is_local_model
 
 
 @dataclass(frozen=True)
-class Step:
-    """One run: its recipe's name, the resolved recipe, result.json and environment.json."""
-
-    name: str
-    run: Path
-    recipe: Mapping[str, Any]
-    result: Mapping[str, Any]
-    environment: Mapping[str, Any]
-
-    @property
-    def stage(self) -> str:
-        return str(self.recipe["stage"])
-
-
-@dataclass(frozen=True)
 class Lineage:
-    """The runs that made a model, first to last. `base` is what the first began with: a hub id or a folder; None for a new model.
+    """The runs that trained a model, first to last."""
 
-    `lost` names a run that is no longer there, or has been run anew since: what came before it is not known.
-    """
-
-    steps: list[Step]
-    base: str | None = None
-    lost: str | None = None
+    runs: list[RunRecord]
+    base: str | None = None  # the first run's model: a hub id or a folder; None: a new model
+    missing_run: str | None = None  # the earlier run that was removed or run again since; the runs before it are unknown
 
     @property
     def hub_base(self) -> str | None:
+        """The hub id of a base model that comes from the hub."""
         return None if self.base is None or is_local_model(self.base) or Path(self.base).is_dir() else self.base
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An evaluate run that has measured the model: the model's name in it, and the run."""
+class ModelEvaluation:
+    """A model's name in an evaluate run, and that run."""
 
-    name: str
-    step: Step
+    model_name: str
+    run: RunRecord
 
 
-def of(run: RunDir) -> Lineage:
+def trace_lineage(run: RunDir) -> Lineage:
     """Follow `output_of` back from a complete run."""
-    steps, at = [_step(run.path)], run.path
+    runs = [_read_record(run.path)]
     while True:
-        model = steps[0].recipe.get("model") or {}
+        first = runs[0]
+        model = first.recipe.get("model") or {}
         if model.get("output_of") is None:
-            return Lineage(steps, model.get("name_or_path"))
+            return Lineage(runs, model.get("name_or_path"))
         name = Path(model["output_of"]).stem
-        wanted = (RunDir(at, False, at.parent).status.get("inputs") or {}).get(f"run of {name}.yaml")
-        before = next((place for place in _places(at, name) if _id(place) == wanted is not None), None)
-        if before is None:
-            return Lineage(steps, lost=name)
-        at = before
-        steps.insert(0, _step(at))
+        upstream_id = (first.status.get("inputs") or {}).get(f"run of {name}.yaml")
+        candidates = (_read_record(folder) for folder in _list_upstream_folders(first.path, name))
+        upstream = next((record for record in candidates if record.status.get("run_id") == upstream_id is not None), None)
+        if upstream is None:
+            return Lineage(runs, missing_run=name)
+        runs.insert(0, upstream)
 
 
-def measured(run: RunDir) -> list[Measured]:
-    """The complete evaluate runs of the same project (and cell) that took this very run's model."""
-    found = []
+def find_evaluations(run: RunDir) -> list[ModelEvaluation]:
+    """Return the complete evaluate runs that measured this run's model.
+
+    They lie in the same project and cell.
+    """
+    evaluations = []
     for result in sorted(run.path.parent.glob("*/result.json")):
-        if (read_json(result) or {}).get("stage") != "evaluate" or not RunDir(result.parent, False, result.parent).complete:
+        record = _read_record(result.parent)
+        if record.result.get("stage") != "evaluate" or record.status.get("state") != "complete":
             continue
-        step = _step(result.parent)
-        inputs = RunDir(step.run, False, step.run).status.get("inputs") or {}
-        for name, source in step.recipe["models"].items():
+        inputs = record.status.get("inputs") or {}
+        for name, source in record.recipe["models"].items():
             stem = Path(source.get("output_of") or "").stem
             if stem == run.path.name and inputs.get(f"run of {stem}.yaml") == run.status.get("run_id"):
-                found.append(Measured(name, step))
-    return found
+                evaluations.append(ModelEvaluation(name, record))
+    return evaluations
 
 
-def _step(run: Path) -> Step:
-    recipe = parse((run / "recipe.yaml").read_text(encoding="utf-8"), str(run / "recipe.yaml")).plain()
-    return Step(run.name, run, recipe, read_json(run / "result.json") or {}, read_json(run / "environment.json") or {})
+def _read_record(folder: Path) -> RunRecord:
+    return RunRecord(folder, folder.name)
 
 
-def _places(run: Path, name: str) -> Iterator[Path]:
-    """Where a run's upstream may be: beside it, or above the cells of a matrix."""
+def _list_upstream_folders(run: Path, name: str) -> Iterator[Path]:
+    """Yield the folders where a run's upstream run may lie.
+
+    It is in the same folder, or above the cells of a matrix.
+    """
     yield run.parent / name
-    if run.parent.parent.name == CELLS:
+    if run.parent.parent.name == CELLS_FOLDER:
         yield run.parent.parent.parent / name
-
-
-def _id(run: Path) -> str | None:
-    found: str | None = RunDir(run, False, run).status.get("run_id")
-    return found

@@ -1,4 +1,7 @@
-"""Knows what of a run directory a page reads: each file once, and what is missing or torn is empty."""
+"""Read the files of a run directory, finished or not.
+
+Each file is read once. A file that is missing or incomplete gives an empty value.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from azrecipe.errors import CommandError, RecipeError
-from azrecipe.recipe.yaml_tree import parse
+from azrecipe.recipe.yaml_tree import parse_yaml
 from azrecipe.runs import event_log
 from azrecipe.utils.atomic_files import read_json
 
-STEPS = "steps.json"  # in a pipeline's folder: its steps in the order in which they run, and where their runs are
+STEPS_FILE = "steps.json"  # in a pipeline's folder: its steps in the order in which they run, and their run directories
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run directory, finished or not. `name` is what a page calls it."""
+class RunRecord:
+    """The content of a run directory, finished or not."""
 
     path: Path
-    name: str
+    name: str  # as a report shows it
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
-        """The resolved recipe; empty for a folder that has none."""
+        """The resolved recipe; empty for a folder without one."""
         try:
-            read = parse(self.recipe_text, str(self.path / "recipe.yaml")).plain()
+            recipe = parse_yaml(self.recipe_text, str(self.path / "recipe.yaml")).to_plain()
         except RecipeError:
             return {}
-        return read if isinstance(read, dict) else {}
+        return recipe if isinstance(recipe, dict) else {}
 
     @cached_property
     def recipe_text(self) -> str:
@@ -39,11 +42,11 @@ class Run:
 
     @cached_property
     def result(self) -> Mapping[str, Any]:
-        """result.json, which only a complete run has; of pretraining, what is known before that."""
-        found = read_json(self.path / "result.json")
-        if found is None and (begun := read_json(self.path / "phases.json")):
-            found = {"stage": "pretrain", **begun}
-        return found or {}
+        """result.json; of an incomplete pretrain run, phases.json."""
+        result = read_json(self.path / "result.json")
+        if result is None and (phases := read_json(self.path / "phases.json")):
+            result = {"stage": "pretrain", **phases}
+        return result or {}
 
     @property
     def stage(self) -> str:
@@ -63,49 +66,60 @@ class Run:
         return read_json(self.path / "environment.json") or {}
 
     @cached_property
-    def foreseen(self) -> Mapping[str, Any]:
-        """plan.json: what its training was to need; empty for a run that none was foreseen of."""
+    def plan(self) -> Mapping[str, Any]:
+        """plan.json, the estimate of the training; empty without one."""
         return read_json(self.path / "plan.json") or {}
 
     @cached_property
-    def parent(self) -> Mapping[str, Any]:
-        """How the recipe differs from its parent; empty for a run from before that was kept."""
+    def parent_diff(self) -> Mapping[str, Any]:
+        """parent.json, the recipe's differences from its parent.
+
+        It is empty for a run of an azrecipe that did not write the file.
+        """
         return read_json(self.path / "parent.json") or {}
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        return event_log.read(self.path)
+        return event_log.read_events(self.path)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return event_log.lines(self.path / "metrics.jsonl")
+        return event_log.read_json_lines(self.path / "metrics.jsonl")
 
     @cached_property
     def bad_batches(self) -> list[dict[str, Any]]:
-        return event_log.lines(self.path / "bad_batches.jsonl")
+        return event_log.read_json_lines(self.path / "bad_batches.jsonl")
 
     @cached_property
-    def steps(self) -> list[tuple[str, str | None, Run]]:
-        """Of a pipeline: each step's key, its cell and its run."""
-        listed = (read_json(self.path / STEPS) or {}).get("steps", [])
-        found = []
-        for step in listed:
+    def steps(self) -> list[StepRecord]:
+        """The steps of a pipeline, in the order in which they run."""
+        records = []
+        for step in (read_json(self.path / STEPS_FILE) or {}).get("steps", []):
             path = self.path.parent / step["run"]
-            found.append((step["step"], step["cell"], Run(path, f"{step['cell']}/{path.name}" if step["cell"] else path.name)))
-        return found
+            run = RunRecord(path, f"{step['cell']}/{path.name}" if step["cell"] else path.name)
+            records.append(StepRecord(step["step"], step["cell"], run))
+        return records
 
     @property
-    def touched(self) -> float:
-        """When what a page shows last changed, as a file's time."""
-        names = ("result.json", "status.json", "recipe.yaml", "parent.json", STEPS)
-        own = [file.stat().st_mtime for file in (self.path / name for name in names) if file.exists()]
-        return max([*own, *(run.touched for _, _, run in self.steps)], default=0.0)
+    def modified_time(self) -> float:
+        """The latest modification time of the files that a report shows."""
+        names = ("result.json", "status.json", "recipe.yaml", "parent.json", STEPS_FILE)
+        times = [file.stat().st_mtime for file in (self.path / name for name in names) if file.exists()]
+        return max([*times, *(step.run.modified_time for step in self.steps)], default=0.0)
 
 
-def opened(path: Path, name: str | None = None) -> Run:
-    """The run in a folder. Raises CommandError where there is none."""
-    run = Run(path, name or f"{path.resolve().parent.name}/{path.resolve().name}")
-    if not any((path / file).is_file() for file in ("result.json", "recipe.yaml", STEPS)):
+class StepRecord(NamedTuple):
+    """A step of a pipeline, and its run."""
+
+    key: str
+    cell: str | None  # None: the step runs once
+    run: RunRecord
+
+
+def read_run(path: Path, name: str | None = None) -> RunRecord:
+    """Return the run in a folder. Raises CommandError without one."""
+    run = RunRecord(path, name or f"{path.resolve().parent.name}/{path.resolve().name}")
+    if not any((path / file).is_file() for file in ("result.json", "recipe.yaml", STEPS_FILE)):
         raise CommandError(f"{path}: no run: there is neither {path / 'recipe.yaml'} nor a result.json")
     return run

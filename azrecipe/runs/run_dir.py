@@ -1,4 +1,4 @@
-"""The run directory: what happened, for people and for the next run. Knows its layout and when it may be gone on with."""
+"""Write, lock and resume a run directory."""
 
 from __future__ import annotations
 
@@ -14,237 +14,282 @@ from pathlib import Path
 from typing import IO, Any
 
 from azrecipe.distributed import local_storage
-from azrecipe.distributed.process_group import share, start_group
-from azrecipe.errors import FAILED, SIGINT, WRONG, CannotRun, CommandError, Interrupted, explain, hint
+from azrecipe.distributed.process_group import check_shared_storage, start_process_group
+from azrecipe.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_WRONG_INPUT, CannotRun, CommandError, Interrupted, explain_error, suggest_choices
 from azrecipe.recipe import schema
-from azrecipe.recipe.diff import changed_keys, differences, stage_word
-from azrecipe.recipe.load import CELLS, Recipe
+from azrecipe.recipe.diff import diff_with_parent, get_stage_value, iter_changed_keys
+from azrecipe.recipe.load import CELLS_FOLDER, Recipe
 from azrecipe.recipe.to_yaml import to_yaml
-from azrecipe.recipe.yaml_tree import Key, parse
+from azrecipe.recipe.yaml_tree import Key, parse_yaml
 from azrecipe.runs import event_log, run_files
-from azrecipe.runs.environment import environment
-from azrecipe.runs.event_log import now
-from azrecipe.utils.atomic_files import file_sizes, read_json, write_json, write_text
+from azrecipe.runs.environment import collect_environment
+from azrecipe.runs.event_log import format_current_time
+from azrecipe.utils.atomic_files import list_file_sizes, read_json, write_json, write_text
 
-CACHE = "AZRECIPE_CACHE"
+CACHE_VARIABLE = "AZRECIPE_CACHE"
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """One run's folder. Only the main process writes; every process may read, unless machines have one each (distributed/local_storage.py)."""
+    """The folder of one run.
+
+    Only the main process writes it. Every process may read it, unless each machine has its own (distributed/local_storage.py).
+    """
 
     path: Path
     main: bool
     runs_dir: Path
 
     @property
-    def final(self) -> Path:
+    def final_dir(self) -> Path:
         return self.path / "final"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
 
     @property
-    def cache(self) -> Path:
-        """Tokenised text, shared by all runs below one runs directory; AZRECIPE_CACHE names another place."""
-        return Path(os.environ.get(CACHE) or self.runs_dir / ".cache")
+    def cache_dir(self) -> Path:
+        """The folder of tokenised text, shared by all runs below `runs_dir`.
+
+        AZRECIPE_CACHE names another folder.
+        """
+        return Path(os.environ.get(CACHE_VARIABLE) or self.runs_dir / ".cache")
 
     @property
     def status(self) -> dict[str, Any]:
-        """status.json: state, run_id, inputs, started, finished, exit_code, message; files of final/ and their sizes. Empty before the first run."""
+        """The content of status.json; empty before the first run.
+
+        Keys: state, run_id, inputs, started, finished, exit_code, message, and the files of final/ with their sizes.
+        """
         return read_json(self.path / "status.json") or {}
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return self.status.get("state") == "complete"
 
     @property
-    def uploaded(self) -> bool:
-        """Whether final/ is whole where machines are apart: files are uploaded one by one, and status.json may be there before them."""
-        return not local_storage.apart() or file_sizes(self.final) == self.status.get("final", file_sizes(self.final))
+    def is_uploaded(self) -> bool:
+        """Whether all files of final/ have arrived, with local storage.
 
-    def update(self, **changes: Any) -> None:
+        Files are uploaded one by one, and status.json may arrive before the others.
+        """
+        return not local_storage.storage_is_local() or list_file_sizes(self.final_dir) == self.status.get(
+            "final", list_file_sizes(self.final_dir)
+        )
+
+    def update_status(self, **changes: Any) -> None:
         """Change keys of status.json."""
         if self.main:
             write_json(self.path / "status.json", {**self.status, **changes})
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Write result.json and mark the run complete: the last thing that a stage does."""
+    def mark_complete(self, result: Mapping[str, Any]) -> None:
+        """Write result.json and mark the run complete."""
         if self.main:
             write_json(self.path / "result.json", result)
-        final = {"final": file_sizes(self.final)} if local_storage.apart() else {}
-        self.update(state="complete", exit_code=0, message="", finished=now(), **final)
+        final = {"final": list_file_sizes(self.final_dir)} if local_storage.storage_is_local() else {}
+        self.update_status(state="complete", exit_code=0, message="", finished=format_current_time(), **final)
         if self.main:
-            event_log.note(self.path, "complete")
+            event_log.log_event(self.path, "complete")
 
-    def fail(self, state: str, exit_code: int, message: str) -> None:
-        """Record how a run ended that did not complete. A full disk must not hide the reason of the failure."""
-        with contextlib.suppress(OSError):
-            self.update(state=state, exit_code=exit_code, message=message, finished=now())
+    def mark_failed(self, state: str, exit_code: int, message: str) -> None:
+        """Record how an incomplete run ended."""
+        with contextlib.suppress(OSError):  # a full disk must not hide the reason of the failure
+            self.update_status(state=state, exit_code=exit_code, message=message, finished=format_current_time())
             if self.main:
-                event_log.note(self.path, state, exit_code=exit_code, message=message)
+                event_log.log_event(self.path, state, exit_code=exit_code, message=message)
 
-    def need(self, size: int, what: str) -> None:
-        """Refuse to start when the disk has less than `size` bytes free for `what`."""
-        there = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
+    def require_disk_space(self, size: int, what: str) -> None:
+        """Raise CannotRun where the disk lacks `size` bytes for `what`."""
+        existing = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
         if free < size:
             raise CannotRun(
-                f"{self.path}: {what} needs about {_gigabytes(size)} of disk and {_gigabytes(free)} are free. Free some, or use --runs-dir"
+                f"{self.path}: {what} needs about {_format_gb(size)} of disk and {_format_gb(free)} are free. Free some, or use --runs-dir"
             )
 
 
-def _gigabytes(size: int) -> str:
+def _format_gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def locate(recipe: Recipe, runs_dir: Path, main: bool = True) -> RunDir:
-    """The folder of a recipe's run. Touches nothing."""
-    return run_of(recipe, runs_dir, recipe.name, main)
+def locate_run(recipe: Recipe, runs_dir: Path, main: bool = True) -> RunDir:
+    """Return the folder of a recipe's run. Creates nothing."""
+    return locate_named_run(recipe, runs_dir, recipe.name, main)
 
 
-def run_of(recipe: Recipe, runs_dir: Path, name: str, main: bool = False) -> RunDir:
-    """The run of the recipe called `name` as `recipe` sees it. Touches nothing.
+def locate_named_run(recipe: Recipe, runs_dir: Path, name: str, main: bool = False) -> RunDir:
+    """Return the folder of the run `name` as seen from a recipe.
 
-    <runs_dir>/<project>/<name>, or <runs_dir>/<project>/cells/<cell>/<name> where `recipe` stands in a cell that
-    repeats that recipe. Every path of a run is made here.
+    It is <runs_dir>/<project>/<name>, or <runs_dir>/<project>/cells/<cell>/<name> where the recipe is in a cell that repeats
+    that run. All paths of runs come from here. Creates nothing.
+
+    Args:
+        recipe: The recipe that refers to the run.
+        runs_dir: The folder of all projects.
+        name: The name of the run's recipe.
+        main: Whether this is the main process.
     """
-    cell, project = recipe.cell_of(name), runs_dir / recipe.project
-    return RunDir((project / CELLS / cell if cell else project) / name, main, runs_dir)
+    cell, project = recipe.find_cell(name), runs_dir / recipe.project
+    return RunDir((project / CELLS_FOLDER / cell if cell else project) / name, main, runs_dir)
 
 
-def upstream(recipe: Recipe, runs_dir: Path, output_of: str, *keys: Key) -> RunDir:
-    """The complete run that an `output_of` takes from. Raises RecipeError, at its place, where there is none."""
+def find_upstream_run(recipe: Recipe, runs_dir: Path, output_of: str, *keys: Key) -> RunDir:
+    """Return the complete run that `output_of` names.
+
+    Raises RecipeError at the location of `keys` where the run is not complete.
+    """
     name = Path(output_of).stem
-    run = run_of(recipe, runs_dir, name)
-    if not run.complete:
+    run = locate_named_run(recipe, runs_dir, name)
+    if not run.is_complete:
         state = run.status.get("state")
-        why = f"its run in {run.path} is not complete ({state})" if state else f"it has not been run: there is no {run.path}"
-        cell = recipe.cell_of(name)
-        first = f"Run it first: {f'that step of cell {cell}' if cell else f'azrecipe run {output_of}'}"
-        raise recipe.problem(f"takes the output of {output_of}, but {why}. {first}", *keys)
+        reason = f"its run in {run.path} is not complete ({state})" if state else f"it has not been run: there is no {run.path}"
+        cell = recipe.find_cell(name)
+        advice = f"Run it first: {f'that step of cell {cell}' if cell else f'azrecipe run {output_of}'}"
+        raise recipe.error(f"takes the output of {output_of}, but {reason}. {advice}", *keys)
     return run
 
 
-def candidate_of(recipe: Recipe, run: RunDir, name: str, *keys: Key) -> Path:
-    """The folder of one candidate of a tokenizer's complete run. Raises RecipeError, at its place, where there is none."""
-    known = [candidate["name"] for candidate in (read_json(run.path / "result.json") or {}).get("candidates", [])]
+def find_candidate_folder(recipe: Recipe, run: RunDir, name: str, *keys: Key) -> Path:
+    """Return the folder of one candidate of a tokenizer's complete run.
+
+    Raises RecipeError at the location of `keys` where there is no such candidate.
+    """
+    candidates = [candidate["name"] for candidate in (read_json(run.path / "result.json") or {}).get("candidates", [])]
     folder = run.path / "candidates" / name
-    if name not in known:
-        tail = hint(name, known, "Candidates") if known else ": it is no run of a tokenizer recipe"
-        raise recipe.problem(f"{run.path} has no candidate '{name}'{tail}", *keys)
+    if name not in candidates:
+        advice = suggest_choices(name, candidates, "Candidates") if candidates else ": it is no run of a tokenizer recipe"
+        raise recipe.error(f"{run.path} has no candidate '{name}'{advice}", *keys)
     if not folder.is_dir():
-        raise recipe.problem(f"there is no {folder}, which that run should have left. Remove {run.path} and run it again", *keys)
+        raise recipe.error(f"there is no {folder}, which that run should have left. Remove {run.path} and run it again", *keys)
     return folder
 
 
 @contextlib.contextmanager
-def opened(recipe: Recipe, run: RunDir, inputs: Mapping[str, str]) -> Iterator[None]:
-    """Take a run directory for this recipe, new or to go on with, and hold it against other processes.
+def open_run(recipe: Recipe, run: RunDir, inputs: Mapping[str, str]) -> Iterator[None]:
+    """Create or resume a run directory and lock it within the block.
 
-    `inputs` name what the run takes from elsewhere (run ids of other recipes, hashes of files). Raises CommandError
-    when the folder holds another recipe's run or the inputs have changed, CannotRun when another process is in it.
+    Args:
+        recipe: The recipe of the run.
+        run: Its folder.
+        inputs: What the run reads: run ids of other recipes, hashes of files.
+
+    Raises:
+        CommandError: The folder holds another recipe's run, or the inputs have changed.
+        CannotRun: Another process has locked the folder, or it cannot be written.
     """
-    check_same(recipe, run, inputs)
+    check_run_matches(recipe, run, inputs)
     if not run.main:
         yield
         return
     try:
-        kept = run.path.is_dir()  # an empty folder that somebody made for this run stays when the run is refused
+        folder_existed = run.path.is_dir()
         run.path.mkdir(parents=True, exist_ok=True)
-        with (run.path / run_files.LOCK).open("a") as lock:
-            _take(lock, run.path)
+        with (run.path / run_files.LOCK_NAME).open("a") as lock:
+            _lock_folder(lock, run.path)
             status = run.status
-            fresh = not (run.path / "recipe.yaml").exists()
-            run_files.check_folder(run.path)  # again, now that no other process can write here
-            asked(recipe, run)
-            write_json(run.path / "environment.json", environment())
-            run.update(state="running", run_id=status.get("run_id") or uuid.uuid4().hex, inputs=dict(inputs), recipe=str(recipe.path),
-                       started=status.get("started") or now(), resumed=status.get("resumed", -1) + 1, exit_code=None, message="", finished=None)  # fmt: skip
-            event_log.started(run.path)
-            with _recorded(run, fresh, kept):
+            is_new = not (run.path / "recipe.yaml").exists()
+            run_files.check_run_folder(run.path)  # again, now that no other process can write here
+            write_recipe_files(recipe, run)
+            write_json(run.path / "environment.json", collect_environment())
+            run.update_status(state="running", run_id=status.get("run_id") or uuid.uuid4().hex, inputs=dict(inputs), recipe=str(recipe.path),
+                       started=status.get("started") or format_current_time(), resumed=status.get("resumed", -1) + 1, exit_code=None, message="", finished=None)  # fmt: skip
+            event_log.log_start(run.path)
+            with _record_failure(run, is_new=is_new, folder_existed=folder_existed):
                 yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise CannotRun(f"{error.filename}: cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
-def _recorded(run: RunDir, fresh: bool, kept: bool) -> Iterator[None]:
-    """Leave in status.json how the run ended if it ends by an exception; a recipe that is refused leaves nothing.
+def _record_failure(run: RunDir, *, is_new: bool, folder_existed: bool) -> Iterator[None]:
+    """Record in status.json an exception that ends the block.
 
-    `fresh`: this start made the run; `kept`: its folder was there before.
+    The files of a new run are removed where the recipe is wrong. Otherwise the corrected recipe would be refused, as the
+    folder would hold the run of another recipe. An empty folder that the user made stays.
     """
     try:
         yield
     except BaseException as error:
-        told = explain(error)
-        refused = fresh and told is not None and told.exit_code == WRONG
-        if refused and run_files.remove_notes(run.path, kept):
-            raise  # nothing is left: the recipe, once corrected, would find the run of another one in its way
+        user_error = explain_error(error)
+        recipe_is_wrong = is_new and user_error is not None and user_error.exit_code == EXIT_WRONG_INPUT
+        if recipe_is_wrong and run_files.remove_bookkeeping(run.path, folder_existed):
+            raise
         state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
-        code = told.exit_code if told else SIGINT if isinstance(error, KeyboardInterrupt) else FAILED
-        run.fail(state, code, str(told or f"{type(error).__name__}: {error}"))
+        code = user_error.exit_code if user_error else EXIT_SIGINT if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
+        run.mark_failed(state, code, str(user_error or f"{type(error).__name__}: {error}"))
         raise
 
 
-def already_complete(recipe: Recipe, runs_dir: Path) -> bool:
-    """Whether this recipe's run is complete. Raises CommandError where the folder holds another recipe's, or a stale one."""
-    run = locate(recipe, runs_dir)
-    run_files.check_folder(run.path)
-    if not run.complete or not run.uploaded:
+def is_already_complete(recipe: Recipe, runs_dir: Path) -> bool:
+    """Whether this recipe's run is complete.
+
+    Raises CommandError where the folder holds another recipe's run, or one with inputs that have changed.
+    """
+    run = locate_run(recipe, runs_dir)
+    run_files.check_run_folder(run.path)
+    if not run.is_complete or not run.is_uploaded:
         return False
-    check_same(recipe, run)
+    check_run_matches(recipe, run)
     for key, run_id in run.status.get("inputs", {}).items():
         if key.startswith("run of "):
-            other = run_of(recipe, runs_dir, Path(key.removeprefix("run of ")).stem)
-            if other.complete and other.status.get("run_id") != run_id:
+            other = locate_named_run(recipe, runs_dir, Path(key.removeprefix("run of ")).stem)
+            if other.is_complete and other.status.get("run_id") != run_id:
                 raise CommandError(
                     f"{run.path} was made from an earlier {key.removeprefix('run of ')} than the one that is there now. Remove that folder to run it again"
                 )
     return True
 
 
-def connect(run: RunDir, inputs: Mapping[str, str]) -> Any:
-    """Start the process group; returns this process' device. Refused where a process does not see the run directory, or other inputs."""
-    state = start_group()
-    if local_storage.apart():
-        local_storage.agree(run.path / "status.json", inputs)
+def connect_processes(run: RunDir, inputs: Mapping[str, str]) -> Any:
+    """Start the process group; return this process' device.
+
+    Raises CannotRun where a process does not see the run directory, or sees other inputs.
+    """
+    state = start_process_group()
+    if local_storage.storage_is_local():
+        local_storage.check_same_inputs(run.path / "status.json", inputs)
     else:
-        share(run.path / "status.json", str(run.status.get("run_id")) if run.main else "")
+        check_shared_storage(run.path / "status.json", str(run.status.get("run_id")) if run.main else "")
     return state.device
 
 
-def asked(recipe: Recipe, run: RunDir) -> None:
-    """Leave what was asked for: recipe.yaml, resolved, and parent.json, how it differs from its parent. What is there already is not touched."""
-    parent = json.dumps(differences(recipe), indent=2, ensure_ascii=False) + "\n"
-    for name, text in (("recipe.yaml", to_yaml(recipe.data)), ("parent.json", parent)):
+def write_recipe_files(recipe: Recipe, run: RunDir) -> None:
+    """Write recipe.yaml, the resolved recipe, and parent.json.
+
+    parent.json holds the recipe's differences from its parent. A file with the right content is not written again.
+    """
+    parent_diff = json.dumps(diff_with_parent(recipe), indent=2, ensure_ascii=False) + "\n"
+    for name, text in (("recipe.yaml", to_yaml(recipe.data)), ("parent.json", parent_diff)):
         file = run.path / name
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             write_text(file, text)
 
 
-def _take(lock: IO[str], path: Path) -> None:
+def _lock_folder(lock: IO[str], path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise CannotRun(f"{path}: another process is running this recipe") from None
 
 
-def check_same(recipe: Recipe, run: RunDir, inputs: Mapping[str, str] | None = None) -> None:
-    """Raise CommandError unless the folder is empty or holds this recipe's run, with these inputs."""
-    run_files.check_folder(run.path)
-    check_same_recipe(recipe, run, inputs)
+def check_run_matches(recipe: Recipe, run: RunDir, inputs: Mapping[str, str] | None = None) -> None:
+    """Raise CommandError where the folder does not fit recipe and inputs.
+
+    It fits if it is empty or holds a run of this recipe with these inputs.
+    """
+    run_files.check_run_folder(run.path)
+    check_recipe_matches(recipe, run, inputs)
 
 
-def check_same_recipe(recipe: Recipe, run: RunDir, inputs: Mapping[str, str] | None = None) -> None:
-    """`check_same` for a folder that may hold only some of a run's files."""
+def check_recipe_matches(recipe: Recipe, run: RunDir, inputs: Mapping[str, str] | None = None) -> None:
+    """Check a folder that may lack some of a run's files."""
     file = run.path / "recipe.yaml"
     if not file.exists():
         return
-    old = parse(file.read_text(encoding="utf-8"), str(file))
-    new = parse(to_yaml(recipe.data), "")
-    differing = sorted(changed_keys(old, new, schema.document(recipe.stage) if stage_word(old) == recipe.stage else {}))
+    old = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    new = parse_yaml(to_yaml(recipe.data), "")
+    differing = sorted(iter_changed_keys(old, new, schema.load_schema(recipe.stage) if get_stage_value(old) == recipe.stage else {}))
     if differing:
         raise CommandError(
             f"{run.path} holds the run of another recipe. Keys that differ: {', '.join(differing)}\n"

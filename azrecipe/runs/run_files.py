@@ -1,4 +1,4 @@
-"""The files of a run directory: whose a folder is, and which of its files a run may remove."""
+"""Recognise a run directory, and remove the files of a refused run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from azrecipe.errors import CommandError
 from azrecipe.runs import event_log
 from azrecipe.utils.atomic_files import read_json
 
-LOCK = ".lock"
-FIRST = {LOCK, "recipe.yaml", "parent.json"}  # what a run writes before the files that prove that the folder is a run's
-NOTES = {
-    *FIRST,
+LOCK_NAME = ".lock"
+FIRST_FILES = {LOCK_NAME, "recipe.yaml", "parent.json"}  # written before the files that identify a run directory
+BOOKKEEPING_FILES = {
+    *FIRST_FILES,
     "environment.json",
     "status.json",
-    event_log.NAME,
+    event_log.EVENT_LOG_NAME,
     "plan.json",
     "phases.json",
-}  # no result of computing that would be missed
-RESULTS = {
+}  # no results: they may be removed
+RESULT_NAMES = {
     "checkpoints",
     "phases",
     "candidates",
@@ -35,13 +35,13 @@ RESULTS = {
     "result.json",
     "report.html",
 }
-STATES = ("running", "complete", "failed", "interrupted")  # of status.json
+RUN_STATES = ("running", "complete", "failed", "interrupted")  # of status.json
 
 
-def check_folder(path: Path) -> None:
-    """Refuse a folder that is not empty and holds no run, and links inside one. Touches nothing.
+def check_run_folder(path: Path) -> None:
+    """Raise CommandError for a folder that holds other files or links.
 
-    The folder itself may be a link: a run may lie on another disk. Raises CommandError.
+    The folder itself may be a link, as a run may lie on another disk. Changes nothing.
     """
     if not os.path.lexists(path):
         return
@@ -52,7 +52,7 @@ def check_folder(path: Path) -> None:
             f"{path}: this folder is not empty and holds no run of azrecipe, so nothing is written there.\n"
             "  Give the recipe another name or project, or another --runs-dir"
         )
-    for link in _links(path):
+    for link in _iter_links(path):
         raise CommandError(
             f"{link}: a link inside a run directory. What it points to could be overwritten or deleted.\n"
             f"  Put the files themselves there, or make the whole of {path} a link"
@@ -61,24 +61,28 @@ def check_folder(path: Path) -> None:
 
 def _holds_run(path: Path) -> bool:
     """Whether a folder is empty or a run wrote it."""
-    names = {entry.name for entry in os.scandir(path) if not _temporary(entry.name)}
-    if not names or (LOCK in names and names <= FIRST):  # killed right after its start
+    names = {entry.name for entry in os.scandir(path) if not _is_temporary(entry.name)}
+    if not names or (LOCK_NAME in names and names <= FIRST_FILES):  # the run was killed right after its start
         return True
-    if local_storage.apart() and all(
-        name in NOTES | RESULTS or name.endswith((".sagemaker-uploading", ".sagemaker-uploaded")) for name in names
+    if local_storage.storage_is_local() and all(
+        name in BOOKKEEPING_FILES | RESULT_NAMES or name.endswith((".sagemaker-uploading", ".sagemaker-uploaded")) for name in names
     ):
-        return True  # uploaded file by file: those that prove it may be missing
-    proofs = (("environment.json", "azrecipe"), ("steps.json", "steps"))
-    return _mapping(path / "status.json").get("state") in STATES or any(key in _mapping(path / name) for name, key in proofs)
+        return True  # files are uploaded one by one: those that identify a run may be missing
+    identifying_keys = (("environment.json", "azrecipe"), ("steps.json", "steps"))
+    has_state = _read_mapping(path / "status.json").get("state") in RUN_STATES
+    return has_state or any(key in _read_mapping(path / name) for name, key in identifying_keys)
 
 
-def _temporary(name: str) -> bool:
-    """Whether write_text made a file of this name beside the file that it replaces."""
+def _is_temporary(name: str) -> bool:
+    """Whether a file has a name that write_text uses temporarily."""
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def _mapping(file: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; empty where the file is missing or is something else."""
+def _read_mapping(file: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file.
+
+    It is empty where the file is missing or holds something else.
+    """
     try:
         content = read_json(file)
     except (OSError, ValueError):
@@ -86,26 +90,28 @@ def _mapping(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _links(path: Path) -> Iterator[Path]:
+def _iter_links(path: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(path):
         yield from (link for name in sorted((*folders, *files)) if (link := Path(folder, name)).is_symlink())
 
 
-def remove_notes(path: Path, keep_folder: bool) -> bool:
-    """Remove what a refused run wrote, if it wrote notes only. Returns whether it did; otherwise nothing was touched.
+def remove_bookkeeping(path: Path, keep_folder: bool) -> bool:
+    """Remove the files of a refused run, if it wrote no results.
 
-    Files of another name are the user's or results: with one of them there, everything stays.
+    Files of other names are results or belong to the user: if there is one, nothing is removed. Returns whether the files
+    were removed.
     """
     folders = []
     for folder, _, files in os.walk(path, topdown=False):
-        if any(Path(folder) != path or (name not in NOTES and not _temporary(name)) for name in files) or any(_links(Path(folder))):
+        has_other_files = any(Path(folder) != path or (name not in BOOKKEEPING_FILES and not _is_temporary(name)) for name in files)
+        if has_other_files or any(_iter_links(Path(folder))):
             return False
         folders.append(Path(folder))
     for file in list(path.iterdir()):
         if file.is_file():
             file.unlink()
-    for each in folders:
-        if each != path or not (keep_folder or path.is_symlink()):
-            with contextlib.suppress(OSError):  # somebody has put a file there in this moment
-                each.rmdir()
+    for subfolder in folders:
+        if subfolder != path or not (keep_folder or path.is_symlink()):
+            with contextlib.suppress(OSError):  # somebody has just put a file there
+                subfolder.rmdir()
     return True

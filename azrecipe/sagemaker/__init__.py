@@ -1,6 +1,7 @@
-"""The same run as a SageMaker job, seen from here and inside.
+"""Recipes as SageMaker training jobs: submission, and the container's side.
 
-`submit` and what it returns may be used from a notebook. Importing this needs nothing but azrecipe, and loads what is asked for only; submitting needs the extra: pip install 'azrecipe[sagemaker]'.
+Notebooks use `submit` and the job that it returns. Names load when they are used, so that the import needs nothing but azrecipe. Submission
+needs the extra: pip install 'azrecipe[sagemaker]'.
 """
 
 from __future__ import annotations
@@ -8,15 +9,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_WHERE = {
-    **dict.fromkeys(("Job", "attach", "fetch", "logs", "status", "stop"), "jobs"),
-    **dict.fromkeys(("Settings", "load"), "settings"),
-    **dict.fromkeys(("Submission", "requests", "submit"), "submission"),
+# The names of this package, with the module and the name that define each. `Job` and `Settings` are the old names of two classes.
+_EXPORTS = {
+    "Job": ("jobs", "TrainingJob"),
+    "SageMakerSettings": ("settings", "SageMakerSettings"),
+    "Settings": ("settings", "SageMakerSettings"),
+    "Submission": ("submission", "Submission"),
+    "TrainingJob": ("jobs", "TrainingJob"),
+    "attach": ("jobs", "attach_job"),
+    "fetch": ("jobs", "fetch_run"),
+    "load": ("settings", "load_settings"),
+    "logs": ("jobs", "read_logs"),
+    "requests": ("submission", "build_requests"),
+    "status": ("jobs", "describe_jobs"),
+    "stop": ("jobs", "stop_job"),
+    "submit": ("submission", "submit"),
 }
-__all__ = sorted(_WHERE)
+__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    module, attribute = _EXPORTS[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)

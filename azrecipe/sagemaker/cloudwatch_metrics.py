@@ -1,4 +1,4 @@
-"""Knows how a line of metrics.jsonl is said in a job's log, and which expressions make CloudWatch's metrics of it."""
+"""CloudWatch metrics from a training job's log."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from azrecipe.recipe.load import Recipe
 
-PREFIX = "azrecipe-metrics"
-NUMBER = r"([-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
-# By the name in CloudWatch: the key in metrics.jsonl
+LOG_PREFIX = "azrecipe-metrics"
+NUMBER_PATTERN = r"([-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
+# Keys of metrics.jsonl by the name in CloudWatch
 METRICS: Mapping[str, str] = {
     "train:loss": "loss",
     "train:bits_per_byte": "train_bpb",
@@ -23,28 +23,38 @@ METRICS: Mapping[str, str] = {
     "train:step": "step",
     "eval:loss": "eval_loss",
 }
-MOST = 40  # metric definitions that a job may have
+MAX_METRIC_DEFINITIONS = 40  # SageMaker's limit for a job
 
 
-def definitions(recipe: Recipe) -> list[dict[str, str]]:
-    """MetricDefinitions of CreateTrainingJob: a name, and an expression with one group, which is a number. Bits per byte of each validation set too."""
+def build_metric_definitions(recipe: Recipe) -> list[dict[str, str]]:
+    """Build the MetricDefinitions of CreateTrainingJob.
+
+    Each has a name and a regular expression with one group, which is a number. Every validation set has one for its bits per byte.
+    """
     validation = recipe.data.get("data", {}).get("validation")
     sets = {f"eval:bits_per_byte_{name}": f"eval_{name}_bpb" for name in validation} if isinstance(validation, Mapping) else {}
-    found = {**METRICS, **sets} if recipe.stage in ("pretrain", "sft") else {}
-    return [{"Name": name, "Regex": rf"{PREFIX} .*\b{key}={NUMBER}(?:\s|$)"} for name, key in list(found.items())[:MOST]]
+    metrics = {**METRICS, **sets} if recipe.stage in ("pretrain", "sft") else {}
+    return [
+        {"Name": name, "Regex": rf"{LOG_PREFIX} .*\b{key}={NUMBER_PATTERN}(?:\s|$)"}
+        for name, key in list(metrics.items())[:MAX_METRIC_DEFINITIONS]
+    ]
 
 
-def said(line: str) -> str | None:
-    """A line of metrics.jsonl as the log has it: `azrecipe-metrics phase=embeddings step=20 loss=3.1 …`; None for a line that is torn."""
+def format_metrics_line(line: str) -> str | None:
+    """Format a line of metrics.jsonl for the log.
+
+    Returns:
+        `azrecipe-metrics phase=embeddings step=20 loss=3.1 …`; None for an incomplete line.
+    """
     try:
         data: dict[str, Any] = json.loads(line)
     except ValueError:
         return None
     if isinstance(data.get("peak_memory_bytes"), int):
         data["peak_memory_gib"] = round(data["peak_memory_bytes"] / 2**30, 3)
-    parts = [
+    pairs = [
         f"{key}={value}"
         for key, value in data.items()
         if isinstance(value, int | float | str) and not isinstance(value, bool) and value != ""
     ]
-    return f"{PREFIX} {' '.join(parts)}"
+    return f"{LOG_PREFIX} {' '.join(pairs)}"

@@ -1,8 +1,7 @@
-"""Knows what a training job's container is to azrecipe: which folder is the run directory, who hears a stop, what is left where.
+"""Process 1 of a training job's container, on each machine.
 
-This is process 1 of the container (`exec python sagemaker_entry.py`), on each machine. It starts the run's processes, hands SIGTERM to
-those that train and to nobody else (a launcher that hears it would kill them before they have saved), repeats the metrics in the log, and
-leaves the model and, of a failure, one readable line where SageMaker looks for them.
+It starts the run's processes and sends SIGTERM to those that train, and to no other (a launcher that gets it kills them before they have
+saved). It repeats the metrics in the log, and writes the model and the reason of a failure where SageMaker looks for them.
 """
 
 from __future__ import annotations
@@ -12,30 +11,30 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from azrecipe.errors import CANNOT, DONE, SIGTERM, WRONG, AzrecipeError, CannotRun
+from azrecipe.errors import EXIT_CANNOT_RUN, EXIT_SIGTERM, EXIT_SUCCESS, EXIT_WRONG_INPUT, AzrecipeError, CannotRun
 from azrecipe.pipeline import worker
 from azrecipe.sagemaker import cloudwatch_metrics, cluster
 from azrecipe.utils.atomic_files import read_json
+from azrecipe.utils.console import print_progress
 
-ML = Path("/opt/ml")
-CHECKPOINTS, TENSORBOARD = ML / "checkpoints", ML / "output" / "tensorboard"
-MODEL = Path(os.environ.get("SM_MODEL_DIR", ML / "model"))
-FAILURE = Path(os.environ.get("SM_OUTPUT_FAILURE", ML / "output" / "failure"))
-RUNS = Path("/tmp/azrecipe/runs")  # what a run reads and writes; the run itself is CHECKPOINTS, which SageMaker keeps in S3
-CACHE = Path("/tmp/azrecipe/cache")
-FAILURE_LENGTH = 1024  # characters of FailureReason that SageMaker keeps
+ML_DIR = Path("/opt/ml")
+CHECKPOINT_DIR, TENSORBOARD_DIR = ML_DIR / "checkpoints", ML_DIR / "output" / "tensorboard"
+MODEL_DIR = Path(os.environ.get("SM_MODEL_DIR", ML_DIR / "model"))
+FAILURE_FILE = Path(os.environ.get("SM_OUTPUT_FAILURE", ML_DIR / "output" / "failure"))
+RUNS_DIR = Path("/tmp/azrecipe/runs")  # the run directory in it is a link to CHECKPOINT_DIR, which SageMaker copies to S3
+CACHE_DIR = Path("/tmp/azrecipe/cache")
+MAX_FAILURE_LENGTH = 1024  # characters of FailureReason that SageMaker keeps
 
 
 @dataclass(frozen=True)
-class Task:
-    """job.json: what this container is to run, as `bundle` left it."""
+class JobFile:
+    """job.json: what this container runs. `bundle` writes it."""
 
     recipe: str
     run: str
@@ -45,86 +44,100 @@ class Task:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run this machine's part of the job and return the exit code of the container."""
+    """Run this machine's part, and return the exit code."""
     try:
-        here, task = cluster.here(), _task()
-        _lay_out(task)
+        machines, job = cluster.read_cluster(), _read_job_file()
+        _link_run_dirs(job)
         with tempfile.TemporaryDirectory() as folder:
-            code = _run(here, task, list(arguments), Path(folder))
-            reason = _reason(Path(folder))
+            code = _run_processes(machines, job, list(arguments), Path(folder))
+            reason = _read_reason(Path(folder))
     except AzrecipeError as error:
-        return _failed(str(error), error.exit_code)
+        return _report_failure(str(error), error.exit_code)
     except OSError as error:
-        return _failed(f"{error.filename or ''}: {error.strerror or error}", CANNOT)
-    if code == DONE:
-        if here.rank == 0:
-            _leave_model(task)
-        return DONE
-    if code == SIGTERM:
-        print("azrecipe: stopped; the checkpoint is saved, and a job with the same run goes on from it", file=sys.stderr, flush=True)
+        return _report_failure(f"{error.filename or ''}: {error.strerror or error}", EXIT_CANNOT_RUN)
+    if code == EXIT_SUCCESS:
+        if machines.rank == 0:
+            _copy_model(job)
+        return EXIT_SUCCESS
+    if code == EXIT_SIGTERM:
+        print_progress("azrecipe: stopped; the checkpoint is saved, and a job with the same run continues from it")
         return code
-    return _failed(
-        reason or f"the processes on {here.host} ended with exit code {code}; the log of this machine or of another says why", code
+    return _report_failure(
+        reason or f"the processes on {machines.host} ended with exit code {code}; the log of this machine or of another says why", code
     )
 
 
-def _task() -> Task:
+def _read_job_file() -> JobFile:
     file = Path(__file__).resolve().parents[2] / "job.json"
-    said = read_json(file)
-    if said is None:
-        raise CannotRun(f"there is no {file}: the source folder is one that `azrecipe sagemaker submit` or `pack` makes")
-    return Task(**said)
+    content = read_json(file)
+    if content is None:
+        raise CannotRun(f"there is no {file}: `azrecipe sagemaker submit` or `pack` creates the source folder")
+    return JobFile(**content)
 
 
-def _failed(message: str, code: int) -> int:
-    line = " ".join(f"azrecipe: {message}".removeprefix("azrecipe: azrecipe: ").split())[:FAILURE_LENGTH]
-    print(line, file=sys.stderr, flush=True)
-    if not FAILURE.exists():  # what came first is the reason
-        FAILURE.parent.mkdir(parents=True, exist_ok=True)
-        FAILURE.write_text(line, encoding="utf-8")
+def _report_failure(message: str, code: int) -> int:
+    line = " ".join(f"azrecipe: {message}".removeprefix("azrecipe: azrecipe: ").split())[:MAX_FAILURE_LENGTH]
+    print_progress(line)
+    if not FAILURE_FILE.exists():  # the first failure is the reason
+        FAILURE_FILE.parent.mkdir(parents=True, exist_ok=True)
+        FAILURE_FILE.write_text(line, encoding="utf-8")
     return code
 
 
-def _lay_out(task: Task) -> None:
-    """A runs directory whose run is what SageMaker keeps in S3, with the runs that come in through channels beside it."""
-    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-    _link(RUNS / task.run, CHECKPOINTS)
-    for channel, run in task.runs.items():
-        folder = ML / "input" / "data" / channel
+def _link_run_dirs(job: JobFile) -> None:
+    """Link the run and its input runs into RUNS_DIR."""
+    CHECKPOINT_DIR.mkdir(parents=True, exist_ok=True)
+    _link(RUNS_DIR / job.run, CHECKPOINT_DIR)
+    for channel, run in job.runs.items():
+        folder = ML_DIR / "input" / "data" / channel
         if not folder.is_dir():
-            raise CannotRun(f"the channel {channel} is missing, which brings in the run {run}")
-        _link(RUNS / run, folder)
+            raise CannotRun(f"the channel {channel} is missing, which has the run {run}")
+        _link(RUNS_DIR / run, folder)
 
 
-def _link(place: Path, target: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.unlink(missing_ok=True)
-    place.symlink_to(target)
+def _link(link: Path, target: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
 
 
-def _reason(folder: Path) -> str:
-    """What the first of this machine's processes that failed has told."""
-    told = sorted(folder.glob(f"*{worker.REASON}"), key=lambda file: int(file.stem))
-    return told[0].read_text(encoding="utf-8") if told else ""
+def _read_reason(folder: Path) -> str:
+    """Read the message of this machine's first process that failed."""
+    files = sorted(folder.glob(f"*{worker.REASON_SUFFIX}"), key=lambda file: int(file.stem))
+    return files[0].read_text(encoding="utf-8") if files else ""
 
 
-def _run(here: cluster.Cluster, task: Task, arguments: list[str], codes: Path) -> int:
-    """Start this machine's processes and wait for them; `codes`: a folder where they leave exit codes and reasons."""
-    own = arguments and arguments[0].endswith((".yaml", ".yml"))
-    line = cluster.command(here, task.accelerate_config, [*(arguments if own else [task.recipe, *arguments]), "--runs-dir", str(RUNS)])
-    print(
-        f"azrecipe: {here.host} ({here.rank + 1} of {len(here.hosts)}), {here.processes} processes: {' '.join(line)}",
-        file=sys.stderr,
-        flush=True,
+def _run_processes(machines: cluster.TrainingCluster, job: JobFile, arguments: list[str], exit_folder: Path) -> int:
+    """Start this machine's processes and wait for them.
+
+    Args:
+        machines: The machines of the job.
+        job: What to run.
+        arguments: The arguments of the entry point: none, or a recipe and options.
+        exit_folder: Where the processes write their exit codes and reasons.
+
+    Returns:
+        The exit code.
+    """
+    has_recipe = arguments and arguments[0].endswith((".yaml", ".yml"))
+    line = cluster.build_launch_command(
+        machines, job.accelerate_config, [*(arguments if has_recipe else [job.recipe, *arguments]), "--runs-dir", str(RUNS_DIR)]
     )
-    child = subprocess.Popen(line, env={**_environment(here, task), worker.EXIT_FILE: str(codes)}, cwd=Path(__file__).resolve().parents[2])
-    heard: list[int] = []
+    print_progress(
+        f"azrecipe: {machines.host} ({machines.rank + 1} of {len(machines.hosts)}), {machines.processes_per_host} processes: {' '.join(line)}"
+    )
+    child = subprocess.Popen(
+        line,
+        env={**_build_environment(machines, job), worker.EXIT_CODES_VARIABLE: str(exit_folder)},
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    signals: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
-        heard.append(number)
-        reached = list(_workers(child.pid)) or [child.pid]
-        print(f"azrecipe: {signal.Signals(number).name}: {len(reached)} processes save and stop", file=sys.stderr, flush=True)
-        for process in reached:
+        signals.append(number)
+        processes = list(_find_workers(child.pid)) or [child.pid]
+        print_progress(f"azrecipe: {signal.Signals(number).name}: {len(processes)} processes save and stop")
+        for process in processes:
             try:
                 os.kill(process, number)
             except ProcessLookupError:
@@ -132,15 +145,15 @@ def _run(here: cluster.Cluster, task: Task, arguments: list[str], codes: Path) -
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    follower = _Follower(RUNS / task.run / "metrics.jsonl") if here.rank == 0 else None
-    code = _waited(child)
-    if follower is not None:
-        follower.stop()
-    return SIGTERM if heard and code not in (DONE, WRONG, CANNOT) else code
+    printer = _MetricsPrinter(RUNS_DIR / job.run / "metrics.jsonl") if machines.rank == 0 else None
+    code = _wait(child)
+    if printer is not None:
+        printer.stop()
+    return EXIT_SIGTERM if signals and code not in (EXIT_SUCCESS, EXIT_WRONG_INPUT, EXIT_CANNOT_RUN) else code
 
 
-def _waited(child: subprocess.Popen[bytes]) -> int:
-    """The child's exit code. Process 1 also takes in what others leave behind."""
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Wait for the child's exit code. Process 1 also reaps orphans."""
     while True:
         try:
             process, status = os.wait()
@@ -152,38 +165,41 @@ def _waited(child: subprocess.Popen[bytes]) -> int:
             return code if code >= 0 else 128 - code
 
 
-def _environment(here: cluster.Cluster, task: Task) -> dict[str, str]:
-    found = {
-        **cluster.environment(here),
-        "AZRECIPE_STORAGE": "local",  # and files reach S3 one by one, in any order
-        "AZRECIPE_CACHE": str(CACHE),
-        "AZRECIPE_TENSORBOARD": str(TENSORBOARD),
+def _build_environment(machines: cluster.TrainingCluster, job: JobFile) -> dict[str, str]:
+    variables = {
+        **cluster.build_environment(machines),
+        "AZRECIPE_STORAGE": "local",  # SageMaker copies files to S3 one by one, in any order
+        "AZRECIPE_CACHE": str(CACHE_DIR),
+        "AZRECIPE_TENSORBOARD": str(TENSORBOARD_DIR),
     }
-    if task.hub_token_secret is not None and "HF_TOKEN" not in found:
-        found["HF_TOKEN"] = _secret(task.hub_token_secret)
-    return found
+    if job.hub_token_secret is not None and "HF_TOKEN" not in variables:
+        variables["HF_TOKEN"] = _read_secret(job.hub_token_secret)
+    return variables
 
 
-def _secret(name: str) -> str:
-    """The token that Secrets Manager keeps: as plain text, or as the only value, or HF_TOKEN, of a JSON object. It is never printed."""
+def _read_secret(name: str) -> str:
+    """Read the token from Secrets Manager. It is never printed.
+
+    The secret is plain text, or a JSON object with the key HF_TOKEN or with one key.
+    """
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
-    region = name.split(":")[3] if name.startswith("arn:") else os.environ.get("AWS_REGION")  # which boto3 does not read
+    region = name.split(":")[3] if name.startswith("arn:") else os.environ.get("AWS_REGION")  # boto3 does not read this variable
     try:
         text = str(boto3.client("secretsmanager", region_name=region).get_secret_value(SecretId=name)["SecretString"]).strip()
     except (BotoCoreError, ClientError) as error:
         raise CannotRun(
-            f"hub_token_secret: {name} cannot be read: {error}. It must be there, and the job's role must allow secretsmanager:GetSecretValue on it"
+            f"hub_token_secret: {name} cannot be read: {error}. It must exist, and the job's role must allow secretsmanager:GetSecretValue on it"
         ) from None
     if not text.startswith("{"):
         return text
-    held = json.loads(text)
-    return str(held.get("HF_TOKEN") or (next(iter(held.values())) if len(held) == 1 else ""))
+    values = json.loads(text)
+    return str(values.get("HF_TOKEN") or (next(iter(values.values())) if len(values) == 1 else ""))
 
 
-def _workers(root: int) -> Iterator[int]:
-    """The processes below `root` that train: those that a launcher gave a LOCAL_RANK, or the only one that there is."""
+def _find_workers(root: int) -> Iterator[int]:
+    """Find the training processes below `root`: those with a LOCAL_RANK."""
     children: dict[int, list[int]] = {}
     ranked: set[int] = set()
     for entry in Path("/proc").iterdir():
@@ -201,48 +217,49 @@ def _workers(root: int) -> Iterator[int]:
     while todo:
         for process in children.get(todo.pop(), []):
             if process in ranked:
-                yield process  # what it has started for itself hears nothing
+                yield process  # its own children get no signal
             else:
                 todo.append(process)
 
 
-class _Follower(threading.Thread):
-    """Repeats each new line of metrics.jsonl on stdout, where CloudWatch's expressions look for them."""
+class _MetricsPrinter(threading.Thread):
+    """Prints each new line of metrics.jsonl to stdout, for CloudWatch."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(daemon=True)
         self.file, self.ended = file, threading.Event()
-        self.read = file.stat().st_size if file.exists() else 0
+        self.position = file.stat().st_size if file.exists() else 0
         self.start()
 
     def run(self) -> None:
         while not self.ended.wait(1.0):
-            self._tell()
-        self._tell()
+            self._print_new_lines()
+        self._print_new_lines()
 
-    def _tell(self) -> None:
+    def _print_new_lines(self) -> None:
         if not self.file.exists():
             return
         size = self.file.stat().st_size
-        self.read = min(self.read, size)  # a run that goes on drops the lines behind its checkpoint: the rest was told before
+        # A resumed run drops the lines after its checkpoint; those before it were printed already.
+        self.position = min(self.position, size)
         with self.file.open("rb") as file:
-            file.seek(self.read)
+            file.seek(self.position)
             data = file.read()
-        whole = data.rfind(b"\n") + 1
-        self.read += whole
-        for line in data[:whole].decode("utf-8", "replace").splitlines():
-            told = cloudwatch_metrics.said(line)
-            if told is not None:
-                print(told, flush=True)
+        complete = data.rfind(b"\n") + 1
+        self.position += complete
+        for line in data[:complete].decode("utf-8", "replace").splitlines():
+            text = cloudwatch_metrics.format_metrics_line(line)
+            if text is not None:
+                print(text, flush=True)
 
     def stop(self) -> None:
-        """Tell what is left, and end."""
+        """Print the remaining lines, and end the thread."""
         self.ended.set()
         self.join()
 
 
-def _leave_model(task: Task) -> None:
-    """final/ becomes the job's model; what a report needs is the run directory, which SageMaker keeps already."""
-    final = RUNS / task.run / "final"
+def _copy_model(job: JobFile) -> None:
+    """Copy final/ to the folder of the job's model artifact."""
+    final = RUNS_DIR / job.run / "final"
     if final.is_dir():
-        shutil.copytree(final, MODEL, dirs_exist_ok=True)
+        shutil.copytree(final, MODEL_DIR, dirs_exist_ok=True)

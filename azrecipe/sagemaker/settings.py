@@ -1,4 +1,4 @@
-"""Knows what a SageMaker settings file says: the account's side of a job, checked like a recipe."""
+"""SageMaker settings files: role, bucket, machines and limits of a job."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.recipe import schema
-from azrecipe.recipe.compose import read, shown
-from azrecipe.recipe.dataclass_builder import build
-from azrecipe.recipe.overrides import dotted
+from azrecipe.recipe.compose import display_path, read_tree
+from azrecipe.recipe.dataclass_builder import build_dataclass
+from azrecipe.recipe.overrides import format_key_path
 from azrecipe.recipe.to_yaml import to_yaml
-from azrecipe.recipe.yaml_tree import Key, Node, parse
+from azrecipe.recipe.yaml_tree import Key, YamlNode, parse_yaml
 from azrecipe.utils import shipped_files
 
-LONGEST = 2_419_200  # seconds that a training job may take, 28 days (SageMaker's quota)
-SECRET_NAMES = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
-SECRETS = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{30,})\b")
+MAX_RUNTIME_SECONDS = 2_419_200  # 28 days, SageMaker's quota for a training job
+SECRET_NAME_PATTERN = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+SECRET_PATTERN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{30,})\b")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """sagemaker/*.yaml; what each key means stands in schema/sagemaker.json."""
+class SageMakerSettings:
+    """A settings file. schema/sagemaker.json describes each key."""
 
     role: str
     bucket: str
@@ -54,78 +54,99 @@ class Settings:
     changes: Mapping[str, Any] = field(default_factory=dict)  # from the command line, which wins over `steps` too
 
     @property
-    def max_wait(self) -> int:
-        """Seconds that a spot job may run and wait together; never less than it may run."""
-        return max(self.max_wait_time_in_seconds or min(2 * self.max_runtime_in_seconds, LONGEST), self.max_runtime_in_seconds)
+    def max_wait_in_seconds(self) -> int:
+        """Seconds that a spot job may run and wait in all."""
+        return max(self.max_wait_time_in_seconds or min(2 * self.max_runtime_in_seconds, MAX_RUNTIME_SECONDS), self.max_runtime_in_seconds)
 
-    def of_step(self, file: str) -> Settings:
-        """The settings of one step of a pipeline, by its file's name."""
+    def for_step(self, file: str) -> SageMakerSettings:
+        """Return the settings of a step, by its file name."""
         return replace(self, **{**self.steps.get(file, {}), **self.changes})
 
 
-def load(path: str | Path, **changes: Any) -> Settings:
-    """Read and check a settings file; `changes` come from the command line and win. Raises RecipeError with every problem, CommandError."""
-    file = shipped_files.find(str(path))
+def load_settings(path: str | Path, **changes: Any) -> SageMakerSettings:
+    """Read and check a settings file.
+
+    Args:
+        path: A file, or one that ships, such as sagemaker/cpt.yaml.
+        **changes: Keys whose values win over the file; None is ignored.
+
+    Raises:
+        RecipeError: The file has errors; it lists all of them.
+        CommandError: There is no such file, or a change is wrong.
+    """
+    file = shipped_files.resolve_shipped_path(str(path))
     if not file.is_file():
-        raise CommandError(f"no such settings file: {path}. What ships: sagemaker/cpt.yaml, sagemaker/sft.yaml")
-    root = read(file)
-    problems = schema.check(root, "sagemaker") or list(_rules(root))
+        raise CommandError(f"no such settings file: {path}. These ship with azrecipe: sagemaker/cpt.yaml, sagemaker/sft.yaml")
+    root = read_tree(file)
+    problems = schema.check_schema(root, "sagemaker") or list(_check_rules(root))
     if problems:
-        raise RecipeError(sorted(problems, key=lambda p: (p.place.line, p.place.column)))
-    settings = build(Settings, schema.finish(root, "sagemaker"))
-    given = {key: value for key, value in changes.items() if value is not None}
-    _check_changes(given)
-    changed = replace(settings, **given, changes=given)
+        raise RecipeError(sorted(problems, key=lambda p: (p.location.line, p.location.column)))
+    settings = build_dataclass(SageMakerSettings, schema.fill_defaults(root, "sagemaker"))
+    changes = {key: value for key, value in changes.items() if value is not None}
+    _check_changes(changes)
+    changed = replace(settings, **changes, changes=changes)
     if changed.enable_managed_spot_training and changed.keep_alive_period_in_seconds:
-        raise CommandError(f"--spot: {shown(file)} has keep_alive_period_in_seconds, which is not for spot machines")
+        raise CommandError(f"--spot: {display_path(file)} has keep_alive_period_in_seconds, which spot machines do not support")
     return changed
 
 
-def _rules(root: Node) -> Iterator[Problem]:
-    """What the schema cannot say: times that contradict each other, networks in half, secrets."""
+def _check_rules(root: YamlNode) -> Iterator[Problem]:
+    """Check rules that the schema cannot express.
+
+    They concern times that contradict each other, incomplete networks, and secrets.
+    """
     runtime, wait = _value(root, "max_runtime_in_seconds"), root.get("max_wait_time_in_seconds")
     spot = _value(root, "enable_managed_spot_training")
     if wait is not None and wait.value is not None and runtime is not None and int(str(wait.value)) < runtime:
         yield Problem(
-            wait.place, f"max_wait_time_in_seconds = {wait.value} is less than max_runtime_in_seconds = {runtime}: it counts both"
+            wait.location, f"max_wait_time_in_seconds = {wait.value} is less than max_runtime_in_seconds = {runtime}: it counts both"
         )
-    warm = root.get("keep_alive_period_in_seconds")
-    if warm is not None and warm.value and spot:
-        yield Problem(warm.place, "keep_alive_period_in_seconds is not for spot machines: SageMaker refuses both together")
+    keep_alive = root.get("keep_alive_period_in_seconds")
+    if keep_alive is not None and keep_alive.value and spot:
+        yield Problem(keep_alive.location, "keep_alive_period_in_seconds: spot machines do not support it")
     for one, other in (("subnets", "security_group_ids"), ("security_group_ids", "subnets")):
         node = root.get(one)
         if node is not None and node.value and not _value(root, other):
-            yield Problem(node.at, f"{one} without {other}: a VPC needs both")
-    for at in secrets_in(root.plain()):
-        if at[0] != "environment":
-            yield Problem(root.nearest(at).place, f"{dotted(at)} looks like a secret, and would stand in the request: take it out")
+            yield Problem(node.entry_location, f"{one} without {other}: a VPC needs both")
+    for keys in find_secrets(root.to_plain()):
+        if keys[0] != "environment":
+            message = f"{format_key_path(keys)} looks like a secret, which everyone who may describe the job would see: remove it"
+            yield Problem(root.find_nearest(keys).location, message)
     environment = root.get("environment")
     for name, node in environment.value.items() if environment is not None and isinstance(environment.value, dict) else ():
-        if SECRET_NAMES.search(name) or SECRETS.search(str(node.value)):
-            message = f"environment.{name} looks like a secret, and everyone who may describe the job would read it: hub_token_secret names one in Secrets Manager"
-            yield Problem(node.at, message)
+        if SECRET_NAME_PATTERN.search(name) or SECRET_PATTERN.search(str(node.value)):
+            message = f"environment.{name} looks like a secret, which everyone who may describe the job would see: store it in Secrets Manager, and name it in hub_token_secret"
+            yield Problem(node.entry_location, message)
 
 
-def _value(root: Node, key: str) -> Any:
+def _value(root: YamlNode, key: str) -> Any:
     node = root.get(key)
-    return node.plain() if node is not None else schema.document("sagemaker")["properties"][key].get("default")
+    return node.to_plain() if node is not None else schema.load_schema("sagemaker")["properties"][key].get("default")
 
 
 def _check_changes(changes: Mapping[str, Any]) -> None:
-    """What the command line changes is as right as the file. Raises CommandError with every problem."""
-    found = schema.check(parse(to_yaml(dict(changes)), "the command line"), "sagemaker") if changes else []
-    wrong = [problem.message for problem in found if not problem.message.startswith("the recipe: missing key")]
-    if wrong:
-        raise CommandError("\n".join(f"the command line: {message}" for message in wrong))
+    """Check changes from the command line. Raises CommandError with all problems."""
+    problems = schema.check_schema(parse_yaml(to_yaml(dict(changes)), "the command line"), "sagemaker") if changes else []
+    messages = [problem.message for problem in problems if not problem.message.startswith("the recipe: missing key")]
+    if messages:
+        raise CommandError("\n".join(f"the command line: {message}" for message in messages))
 
 
-def secrets_in(data: object, at: tuple[Key, ...] = ()) -> Iterator[tuple[Key, ...]]:
-    """The keys of plain data whose text looks like a token or a key."""
+def find_secrets(data: object, keys: tuple[Key, ...] = ()) -> Iterator[tuple[Key, ...]]:
+    """Find strings that look like tokens or keys.
+
+    Args:
+        data: Plain data of a recipe or settings file.
+        keys: The keys that lead to it.
+
+    Yields:
+        The keys that lead to each such string.
+    """
     if isinstance(data, Mapping):
         for key, inner in data.items():
-            yield from secrets_in(inner, (*at, key))
+            yield from find_secrets(inner, (*keys, key))
     elif isinstance(data, list):
         for i, inner in enumerate(data):
-            yield from secrets_in(inner, (*at, i))
-    elif isinstance(data, str) and SECRETS.search(data):
-        yield at
+            yield from find_secrets(inner, (*keys, i))
+    elif isinstance(data, str) and SECRET_PATTERN.search(data):
+        yield keys

@@ -1,4 +1,7 @@
-"""Knows the order of a submission: validate, check, plan, show, ask, upload, submit; and for a pipeline one job after another."""
+"""Submission of recipes: validate, check, plan, show, confirm, upload, submit.
+
+The steps of a pipeline are submitted one after the other.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,40 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe import hardware
-from azrecipe.errors import CannotRun, CommandError, Interrupted, hint
+from azrecipe.errors import CannotRun, CommandError, Interrupted, suggest_choices
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
-from azrecipe.recipe.pipeline_steps import open_recipe, taken
-from azrecipe.runs.run_dir import RunDir, check_same_recipe, run_of
+from azrecipe.recipe.pipeline_steps import find_upstream_references, open_recipe
+from azrecipe.runs.run_dir import RunDir, check_recipe_matches, locate_named_run
 from azrecipe.sagemaker import account as accounts
-from azrecipe.sagemaker import bundle, jobs, training_job
+from azrecipe.sagemaker import jobs, training_job
 from azrecipe.sagemaker.account import Account
-from azrecipe.sagemaker.jobs import Job
-from azrecipe.sagemaker.s3 import Bucket
-from azrecipe.sagemaker.settings import Settings, load
+from azrecipe.sagemaker.bundle import build_bundle
+from azrecipe.sagemaker.jobs import TrainingJob
+from azrecipe.sagemaker.s3 import Bucket, MissingFiles
+from azrecipe.sagemaker.settings import SageMakerSettings, load_settings
 from azrecipe.utils import shipped_files
+from azrecipe.utils.console import print_progress
 
-PLANNED = ("pretrain", "sft")
-GPU_FAMILIES = ("p", "g")  # ml.p4d, ml.g5: what follows ml. begins so where there are NVIDIA GPUs
-OTHER_CHIPS = ("trn", "inf")
+TRAINING_STAGES = ("pretrain", "sft")
+GPU_FAMILIES = ("p", "g")  # first letters of the instance families with NVIDIA GPUs: ml.p4d, ml.g5
+UNSUPPORTED_FAMILIES = ("trn", "inf")  # AWS' own chips
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a submission goes about it.
+class SubmitOptions:
+    """Options of a submission.
 
-    set, step, cell: as `azrecipe run` takes them. check: `azrecipe check` looks at data, tokenizer and model from here first. plan: what does not
-    fit is refused. wait: until the job has ended. ask: asked with what is about to be spent; False ends it.
+    Attributes:
+        set: Overrides of the recipe, as `azrecipe run --set` takes them.
+        step: The only step of a pipeline to submit.
+        cell: The only cell of a matrix to submit.
+        check: Whether `azrecipe check` runs on this machine first.
+        plan: Whether a job that does not fit its machines is refused.
+        wait: Whether to wait for the end of the job.
+        yes: Whether to submit without confirmation.
+        ask: Confirms the price; False ends the submission. None asks on the terminal.
+        runs_dir: The local runs directory.
     """
 
     set: Sequence[str] = ()
@@ -51,211 +64,290 @@ class Options:
 
 @dataclass(frozen=True)
 class Submission:
-    """One recipe on its way: the job to ask for, what it would cost, and why there is nothing to do, if there is not."""
+    """A recipe to submit.
+
+    Attributes:
+        recipe: The recipe.
+        spec: What its job is created from.
+        plan: The answer of `azrecipe plan --json`; None where there is none.
+        complete: Whether its run is complete in the bucket.
+        running_job: The job that is training this run now.
+    """
 
     recipe: Recipe
-    asked: training_job.Asked
+    spec: training_job.JobSpec
     plan: dict[str, Any] | None
-    done: bool = False
-    running: Job | None = field(default=None)
+    complete: bool = False
+    running_job: TrainingJob | None = field(default=None)
 
 
-def submit(recipe: str, config: str, **more: Any) -> Job | None:
-    """Run a recipe as a SageMaker training job; returns the job to watch, None where its run is complete already.
+def submit(recipe: str, config: str, **arguments: Any) -> TrainingJob | None:
+    """Run a recipe as a SageMaker training job.
 
-    recipe: a path, of a pipeline too: then its steps run one after the other, each as a job that takes what the ones before it left in S3, and
-    the last one is returned. config: a settings file (sagemaker/cpt.yaml). more: fields of Options, and keys of the settings file that are to be
-    other than there (instance_type, instance_count, enable_managed_spot_training, …). Without `yes` or an `ask` that agrees nothing is spent.
-    Submitting the same recipe again goes on from its checkpoint. Raises RecipeError, CommandError, CannotRun.
+    The steps of a pipeline run one after the other: each job reads the runs of earlier ones in S3. Nothing is spent without `yes` or an `ask`
+    that agrees. Submitting the same recipe again continues from its checkpoint.
+
+    Args:
+        recipe: The path of a recipe or pipeline.
+        config: The path of a settings file, such as sagemaker/cpt.yaml.
+        **arguments: Fields of SubmitOptions, and keys of the settings file whose values win over the file (instance_type, instance_count,
+            enable_managed_spot_training, …).
+
+    Returns:
+        The job, of a pipeline the last one; None where all runs are complete already.
+
+    Raises:
+        RecipeError, CommandError: The recipe, the settings or the arguments are wrong.
+        CannotRun: AWS refuses the job, or a check fails.
     """
-    options, changes = _sorted(more)
-    accounts.needed()
-    settings = load(config, **changes)
-    where = accounts.account(settings.region)
-    settings = accounts.resolved(settings, where)
-    found = [_submission(step, settings, where, (recipe, options)) for step in _steps(recipe, options)]
-    todo = [each for each in found if not each.done]
-    _check_order(todo, where)
-    if todo and any(each.running is None for each in todo):
-        _check(recipe, options, [each.recipe for each in todo])
-    for each in found:
-        _say(f"{each.asked.run_uri}: already complete" if each.done else _told(each, where))
+    options, changes = _split_arguments(arguments)
+    accounts.check_packages_installed()
+    settings = load_settings(config, **changes)
+    account = accounts.open_account(settings.region)
+    settings = accounts.resolve_settings(settings, account)
+    submissions = [_prepare_submission(step, settings, account, path=recipe, options=options) for step in _list_recipes(recipe, options)]
+    todo = [submission for submission in submissions if not submission.complete]
+    _check_order(todo, account)
+    if any(submission.running_job is None for submission in todo):
+        _check_recipes(recipe, options, [submission.recipe for submission in todo])
+    for submission in submissions:
+        print_progress(f"{submission.spec.run_uri}: already complete" if submission.complete else _describe(submission, account))
     if not todo:
         return None
-    new = [each for each in todo if each.running is None]
-    if new and not options.yes and not (options.ask or _ask)(_spent(new)):
+    new = [submission for submission in todo if submission.running_job is None]
+    if new and not options.yes and not (options.ask or _ask)(_format_question(new)):
         raise Interrupted("nothing was submitted", 130)
     job = None
-    for nth, each in enumerate(todo, 1):
-        job = each.running or _started(each, where)
-        if options.wait or nth < len(todo):
-            job.wait(_say)
+    for number, submission in enumerate(todo, 1):
+        job = submission.running_job or _start_job(submission, account)
+        if options.wait or number < len(todo):
+            job.wait(print_progress)
     return job
 
 
-def requests(recipe: str, config: str, **more: Any) -> list[dict[str, Any]]:
-    """What `submit` would send: for each job its request, what it would upload, hours and price. Nothing is sent; without credentials the account is made up."""
-    options, changes = _sorted(more)
-    accounts.needed()
-    settings = load(config, **changes)
-    where = accounts.account(settings.region, dry_run=True)
-    settings = accounts.resolved(settings, where)
-    found = []
-    for step in _steps(recipe, options):
-        each = _submission(step, settings, where, (recipe, options))
-        sent = training_job.seen(each.asked, where)
-        found.append({"run": each.asked.parcel.run, "request": sent, "uploads": uploads(each, where), "plan": each.plan,
-                      "cost": cost(each.plan, each.asked.settings), "account": where.known})  # fmt: skip
-    return found
+def build_requests(recipe: str, config: str, **arguments: Any) -> list[dict[str, Any]]:
+    """Build what `submit` would send, and send nothing.
+
+    Without credentials the account is a placeholder. Arguments and exceptions are those of `submit`.
+
+    Returns:
+        For each job its request, uploads, plan and cost.
+    """
+    options, changes = _split_arguments(arguments)
+    accounts.check_packages_installed()
+    settings = load_settings(config, **changes)
+    account = accounts.open_account(settings.region, dry_run=True)
+    settings = accounts.resolve_settings(settings, account)
+    answers = []
+    for step in _list_recipes(recipe, options):
+        submission = _prepare_submission(step, settings, account, path=recipe, options=options)
+        answers.append(
+            {
+                "run": submission.spec.bundle.run_path,
+                "request": training_job.dry_run_request(submission.spec, account),
+                "uploads": describe_uploads(submission, account),
+                "plan": submission.plan,
+                "cost": format_cost(submission.plan, submission.spec.settings),
+                "account": account.authenticated,
+            }
+        )
+    return answers
 
 
-def write_source(recipe: str, config: str, folder: Path, **more: Any) -> Path:
-    """The source folder of a job, for an estimator of your own: entry_point='sagemaker_entry.py', source_dir=folder. Raises CommandError."""
-    options, changes = _sorted(more)
+def write_source(recipe: str, config: str, folder: Path, **arguments: Any) -> Path:
+    """Write a job's source folder, for another estimator.
+
+    The estimator needs entry_point='sagemaker_entry.py' and source_dir=folder.
+
+    Args:
+        recipe: The path of a recipe.
+        config: The path of a settings file.
+        folder: The folder to write; it must not exist, or be empty.
+        **arguments: As for `submit`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CommandError: The folder is not empty, or the recipe is a pipeline.
+    """
+    options, changes = _split_arguments(arguments)
     if folder.exists() and any(folder.iterdir()):
-        raise CommandError(f"{folder} is there already and not empty")
-    steps = _steps(recipe, options)
+        raise CommandError(f"{folder} exists already and is not empty")
+    steps = _list_recipes(recipe, options)
     if len(steps) > 1:
         raise CommandError(
-            f"{recipe} is a pipeline, and a source folder holds one recipe: --step, one of {', '.join(s.path.name for s in steps)}"
+            f"{recipe} is a pipeline, and a source folder holds one recipe: use --step with one of {', '.join(s.path.name for s in steps)}"
         )
-    bundle.pack(steps[0], load(config, **changes).of_step(steps[0].path.name)).write(folder)
+    build_bundle(steps[0], load_settings(config, **changes).for_step(steps[0].path.name)).write_source_files(folder)
     return folder
 
 
-def _sorted(more: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """The fields of Options, and the rest, which must be keys of the settings."""
-    own = {f.name for f in fields(Options)}
-    known = {f.name for f in fields(Settings)}
-    for name in more:
-        if name not in own | known:
-            raise CommandError(f"there is no option or setting '{name}'{hint(name, sorted(own | known), 'Known')}")
-    return Options(**{k: v for k, v in more.items() if k in own}), {k: v for k, v in more.items() if k in known}
+def _split_arguments(arguments: dict[str, Any]) -> tuple[SubmitOptions, dict[str, Any]]:
+    """Split arguments into the fields of SubmitOptions and keys of the settings."""
+    options = {f.name for f in fields(SubmitOptions)}
+    settings = {f.name for f in fields(SageMakerSettings)}
+    for name in arguments:
+        if name not in options | settings:
+            raise CommandError(f"there is no option or setting '{name}'{suggest_choices(name, sorted(options | settings), 'Known')}")
+    return SubmitOptions(**{k: v for k, v in arguments.items() if k in options}), {k: v for k, v in arguments.items() if k in settings}
 
 
-def _steps(recipe: str, options: Options) -> list[Recipe]:
-    one, steps = open_recipe(shipped_files.find(recipe), parse_overrides(options.set), options.step, options.cell)
-    return [step.recipe for step in steps] if one.stage == "pipeline" else [one]
+def _list_recipes(recipe: str, options: SubmitOptions) -> list[Recipe]:
+    first, steps = open_recipe(shipped_files.resolve_shipped_path(recipe), parse_overrides(options.set), options.step, options.cell)
+    return [step.recipe for step in steps] if first.stage == "pipeline" else [first]
 
 
-def _arguments(recipe: str, options: Options) -> list[str]:
-    line = [str(shipped_files.find(recipe)), "--runs-dir", str(options.runs_dir)]
+def _build_arguments(recipe: str, options: SubmitOptions) -> list[str]:
+    line = [str(shipped_files.resolve_shipped_path(recipe)), "--runs-dir", str(options.runs_dir)]
     for text in options.set:
         line += ["--set", text]
     return line
 
 
-def _check_order(todo: Sequence[Submission], where: Account) -> None:
-    """Refuse a run that takes from another which is not complete in the bucket and is no earlier step. Raises CommandError."""
+def _check_order(todo: Sequence[Submission], account: Account) -> None:
+    """Check that all input runs are complete or earlier steps. Raises CommandError."""
     problems, earlier = [], set()
-    for each in todo:
-        for _, there in each.asked.parcel.runs.values():
-            bucket = _bucket(each.asked, where)
-            if there not in earlier and not bucket.complete(there):
-                state = bucket.status(there).get("state", "has not been run")
+    for submission in todo:
+        for run in submission.spec.bundle.input_runs.values():
+            bucket = _open_bucket(submission.spec, account)
+            if run.run_path not in earlier and not bucket.is_complete(run.run_path):
+                state = bucket.read_status(run.run_path).get("state", "has not been run")
                 problems.append(
-                    f"{each.recipe.path} takes from {each.asked.root}/runs/{there}, whose run is not complete ({state}): submit it first"
+                    f"{submission.recipe.path} takes from {submission.spec.root_uri}/runs/{run.run_path}, whose run is not complete ({state}): submit it first"
                 )
-        earlier.add(each.asked.parcel.run)
+        earlier.add(submission.spec.bundle.run_path)
     if problems:
         raise CommandError("\n".join(problems))
 
 
-def _check(recipe: str, options: Options, todo: Sequence[Recipe]) -> None:
-    """`azrecipe check`, from here: what the job would refuse minutes after it is paid for."""
+def _check_recipes(recipe: str, options: SubmitOptions, todo: Sequence[Recipe]) -> None:
+    """Run `azrecipe check` on this machine. Raises CannotRun with its problems."""
     if not options.check:
         return
-    if len(todo) == 1 and (names := [name for name in _upstream(todo[0]) if not run_of(todo[0], options.runs_dir, name).complete]):
-        _say(f"{todo[0].path}: not checked beyond its file: it takes from {', '.join(names)}, whose run is not on this machine")
+    if len(todo) == 1 and (
+        names := [name for name in _list_upstream(todo[0]) if not locate_named_run(todo[0], options.runs_dir, name).is_complete]
+    ):
+        print_progress(f"{todo[0].path}: only its file is checked: it takes from {', '.join(names)}, whose run is not on this machine")
         return
-    line = [sys.executable, "-m", "azrecipe", "check", *_arguments(recipe, options)]
+    line = [sys.executable, "-m", "azrecipe", "check", *_build_arguments(recipe, options)]
     line += ["--step", options.step] if options.step else []
     line += ["--cell", options.cell] if options.cell else []
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
-        told = done.stderr.strip() or done.stdout.strip()
+    process = subprocess.run(line, capture_output=True, text=True, check=False)
+    if process.returncode:
+        problems = process.stderr.strip() or process.stdout.strip()
         raise CannotRun(
-            f"azrecipe check finds:\n{told}\n  Where only this machine cannot look (no network, data out of its reach): --no-check"
+            f"azrecipe check reports:\n{problems}\n  If only this machine has the problem (no network, no access to the data): --no-check"
         )
 
 
-def _upstream(recipe: Recipe) -> list[str]:
-    """The names of the recipes whose runs one takes from."""
-    return list(dict.fromkeys(Path(output_of).stem for _, output_of in taken(recipe.data)))
+def _list_upstream(recipe: Recipe) -> list[str]:
+    """List the names of the recipes whose runs a recipe reads."""
+    return list(dict.fromkeys(Path(output_of).stem for _, output_of in find_upstream_references(recipe.data)))
 
 
-def _submission(recipe: Recipe, settings: Settings, where: Account, given: tuple[str, Options]) -> Submission:
-    path, options = given
-    settings = settings.of_step(recipe.path.name)
+def _prepare_submission(recipe: Recipe, settings: SageMakerSettings, account: Account, *, path: str, options: SubmitOptions) -> Submission:
+    """Check, bundle and plan one recipe.
+
+    Args:
+        recipe: The recipe, or a step of the pipeline.
+        settings: The settings of all steps.
+        account: The account and region.
+        path: The file that was submitted.
+        options: The options of the submission.
+    """
+    settings = settings.for_step(recipe.path.name)
     _check_machine(recipe, settings)
-    packed = bundle.pack(recipe, settings)
-    manifests = {channel: f"s3://{settings.bucket}/{settings.prefix}/manifests/{packed.run}/{channel}.json" for channel in packed.runs}
-    asked = training_job.Asked(settings, packed, manifests)
-    done, running = False, None
-    if where.known:
-        bucket = _bucket(asked, where)
-        _check_run(asked, bucket)
-        done = bucket.complete(packed.run)
-        running = None if done else _running(asked, where)
-    plan = _plan(recipe, settings, path, options) if options.plan and not done and running is None else None
-    return Submission(recipe, asked, plan, done, running)
+    bundle = build_bundle(recipe, settings)
+    manifests = {
+        channel: f"s3://{settings.bucket}/{settings.prefix}/manifests/{bundle.run_path}/{channel}.json" for channel in bundle.input_runs
+    }
+    spec = training_job.JobSpec(settings, bundle, manifests)
+    complete, running = False, None
+    if account.authenticated:
+        bucket = _open_bucket(spec, account)
+        _check_run(spec, bucket)
+        complete = bucket.is_complete(bundle.run_path)
+        running = None if complete else _find_running_job(spec, account)
+    plan = _plan_job(recipe, settings, path, options) if options.plan and not complete and running is None else None
+    return Submission(recipe, spec, plan, complete, running)
 
 
-def _bucket(asked: training_job.Asked, where: Account) -> Bucket:
-    return Bucket(where, asked.settings.bucket, asked.settings.prefix, asked.settings.kms_key_id)
+def _open_bucket(spec: training_job.JobSpec, account: Account) -> Bucket:
+    return Bucket(account, spec.settings.bucket, spec.settings.prefix, spec.settings.kms_key_id)
 
 
-def _check_machine(recipe: Recipe, settings: Settings) -> None:
-    """Refuse machines that cannot run the recipe. Raises RecipeError."""
+def _check_machine(recipe: Recipe, settings: SageMakerSettings) -> None:
+    """Check that the machines can run the recipe. Raises RecipeError, CommandError."""
     family = settings.instance_type.split(".")[1]
-    if family.startswith(OTHER_CHIPS):
+    if family.startswith(UNSUPPORTED_FAMILIES):
         raise CommandError(
             f"instance_type {settings.instance_type}: AWS' own chips are not supported; machines with NVIDIA GPUs are (ml.p4d, ml.p5, ml.g5, ml.g6)"
         )
-    if hardware.of_instance(settings.instance_type) is not None or family.startswith(GPU_FAMILIES) or recipe.stage not in PLANNED:
+    if (
+        hardware.find_instance_type(settings.instance_type) is not None
+        or family.startswith(GPU_FAMILIES)
+        or recipe.stage not in TRAINING_STAGES
+    ):
         return
     training = recipe.config.training
     if training.precision != "float32":
-        what = f"precision: {training.precision} is for GPUs, and {settings.instance_type} has none: an instance with GPUs, or training.precision: float32"
-        raise recipe.problem(what, "training", "precision")
+        message = f"precision: {training.precision} is for GPUs, and {settings.instance_type} has none: use an instance with GPUs, or training.precision: float32"
+        raise recipe.error(message, "training", "precision")
     if training.use_liger_kernel:
-        raise recipe.problem(f"use_liger_kernel: true is for GPUs, and {settings.instance_type} has none", "training", "use_liger_kernel")
+        raise recipe.error(f"use_liger_kernel: true is for GPUs, and {settings.instance_type} has none", "training", "use_liger_kernel")
 
 
-def _check_run(asked: training_job.Asked, bucket: Bucket) -> None:
-    """Refuse a recipe whose run directory in S3 holds another recipe's run."""
-    there = bucket.read(f"runs/{asked.parcel.run}/recipe.yaml")
-    if there is None:
+def _check_run(spec: training_job.JobSpec, bucket: Bucket) -> None:
+    """Check that the run directory in S3 is this recipe's. Raises CommandError."""
+    text = bucket.read_object(f"runs/{spec.bundle.run_path}/recipe.yaml")
+    if text is None:
         return
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "recipe.yaml").write_bytes(there)
+        (Path(folder) / "recipe.yaml").write_bytes(text)
         try:
-            check_same_recipe(asked.parcel.recipe, RunDir(Path(folder), False, Path(folder)))
+            check_recipe_matches(spec.bundle.recipe, RunDir(Path(folder), False, Path(folder)))
         except CommandError as error:
-            raise CommandError(str(error).replace(folder, asked.run_uri)) from None
+            raise CommandError(str(error).replace(folder, spec.run_uri)) from None
 
 
-def _running(asked: training_job.Asked, where: Account) -> Job | None:
-    """The job that this run is in now. Raises CommandError while one is being stopped: it still writes its checkpoint."""
-    for job in jobs.listed(where, asked.base_name, "Stopping"):
-        if job.run == asked.parcel.run:
+def _find_running_job(spec: training_job.JobSpec, account: Account) -> TrainingJob | None:
+    """Find the job that is training this run.
+
+    Raises CommandError for a job that is stopping: it still writes its checkpoint.
+    """
+    for job in jobs.list_jobs(account, spec.base_job_name, "Stopping"):
+        if job.run_path == spec.bundle.run_path:
             raise CommandError(
-                f"{job.name} is at this run and is being stopped: its checkpoint is on its way. Submit again when it has ended"
+                f"{job.name} trains this run and is stopping: it still writes its checkpoint. Submit again when it has ended"
             )
-    same = [job for job in jobs.listed(where, asked.base_name, "InProgress") if job.run == asked.parcel.run]
-    return same[0] if same else None
+    running = [job for job in jobs.list_jobs(account, spec.base_job_name, "InProgress") if job.run_path == spec.bundle.run_path]
+    return running[0] if running else None
 
 
-def _plan(recipe: Recipe, settings: Settings, path: str, options: Options) -> dict[str, Any] | None:
-    """What `azrecipe plan` says; None where it has nothing to say of such a recipe or machine. Raises CannotRun for what does not fit."""
-    if recipe.stage not in PLANNED or hardware.of_instance(settings.instance_type) is None:
+def _plan_job(recipe: Recipe, settings: SageMakerSettings, path: str, options: SubmitOptions) -> dict[str, Any] | None:
+    """Run `azrecipe plan --json` for a job.
+
+    Args:
+        recipe: The recipe, or a step of the pipeline.
+        settings: The settings of that step.
+        path: The file that was submitted.
+        options: The options of the submission.
+
+    Returns:
+        Its answer; None for a stage or a machine that cannot be planned.
+
+    Raises:
+        CannotRun: The job does not fit the machines.
+    """
+    if recipe.stage not in TRAINING_STAGES or hardware.find_instance_type(settings.instance_type) is None:
         return None
     line = [
         sys.executable,
         "-m",
         "azrecipe",
         "plan",
-        *_arguments(path, options),
+        *_build_arguments(path, options),
         "--hardware",
         settings.instance_type,
         "--json",
@@ -267,97 +359,98 @@ def _plan(recipe: Recipe, settings: Settings, path: str, options: Options) -> di
     if options.step or recipe.path.name != Path(path).name:
         line += ["--step", recipe.path.name]
     line += ["--cell", recipe.cell.name] if recipe.cell is not None else []
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
+    process = subprocess.run(line, capture_output=True, text=True, check=False)
+    if process.returncode:
         raise CannotRun(
-            f"azrecipe plan, for {settings.instance_count} × {settings.instance_type}: {done.stderr.strip()}\n  To submit it all the same: --no-plan"
+            f"azrecipe plan, for {settings.instance_count} × {settings.instance_type}: {process.stderr.strip()}\n  To submit it anyway: --no-plan"
         )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    answer: dict[str, Any] = json.loads(process.stdout)
+    return answer
 
 
-def _started(each: Submission, where: Account) -> Job:
-    """Upload what is lacking, and ask for the job."""
-    asked, bucket = each.asked, _bucket(each.asked, where)
-    for channel, (_, there) in asked.parcel.runs.items():
-        bucket.manifest(there, asked.parcel.run, channel)
-    count = bucket.bring(asked.parcel)
-    _say(f"{count} file{'' if count == 1 else 's'} uploaded to {asked.root}")
-    name, sent = training_job.send(asked, where)
-    _say(f"{name} is submitted: azrecipe sagemaker logs {name} --follow")
-    return Job(name, where, sent)
+def _start_job(submission: Submission, account: Account) -> TrainingJob:
+    """Upload missing files, and create the job."""
+    spec, bucket = submission.spec, _open_bucket(submission.spec, account)
+    for channel, run in spec.bundle.input_runs.items():
+        bucket.write_manifest(run.run_path, spec.bundle.run_path, channel)
+    count = bucket.upload_missing(spec.bundle)
+    print_progress(f"{count} file{'' if count == 1 else 's'} uploaded to {spec.root_uri}")
+    request = training_job.send_job(spec, account)
+    name = str(request["TrainingJobName"])
+    print_progress(f"{name} is submitted: azrecipe sagemaker logs {name} --follow")
+    return TrainingJob(name, account, request)
 
 
-def uploads(each: Submission, where: Account) -> dict[str, Any]:
-    """What goes to S3 with a job: the code by folder, each file of the recipe's own and of data; and how much is there already."""
-    packed = each.asked.parcel
+def describe_uploads(submission: Submission, account: Account) -> dict[str, Any]:
+    """Describe the files of a job: code by folder, data by file.
+
+    It counts the missing ones too. Sizes are in bytes.
+    """
+    bundle = submission.spec.bundle
     folders: dict[str, list[int]] = {}
-    for name, content in packed.code.items():
+    for name, content in bundle.source_files.items():
         folders.setdefault(name.rpartition("/")[0] if not name.startswith("job/") and "/" in name else name, []).append(len(content))
-    lacking = _bucket(each.asked, where).lacking(packed) if where.known else (True, packed.data)
+    missing = (
+        _open_bucket(submission.spec, account).list_missing(bundle) if account.authenticated else MissingFiles(True, bundle.data_uploads)
+    )
     return {
-        "code": {"uri": each.asked.code_uri, "files": {name: [len(sizes), sum(sizes)] for name, sizes in sorted(folders.items())}},
-        "data": {upload.key: [str(upload.file), upload.size] for upload in packed.data},
-        "archive": len(packed.archive),
-        "to_upload": {"code": lacking[0], "data": len(lacking[1])},
+        "code": {"uri": submission.spec.code_uri, "files": {name: [len(sizes), sum(sizes)] for name, sizes in sorted(folders.items())}},
+        "data": {upload.key: [str(upload.file), upload.size] for upload in bundle.data_uploads},
+        "archive": len(bundle.archive),
+        "to_upload": {"code": missing.code, "data": len(missing.data)},
     }
 
 
-def _told(each: Submission, where: Account) -> str:
-    """A submission in a few lines."""
-    settings = each.asked.settings
+def _describe(submission: Submission, account: Account) -> str:
+    """Describe a submission in a few lines."""
+    spec, settings = submission.spec, submission.spec.settings
     lines = [
-        f"{each.asked.parcel.run}: {settings.instance_count} × {settings.instance_type}{' spot' if settings.enable_managed_spot_training else ''}"
+        f"{spec.bundle.run_path}: {settings.instance_count} × {settings.instance_type}{' spot' if settings.enable_managed_spot_training else ''}"
     ]
-    if each.running is not None:
-        return f"{lines[0]}: {each.running.name} is running already, and is watched"
-    lines.append(f"  run directory: {each.asked.run_uri}")
-    lines.append(f"  {cost(each.plan, settings)}")
-    found = uploads(each, where)
-    there = "" if found["to_upload"]["code"] else ", there already"
-    lines.append(f"  code: {len(each.asked.parcel.code)} files in {found['archive'] / 1e6:.1f} MB{there}: {each.asked.code_uri}")
+    if submission.running_job is not None:
+        return f"{lines[0]}: {submission.running_job.name} is running already, and is watched"
+    lines.append(f"  run directory: {spec.run_uri}")
+    lines.append(f"  {format_cost(submission.plan, settings)}")
+    files_to_upload = describe_uploads(submission, account)
+    note = "" if files_to_upload["to_upload"]["code"] else ", uploaded already"
+    lines.append(f"  code: {len(spec.bundle.source_files)} files in {files_to_upload['archive'] / 1e6:.1f} MB{note}: {spec.code_uri}")
     folders: dict[str, list[tuple[str, int]]] = {}
-    for key, (file, size) in found["data"].items():
+    for key, (file, size) in files_to_upload["data"].items():
         folders.setdefault("/".join(key.split("/")[:2]), []).append((file, size))
     for key, files in folders.items():
         names = ", ".join(file for file, _ in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        lines.append(f"  data: {names} ({sum(size for _, size in files) / 1e6:,.1f} MB) → {each.asked.root}/{key}/")
+        lines.append(f"  data: {names} ({sum(size for _, size in files) / 1e6:,.1f} MB) → {spec.root_uri}/{key}/")
     return "\n".join(lines)
 
 
-def cost(plan: dict[str, Any] | None, settings: Settings) -> str:
-    """Hours and price in a line."""
-    most = f"at most {settings.max_runtime_in_seconds / 3600:,.0f} h (max_runtime_in_seconds)"
+def format_cost(plan: dict[str, Any] | None, settings: SageMakerSettings) -> str:
+    """Format hours and price in a line."""
+    limit = f"at most {settings.max_runtime_in_seconds / 3600:,.0f} h (max_runtime_in_seconds)"
     if plan is None or plan["hours"] is None:
-        return f"hours and price are not known for this recipe on this machine; {most}"
+        return f"hours and price are not known for this recipe on this machine; {limit}"
     hours, price = plan["hours"], plan["price"]["on_demand"]
-    said = f"{hours['middle']:,.1f} ({hours['low']:,.1f}–{hours['high']:,.1f}) hours without start and checkpoints, {most}"
+    text = f"{hours['middle']:,.1f} ({hours['low']:,.1f}–{hours['high']:,.1f}) hours without start and checkpoints, {limit}"
     if price is None:
-        return f"{said}; no price is known: price_per_hour in the settings"
-    each = price["usd_per_hour"]
-    where = f"{price['region']}, {price['as_of']}" if price.get("region") else "your price"
-    low, middle, high = (hours[key] * each for key in ("low", "middle", "high"))
-    spot = "; spot costs less, by how much AWS says when the job has ended" if settings.enable_managed_spot_training else ""
-    return f"{said}: {middle:,.0f} ({low:,.0f}–{high:,.0f}) USD on demand at {each:,.2f} an hour ({where}){spot}"
+        return f"{text}; no price is known: set price_per_hour in the settings"
+    rate = price["usd_per_hour"]
+    source = f"{price['region']}, {price['as_of']}" if price.get("region") else "your price"
+    low, middle, high = (hours[key] * rate for key in ("low", "middle", "high"))
+    spot = "; spot costs less: AWS says how much when the job has ended" if settings.enable_managed_spot_training else ""
+    return f"{text}: {middle:,.0f} ({low:,.0f}–{high:,.0f}) USD on demand at {rate:,.2f} an hour ({source}){spot}"
 
 
-def _spent(todo: Sequence[Submission]) -> str:
-    known = [each.plan for each in todo if each.plan and each.plan["hours"] and each.plan["price"]["on_demand"]]
-    total = sum(plan["hours"]["middle"] * plan["price"]["on_demand"]["usd_per_hour"] for plan in known)
-    unknown = len(todo) - len(known)
-    more = f" and {unknown} whose price is not known" if unknown and known else ""
-    return (
-        f"Submit {len(todo)} job{'s' if len(todo) > 1 else ''}, about {total:,.0f} USD{more}?"
-        if known
-        else f"Submit {len(todo)} job{'s' if len(todo) > 1 else ''}, price not known?"
-    )
+def _format_question(todo: Sequence[Submission]) -> str:
+    plans = [each.plan for each in todo if each.plan and each.plan["hours"] and each.plan["price"]["on_demand"]]
+    total = sum(plan["hours"]["middle"] * plan["price"]["on_demand"]["usd_per_hour"] for plan in plans)
+    jobs_text = f"{len(todo)} job{'s' if len(todo) > 1 else ''}"
+    if not plans:
+        return f"Submit {jobs_text}, price not known?"
+    unknown = len(todo) - len(plans)
+    unknown_text = f" and {unknown} whose price is not known" if unknown else ""
+    return f"Submit {jobs_text}, about {total:,.0f} USD{unknown_text}?"
 
 
 def _ask(question: str) -> bool:
     if not sys.stdin.isatty():
-        raise CommandError(f"{question} Nobody is here to answer: --yes")
+        raise CommandError(f"{question} There is no terminal to answer on: --yes")
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Longer vocabularies: how a byte-level BPE learns merges for a language on top of its own, every old id kept."""
+"""Extend the vocabulary of a byte-level BPE, with every old id kept."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from azrecipe.errors import CannotRun
-from azrecipe.tokenization.bpe_training import LEAST, with_backend
-from azrecipe.tokenization.encoding import on_disk, reader
+from azrecipe.tokenization.bpe_training import MIN_PAIR_COUNT, replace_backend
+from azrecipe.tokenization.encoding import load_backend, write_backend_file
 from azrecipe.tokenization.tokenizer import is_byte_level_bpe
-from azrecipe.utils.process_pool import Workers, chunked
+from azrecipe.utils.process_pool import WorkerPool, chunk_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Pair = tuple[int, int]
+TokenPair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Extension:
+class BpeExtension:
     """A base tokenizer with new tokens above its own.
 
-    `added`: new ids. `merges`: new merges; more than `added` where some spell a token that was there. `dropped_for_protection`:
-    pairs that were the most frequent and did not become merges because they stand in protected text. `unused`: new tokens that
-    the texts are never cut into; each is part of a merge.
+    Attributes:
+        tokenizer: The extended tokenizer.
+        added: The number of new ids.
+        merges: The number of new merges; more than `added` where some spell a token of the base.
+        dropped_for_protection: The pairs that were the most frequent but occur in protected text, and so are no merges.
+        unused: The new tokens that the texts are never split into; each is part of a merge.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -42,38 +45,66 @@ class Extension:
     unused: int
 
 
-def extend(base: PreTrainedTokenizerBase, texts: Iterable[str], new_tokens: int, protect: Iterable[str] = ()) -> Extension:
-    """Continue the base's BPE training on texts until it has `new_tokens` more tokens, or no pair stands in them twice.
+def extend_tokenizer(base: PreTrainedTokenizerBase, texts: Iterable[str], new_tokens: int, protect: Iterable[str] = ()) -> BpeExtension:
+    """Extend a tokenizer by continuing the training of its BPE.
 
-    Continued BPE (Purason et al., arXiv 2512.03989): the texts are cut by the base, then the most frequent pair of adjacent
-    tokens becomes a merge, again and again. Old merges come first in rank and know no new token, so what the new tokenizer does
-    to any text is a coarsening of what the base does. Old tokens, special ones too, keep their ids; new ids follow the highest.
-    Special tokens spelled out in the texts take no part. Each text of `protect` keeps its ids exactly, whether special tokens
-    spelled out in it are read as such or as text. Both iterables are read once and may be larger than memory; their distinct
-    pre-tokens may not. Raises CannotRun for a base that is not a plain byte-level BPE, or whose class does not open again as it
-    was saved.
+    In continued BPE (Purason et al., arXiv 2512.03989) the base splits the texts, then the most frequent pair of adjacent
+    tokens becomes a merge, again and again, until there are enough new tokens or no pair occurs twice. Old merges come first
+    in rank and know no new token, so the new tokenizer splits any text where the base does, or less often. Old tokens,
+    special ones too, keep their ids; new ids follow the highest. Special tokens spelled out in the texts take no part.
+
+    Both iterables are read once and may be larger than memory; their distinct pre-tokens may not.
+
+    Args:
+        base: The tokenizer to extend.
+        texts: The texts to learn from.
+        new_tokens: How many new tokens to learn.
+        protect: Texts that keep their ids exactly, whether special tokens spelled out in them are read as such or as text.
+
+    Raises:
+        CannotRun: The base is not a plain byte-level BPE, or its class does not load as it was saved.
     """
-    return extensions(base, texts, [new_tokens], protect)[0]
+    return extend_to_sizes(base, texts, [new_tokens], protect)[0]
 
 
-def extensions(base: PreTrainedTokenizerBase, texts: Iterable[str], sizes: Sequence[int], protect: Iterable[str] = ()) -> list[Extension]:
-    """What `extend` gives for each of several numbers of new tokens, from one training: a smaller one begins a larger one."""
-    known, guard = _Merges(_description(base)), _Guard()
-    guard.add(_cuts(base, protect, (False, True)))
-    training = _Training(known, guard)
-    training.read(_cuts(base, texts, (False,)))
-    found = {}
+def extend_to_sizes(
+    base: PreTrainedTokenizerBase, texts: Iterable[str], sizes: Sequence[int], protect: Iterable[str] = ()
+) -> list[BpeExtension]:
+    """Extend a tokenizer to several sizes with one training.
+
+    A smaller extension is the beginning of a larger one.
+
+    Args:
+        base: The tokenizer to extend.
+        texts: The texts to learn from.
+        sizes: The numbers of new tokens.
+        protect: Texts that keep their ids; see `extend_tokenizer`.
+
+    Returns:
+        An extension for each size.
+
+    Raises:
+        CannotRun: As `extend_tokenizer`.
+    """
+    vocabulary, guard = _MergeTable(_read_description(base)), _ProtectedPairs()
+    guard.add(_count_pre_tokens(base, protect, (False, True)))
+    training = _Training(vocabulary, guard)
+    training.read(_count_pre_tokens(base, texts, (False,)))
+    extensions = {}
     for size in sorted(set(sizes)):
         training.learn(size)
-        tokenizer = _with_merges(base, known)
-        found[size] = Extension(tokenizer, known.added, len(known.new), len(guard.dropped), training.unused())
-    return [found[size] for size in sizes]
+        tokenizer = _build_extended(base, vocabulary)
+        extensions[size] = BpeExtension(tokenizer, vocabulary.added, len(vocabulary.new), len(guard.dropped), training.count_unused())
+    return [extensions[size] for size in sizes]
 
 
-def _description(base: PreTrainedTokenizerBase) -> Any:
-    """The base's tokenizer.json, each added token in the model's vocabulary at its own id. Raises CannotRun.
+def _read_description(base: PreTrainedTokenizerBase) -> Any:
+    """Read the tokenizer.json of a base, with each added token in the vocabulary of the model.
 
-    The library numbers an added token that the model lacks after the model's highest id, whatever the file says.
+    Without that, the library gives an added token an id after the highest of the model, whatever the file says.
+
+    Raises:
+        CannotRun: The base cannot be extended.
     """
     if not is_byte_level_bpe(base):
         raise CannotRun("the tokenizer to extend is not a byte-level BPE (as Llama 3's is): it has no merges to continue")
@@ -91,26 +122,29 @@ def _description(base: PreTrainedTokenizerBase) -> Any:
 
 
 def _is_whole(base: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the pre-tokenizer leaves a text in one piece that is spelled as the text."""
+    """Whether the pre-tokenizer leaves a text in one unchanged piece."""
     return [piece for piece, _ in base.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)] == [text]
 
 
-def _cuts(base: PreTrainedTokenizerBase, texts: Iterable[str], spelled_out: Sequence[bool]) -> Counter[bytes]:
-    """How often the texts hold each pre-token, which stands as the base's ids for it (uint32).
+def _count_pre_tokens(base: PreTrainedTokenizerBase, texts: Iterable[str], as_text: Sequence[bool]) -> Counter[bytes]:
+    """Count the pre-tokens of texts, each as the base's ids for it (bytes of uint32).
 
-    `spelled_out`: how special tokens in the texts are read, as text (True) or as tokens; the counts of all ways are added up.
+    Args:
+        base: The tokenizer.
+        texts: The texts.
+        as_text: How special tokens in the texts are read, as text (True) or as tokens; the counts of all ways are added up.
     """
     counts: Counter[bytes] = Counter()
-    with on_disk(base) as file, Workers() as workers:
-        for found in workers.map(_cut, (file, tuple(spelled_out)), chunked(texts)):
-            counts.update(found)
+    with write_backend_file(base) as file, WorkerPool() as workers:
+        for chunk_counts in workers.map_chunks(_count_chunk, (file, tuple(as_text)), chunk_texts(texts)):
+            counts.update(chunk_counts)
     return counts
 
 
-def _cut(file: str, spelled_out: Sequence[bool], texts: list[str]) -> Counter[bytes]:
+def _count_chunk(file: str, as_text: Sequence[bool], texts: list[str]) -> Counter[bytes]:
     counts: Counter[bytes] = Counter()
-    backend = reader(file)
-    for backend.encode_special_tokens in spelled_out:
+    backend = load_backend(file)
+    for backend.encode_special_tokens in as_text:
         for encoding in backend.encode_batch(texts, add_special_tokens=False):
             ids = np.array(encoding.ids, dtype=np.uint32).tobytes()
             starts = np.flatnonzero(np.diff(np.array(encoding.word_ids, dtype=np.int64), prepend=-1)) * 4
@@ -118,15 +152,15 @@ def _cut(file: str, spelled_out: Sequence[bool], texts: list[str]) -> Counter[by
     return counts
 
 
-def _symbols(cut: bytes) -> list[int]:
-    symbols: list[int] = np.frombuffer(cut, dtype=np.uint32).tolist()
-    return symbols
+def _decode_ids(pre_token: bytes) -> list[int]:
+    ids: list[int] = np.frombuffer(pre_token, dtype=np.uint32).tolist()
+    return ids
 
 
-class _Merges:
-    """What can be spelled: all tokens and merges, the base's and, above them in rank and id, the new ones.
+class _MergeTable:
+    """All tokens and merges: those of the base and, above them in rank and id, the new ones.
 
-    A merge's rank is its place in the list.
+    The rank of a merge is its position in the list.
     """
 
     def __init__(self, description: Any) -> None:
@@ -137,13 +171,13 @@ class _Merges:
         self.reserved = {token["content"] for token in description["added_tokens"]}
         self.old = len(description["model"]["merges"])
         self.ranks = {(self.ids[a], self.ids[b]): rank for rank, (a, b) in enumerate(description["model"]["merges"])}
-        self.new: list[Pair] = []
+        self.new: list[TokenPair] = []
 
-    def spell(self, pair: Pair) -> str:
+    def spell(self, pair: TokenPair) -> str:
         return self.spelling[pair[0]] + self.spelling[pair[1]]
 
-    def add(self, pair: Pair) -> int:
-        """Append a merge. Returns the id of what it spells, a new one only for a new string."""
+    def add(self, pair: TokenPair) -> int:
+        """Append a merge; returns the id of its token, a new one only for a new string."""
         token = self.spell(pair)
         if token not in self.ids:
             self.ids[token] = self.first + self.added
@@ -154,121 +188,127 @@ class _Merges:
         return self.ids[token]
 
     def settle(self, symbols: list[int]) -> list[int]:
-        """Apply merges, lowest rank first and leftmost of those, until none applies: BPE from any state of a word."""
+        """Apply merges until none applies, lowest rank first, then leftmost."""
         while True:
-            found = min(((self.ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in self.ranks), default=None)
-            if found is None:
+            first = min(((self.ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in self.ranks), default=None)
+            if first is None:
                 return symbols
-            i = found[1]
+            i = first[1]
             symbols = [*symbols[:i], self.ids[self.spell((symbols[i], symbols[i + 1]))], *symbols[i + 2 :]]
 
 
 @dataclass
-class _Guard:
-    """What may not become a merge because a protected text would change.
+class _ProtectedPairs:
+    """The pairs that cannot become merges because a protected text would change.
 
-    New merges come after the base's, so one fires on a word only if its pair stands in the base's cut of it. That holds with
-    `ignore_merges` too, where a word that is a token becomes it at once: merges that make a string somewhere in a text make it
-    of the string alone as well, so some new merge fires on the word before the new token is there.
+    New merges come after those of the base, so one applies to a word only if its pair occurs where the base has split the
+    word. That holds with `ignore_merges` too, where a word that is a token becomes the token at once: merges that produce a
+    string somewhere in a text produce it from the string alone as well, so some new merge applies to the word first.
     """
 
-    pairs: set[Pair] = field(default_factory=set)
-    dropped: set[Pair] = field(default_factory=set)
+    pairs: set[TokenPair] = field(default_factory=set)
+    dropped: set[TokenPair] = field(default_factory=set)
 
-    def add(self, cuts: Iterable[bytes]) -> None:
-        for cut in cuts:
-            self.pairs.update(pairwise(_symbols(cut)))
+    def add(self, pre_tokens: Iterable[bytes]) -> None:
+        for pre_token in pre_tokens:
+            self.pairs.update(pairwise(_decode_ids(pre_token)))
 
-    def refuses(self, pair: Pair) -> bool:
-        """Whether a merge would fire on protected text; if so it is counted as dropped."""
+    def refuses(self, pair: TokenPair) -> bool:
+        """Whether a merge would change protected text; then it counts as dropped."""
         if pair in self.pairs:
             self.dropped.add(pair)
         return pair in self.pairs
 
 
 class _Training:
-    """The corpus as the tokenizer cuts it at this point of the training, and the counts of pairs in it.
+    """The words of the corpus as tokens at this point of the training.
 
-    After every merge each word is cut exactly as a tokenizer with the merges so far cuts it, so a new token that is nowhere used
-    is always part of a merge: no other way leads out of the words. `where` names the words a pair stands in, and some that it
-    has left; `heap` holds (−count, pair) for each pair, and entries with counts that have changed since.
+    After every merge each word is split exactly as a tokenizer with the merges so far splits it. So a new token that no word
+    has any more is part of another merge.
+
+    Attributes:
+        words: The tokens of each word.
+        counts: How often each word occurs.
+        pairs: How often each pair of adjacent tokens occurs.
+        words_of_pair: The words that a pair occurs in, and some that it no longer occurs in.
+        heap: (-count, pair) for each pair, and entries with outdated counts.
     """
 
-    def __init__(self, known: _Merges, guard: _Guard) -> None:
-        self.known, self.guard = known, guard
+    def __init__(self, vocabulary: _MergeTable, guard: _ProtectedPairs) -> None:
+        self.vocabulary, self.guard = vocabulary, guard
         self.words: list[list[int]] = []
         self.counts: list[int] = []
-        self.pairs: Counter[Pair] = Counter()
-        self.where: defaultdict[Pair, set[int]] = defaultdict(set)
-        self.heap: list[tuple[int, Pair]] = []
+        self.pairs: Counter[TokenPair] = Counter()
+        self.words_of_pair: defaultdict[TokenPair, set[int]] = defaultdict(set)
+        self.heap: list[tuple[int, TokenPair]] = []
 
-    def read(self, cuts: Counter[bytes]) -> None:
-        """Take in the words; those of one token, special ones among them, have nothing to merge."""
-        for cut, count in cuts.items():
-            symbols = _symbols(cut)
+    def read(self, pre_tokens: Counter[bytes]) -> None:
+        """Read the words; those of one token, as special ones, have nothing to merge."""
+        for pre_token, count in pre_tokens.items():
+            symbols = _decode_ids(pre_token)
             if len(symbols) == 1:
                 continue
             for pair in pairwise(symbols):
                 self.pairs[pair] += count
-                self.where[pair].add(len(self.words))
+                self.words_of_pair[pair].add(len(self.words))
             self.words.append(symbols)
             self.counts.append(count)
         self.heap = [(-count, pair) for pair, count in self.pairs.items()]
         heapify(self.heap)
 
     def learn(self, new_tokens: int) -> None:
-        """Add merges until there are so many new tokens or no pair is left."""
-        while self.known.added < new_tokens and (pair := self._best()) is not None:
-            added = self.known.added
-            token = self.known.add(pair)
-            self._apply(pair, token, fresh=self.known.added > added)
+        """Add merges until there are enough new tokens or no pair is left."""
+        while self.vocabulary.added < new_tokens and (pair := self._pop_best_pair()) is not None:
+            added = self.vocabulary.added
+            token = self.vocabulary.add(pair)
+            self._apply(pair, token, fresh=self.vocabulary.added > added)
 
-    def unused(self) -> int:
-        """How many new tokens no word is cut into."""
-        used = {i for symbols in self.words for i in symbols if i >= self.known.first}
-        return self.known.added - len(used)
+    def count_unused(self) -> int:
+        """Count the new tokens that no word has."""
+        used = {i for symbols in self.words for i in symbols if i >= self.vocabulary.first}
+        return self.vocabulary.added - len(used)
 
-    def _best(self) -> Pair | None:
-        """The most frequent pair that may become a merge, of equal ones that with the lowest ids."""
+    def _pop_best_pair(self) -> TokenPair | None:
+        """Find the most frequent pair that can become a merge; lowest ids first."""
         while self.heap:
             entry, pair = heappop(self.heap)
             count = self.pairs[pair]
-            if count < LEAST:
+            if count < MIN_PAIR_COUNT:
                 continue
             if count != -entry:
                 heappush(self.heap, (-count, pair))
                 continue
-            if self.known.spell(pair) not in self.known.reserved and not self.guard.refuses(pair):
+            if self.vocabulary.spell(pair) not in self.vocabulary.reserved and not self.guard.refuses(pair):
                 return pair
         return None
 
-    def _apply(self, pair: Pair, token: int, fresh: bool) -> None:
-        """Cut again the words that a merge just added changes.
+    def _apply(self, pair: TokenPair, token: int, fresh: bool) -> None:
+        """Apply a new merge to the words.
 
-        No merge knows a fresh token yet. One that was there may set off merges of lower rank: the word is settled.
+        No merge uses a fresh token yet. An old token can trigger merges of lower rank, so then the word is settled.
         """
-        change: Counter[Pair] = Counter()
-        for word in self.where.pop(pair):
+        change: Counter[TokenPair] = Counter()
+        for word in self.words_of_pair.pop(pair):
             if pair in pairwise(self.words[word]):
                 before = self.words[word]
-                self._replace(word, _joined(before, pair, token) if fresh else self.known.settle(before), change)
+                self._replace_word(word, _merge_pair(before, pair, token) if fresh else self.vocabulary.settle(before), change)
         for changed, difference in change.items():
             self.pairs[changed] += difference
             if difference > 0:
                 heappush(self.heap, (-self.pairs[changed], changed))
 
-    def _replace(self, word: int, symbols: list[int], change: Counter[Pair]) -> None:
+    def _replace_word(self, word: int, symbols: list[int], change: Counter[TokenPair]) -> None:
         count = self.counts[word]
         for pair in pairwise(self.words[word]):
             change[pair] -= count
         for pair in pairwise(symbols):
             change[pair] += count
-            self.where[pair].add(word)
+            self.words_of_pair[pair].add(word)
         self.words[word] = symbols
 
 
-def _joined(symbols: list[int], pair: Pair, token: int) -> list[int]:
-    """A word with the token in place of the pair, from left to right."""
+def _merge_pair(symbols: list[int], pair: TokenPair, token: int) -> list[int]:
+    """Replace a pair in a word by its token, from left to right."""
     joined: list[int] = []
     i = 0
     while i < len(symbols):
@@ -281,9 +321,9 @@ def _joined(symbols: list[int], pair: Pair, token: int) -> list[int]:
     return joined
 
 
-def _with_merges(base: PreTrainedTokenizerBase, known: _Merges) -> PreTrainedTokenizerBase:
-    """A copy of the base, its chat template and settings with it, that knows the new merges."""
-    description = _description(base)
-    description["model"]["vocab"] = known.ids
-    description["model"]["merges"] += [(known.spelling[a], known.spelling[b]) for a, b in known.new]
-    return with_backend(base, Tokenizer.from_str(json.dumps(description)))
+def _build_extended(base: PreTrainedTokenizerBase, vocabulary: _MergeTable) -> PreTrainedTokenizerBase:
+    """Copy the base, with chat template and settings, and add the new merges."""
+    description = _read_description(base)
+    description["model"]["vocab"] = vocabulary.ids
+    description["model"]["merges"] += [(vocabulary.spelling[a], vocabulary.spelling[b]) for a, b in vocabulary.new]
+    return replace_backend(base, Tokenizer.from_str(json.dumps(description)))

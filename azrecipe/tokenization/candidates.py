@@ -1,4 +1,4 @@
-"""Which tokenizers a comparison needs, and how few passes over the corpus make them: a sweep of sizes costs one training."""
+"""Train the candidates of a tokenizer comparison, all sizes of a kind at once."""
 
 from __future__ import annotations
 
@@ -12,116 +12,137 @@ from typing import TYPE_CHECKING, Any, Protocol
 from azrecipe.errors import RunFailed
 from azrecipe.recipe.types import Candidate
 from azrecipe.tokenization import bpe_training
-from azrecipe.tokenization.bpe_extension import extensions
+from azrecipe.tokenization.bpe_extension import extend_to_sizes
 from azrecipe.tokenization.tokenizer import save_tokenizer
-from azrecipe.utils.atomic_files import read_json, whole_folder, write_json
-from azrecipe.utils.console import say
-from azrecipe.utils.memory import peak_memory
+from azrecipe.utils.atomic_files import atomic_folder, read_json, write_json
+from azrecipe.utils.console import print_progress
+from azrecipe.utils.memory import measure_peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Made = tuple["PreTrainedTokenizerBase", dict[str, Any]]
-RECORD = "candidate.json"
-LEAST_CORPUS = 257  # a custom vocabulary of the 256 bytes alone has learned nothing
+TrainedCandidate = tuple["PreTrainedTokenizerBase", dict[str, Any]]
+RECORD_FILE = "candidate.json"
+MIN_BYTE_VOCABULARY = 257  # the 256 bytes and one merge: with less, nothing is learned
 
 
 class Corpus(Protocol):
-    """The text that tokenizers are trained on; iterating reads it from the start."""
+    """The text that tokenizers are trained on, read anew by each iteration."""
 
     def __iter__(self) -> Iterator[str]: ...
 
-    def report(self) -> dict[str, Any]:
-        """What was read, for result.json."""
+    def to_dict(self) -> dict[str, Any]:
+        """Summarise what was read for result.json."""
 
 
 @dataclass(frozen=True)
-class Family:
-    """Candidates that one training makes: the same kind, the same rules, the same protected text; only sizes differ."""
+class CandidateFamily:
+    """Candidates of one training, which differ in size only.
+
+    Attributes:
+        kind: custom or extended.
+        pre_tokenizer: The rule that splits text.
+        read_protected: Reads the text that the candidates protect; None: there is none.
+        sizes: The size of each candidate, by name.
+    """
 
     kind: str
     pre_tokenizer: str
-    protect: Callable[[], Iterable[str]] | None
+    read_protected: Callable[[], Iterable[str]] | None
     sizes: Mapping[str, int]
 
 
-def families(candidates: Mapping[str, Candidate], protected: Mapping[str, Callable[[], Iterable[str]]]) -> list[Family]:
-    """The trainings that a comparison takes, the baseline's (none) left out. `protected`: reads the text that a candidate protects."""
-    found: dict[str, Family] = {}
+def group_candidates(candidates: Mapping[str, Candidate], protected: Mapping[str, Callable[[], Iterable[str]]]) -> list[CandidateFamily]:
+    """Group candidates by training; the baseline, which needs none, is left out.
+
+    Args:
+        candidates: The candidates, by name.
+        protected: Reads the text that a candidate protects, by name.
+    """
+    families: dict[str, CandidateFamily] = {}
     for name, candidate in candidates.items():
         size = candidate.vocab_size if candidate.kind == "custom" else candidate.new_tokens
         if size is None:
             continue
         key = repr((candidate.kind, candidate.pre_tokenizer, candidate.protect))
-        known = found.get(key)
-        sizes = {**(known.sizes if known else {}), name: size}
-        found[key] = Family(candidate.kind, candidate.pre_tokenizer, protected.get(name), sizes)
-    return list(found.values())
+        family = families.get(key)
+        sizes = {**(family.sizes if family else {}), name: size}
+        families[key] = CandidateFamily(candidate.kind, candidate.pre_tokenizer, protected.get(name), sizes)
+    return list(families.values())
 
 
-def make(base: PreTrainedTokenizerBase, family: Family, text: Corpus) -> dict[str, Made]:
-    """Train a family once: the tokenizer of each name, and what is to be said of its making."""
-    began = time.monotonic()
-    made = (_custom if family.kind == "custom" else _extended)(base, family, text)
-    together = sorted(family.sizes)
+def train_family(base: PreTrainedTokenizerBase, family: CandidateFamily, text: Corpus) -> dict[str, TrainedCandidate]:
+    """Train a family of candidates: the tokenizer and record of each name."""
+    start = time.monotonic()
+    trained = (_train_custom if family.kind == "custom" else _train_extended)(base, family, text)
+    names = sorted(family.sizes)
     training = {
-        **text.report(),
-        "seconds": round(time.monotonic() - began, 2),
-        "peak_memory_bytes": peak_memory(),
-        "trained_together": together,
+        **text.to_dict(),
+        "seconds": round(time.monotonic() - start, 2),
+        "peak_memory_bytes": measure_peak_memory(),
+        "trained_together": names,
     }
-    return {name: (tokenizer, {**told, "training": training}) for name, (tokenizer, told) in made.items()}
+    return {name: (tokenizer, {**record, "training": training}) for name, (tokenizer, record) in trained.items()}
 
 
-def _custom(base: PreTrainedTokenizerBase, family: Family, text: Corpus) -> dict[str, Made]:
+def _train_custom(base: PreTrainedTokenizerBase, family: CandidateFamily, text: Corpus) -> dict[str, TrainedCandidate]:
     longest = bpe_training.train_like(base, text, max(family.sizes.values()), family.pre_tokenizer)
-    if len(longest) < LEAST_CORPUS + len(longest.added_tokens_decoder):
+    if len(longest) < MIN_BYTE_VOCABULARY + len(longest.added_tokens_decoder):
         raise RunFailed("the corpus is too small to learn a single merge from")
-    made = {}
+    trained = {}
     for name, size in family.sizes.items():
-        tokenizer = bpe_training.shorter(longest, size)
+        tokenizer = bpe_training.shorten_vocabulary(longest, size)
         if len(tokenizer) < size:
-            say(f"  {name}: the corpus gives {len(tokenizer):,} tokens, fewer than the {size:,} asked for: it is too small for more")
-        made[name] = (tokenizer, {"asked_vocab_size": size, "pre_tokenizer": family.pre_tokenizer})
-    return made
+            print_progress(
+                f"  {name}: the corpus gives {len(tokenizer):,} tokens, fewer than the {size:,} asked for: it is too small for more"
+            )
+        trained[name] = (tokenizer, {"asked_vocab_size": size, "pre_tokenizer": family.pre_tokenizer})
+    return trained
 
 
-def _extended(base: PreTrainedTokenizerBase, family: Family, text: Corpus) -> dict[str, Made]:
-    made = {}
-    protect = family.protect() if family.protect else ()
-    for (name, size), found in zip(family.sizes.items(), extensions(base, text, list(family.sizes.values()), protect), strict=True):
-        if found.added < size:
-            say(f"  {name}: the corpus gives {found.added:,} new tokens, fewer than the {size:,} asked for: it is too small for more")
-        counted = {key: getattr(found, key) for key in ("added", "merges", "dropped_for_protection", "unused")}
-        made[name] = (found.tokenizer, {"asked_new_tokens": size, **counted})
-    return made
+def _train_extended(base: PreTrainedTokenizerBase, family: CandidateFamily, text: Corpus) -> dict[str, TrainedCandidate]:
+    trained = {}
+    protect = family.read_protected() if family.read_protected else ()
+    for (name, size), extension in zip(
+        family.sizes.items(), extend_to_sizes(base, text, list(family.sizes.values()), protect), strict=True
+    ):
+        if extension.added < size:
+            print_progress(
+                f"  {name}: the corpus gives {extension.added:,} new tokens, fewer than the {size:,} asked for: it is too small for more"
+            )
+        counts = {key: getattr(extension, key) for key in ("added", "merges", "dropped_for_protection", "unused")}
+        trained[name] = (extension.tokenizer, {"asked_new_tokens": size, **counts})
+    return trained
 
 
-def save(folder: Path, tokenizer: PreTrainedTokenizerBase, told: Mapping[str, Any]) -> None:
-    """Write a candidate into a folder of its own, which appears whole or not at all."""
-    with whole_folder(folder) as aside:
-        save_tokenizer(tokenizer, aside)
-        write_json(aside / RECORD, {"told": dict(told), "sizes": _sizes(aside)})
+def save_candidate(folder: Path, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) -> None:
+    """Save a candidate in a folder, which appears complete or not at all."""
+    with atomic_folder(folder) as tmp:
+        save_tokenizer(tokenizer, tmp)
+        write_json(tmp / RECORD_FILE, {"told": dict(record), "sizes": _sizes(tmp)})
 
 
-def saved(folder: Path) -> dict[str, Any] | None:
-    """What was told of a candidate when it was saved; None where there is none, or its files are no longer what they were."""
-    found = read_json(folder / RECORD)
-    if found is None or found["sizes"] != _sizes(folder):
+def read_candidate_record(folder: Path) -> dict[str, Any] | None:
+    """Read the record of a saved candidate.
+
+    Returns None where there is none, or its files have changed.
+    """
+    saved = read_json(folder / RECORD_FILE)
+    if saved is None or saved["sizes"] != _sizes(folder):
         return None
-    told: dict[str, Any] = found["told"]
-    return told
+    record: dict[str, Any] = saved["told"]
+    return record
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != RECORD}
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != RECORD_FILE}
 
 
-def least_size(base: PreTrainedTokenizerBase) -> int:
-    """The smallest vocabulary that a custom tokenizer can have: added tokens, the 256 bytes, one merge."""
-    return LEAST_CORPUS + len(base.added_tokens_decoder)
+def get_min_vocab_size(base: PreTrainedTokenizerBase) -> int:
+    """Get the smallest size of a custom vocabulary: added tokens, 256 bytes, one merge."""
+    return MIN_BYTE_VOCABULARY + len(base.added_tokens_decoder)
 
 
-def describe(base: PreTrainedTokenizerBase) -> str:
-    """The kind of a tokenizer's model, for a message about what it is not."""
+def get_model_type(base: PreTrainedTokenizerBase) -> str:
+    """Get the type of a tokenizer's model, as BPE or Unigram."""
     return str(json.loads(base.backend_tokenizer.to_str())["model"]["type"])

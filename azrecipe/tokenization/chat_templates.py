@@ -57,38 +57,40 @@ _GEMMA = (
 
 
 @dataclass(frozen=True)
-class Template:
+class ChatTemplate:
     """A template that ships: its text, the special tokens that it needs as single ids, and the one that ends a turn."""
 
     text: str
-    tokens: tuple[str, ...]
+    special_tokens: tuple[str, ...]
     end_of_turn: str
 
 
-SHIPPED: Mapping[str, Template] = {
-    "llama3": Template(_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
-    "chatml": Template(_CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
-    "gemma": Template(_GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+SHIPPED_TEMPLATES: Mapping[str, ChatTemplate] = {
+    "llama3": ChatTemplate(_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
+    "chatml": ChatTemplate(_CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "gemma": ChatTemplate(_GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
 }
-PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")  # names that models give it
-PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PAD_TOKEN_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")  # names that models give it
+PROBE_CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @dataclass(frozen=True)
-class Example:
+class TokenizedExample:
     """A tokenised conversation: input_ids [n], labels [n] (-100 where no loss is taken), and whether its end was cut off."""
 
     input_ids: list[int]
     labels: list[int]
-    cut: bool = False
+    truncated: bool = False
 
     @property
-    def trained(self) -> int:
+    def num_trained_tokens(self) -> int:
         """Tokens that are predicted and counted in the loss (the first of a sequence never is)."""
         return sum(label != -100 for label in self.labels[1:])
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, template: str, marks: bool = True, probe: Messages = PROBE) -> list[int]:
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, template: str, marks: bool = True, probe: Messages = PROBE_CONVERSATION
+) -> list[int]:
     """Give a tokenizer the recipe's chat template, the end of turn as its EOS, and padding of its own; returns the ids that are new to it.
 
     `template`: a name in SHIPPED, "keep", or the path of a Jinja file. Tokens of a shipped template that the tokenizer lacks become
@@ -96,9 +98,9 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str, marks: boo
     which no token would be trained. `probe`: a conversation that it renders. Raises CommandError for a template that cannot be read, lacks the marks, or does not end a turn.
     """
     before = len(tokenizer)
-    shipped = SHIPPED.get(template)
+    shipped = SHIPPED_TEMPLATES.get(template)
     if shipped is not None:
-        _own_ids(tokenizer, shipped.tokens)
+        _own_ids(tokenizer, shipped.special_tokens)
         tokenizer.chat_template = shipped.text
         tokenizer.eos_token = shipped.end_of_turn
     else:
@@ -107,11 +109,11 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str, marks: boo
         if tokenizer.chat_template is None:
             raise CommandError(
                 "chat_template: keep, and the model's tokenizer has no chat template (a base model has none): "
-                f"say chat_template: {', '.join(SHIPPED)} or the path of a .jinja file"
+                f"say chat_template: {', '.join(SHIPPED_TEMPLATES)} or the path of a .jinja file"
             )
         if marks:
             _check_marks(str(tokenizer.chat_template), template)
-        tokenizer.eos_token = end_of_turn(tokenizer, probe, marks) or tokenizer.eos_token
+        tokenizer.eos_token = find_end_of_turn(tokenizer, probe, marks) or tokenizer.eos_token
     _pad(tokenizer)
     return list(range(before, len(tokenizer)))
 
@@ -124,19 +126,19 @@ def _text(path: str) -> str:
 
 
 def _check_marks(template: str, name: str) -> None:
-    if not has_marks(template):
+    if not has_generation_marks(template):
         raise CommandError(
             f"chat_template: {name} does not mark what the assistant says ({{% generation %}} … {{% endgeneration %}}), so the loss cannot be "
-            f"limited to it: add the marks, say one of {', '.join(SHIPPED)}, or training.assistant_only_loss: false"
+            f"limited to it: add the marks, say one of {', '.join(SHIPPED_TEMPLATES)}, or training.assistant_only_loss: false"
         )
 
 
-def has_marks(template: str) -> bool:
+def has_generation_marks(template: str) -> bool:
     """Whether a chat template marks the assistant's part."""
     return "generation" in template and "endgeneration" in template
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Messages = PROBE, marks: bool = True) -> str | None:
+def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Messages = PROBE_CONVERSATION, marks: bool = True) -> str | None:
     """The special token that ends the assistant's turn, found by rendering one: within the template's marks, or behind the answer.
 
     Raises CommandError where the marks hold none: a model that is never trained on it never stops, and the loss looks well all
@@ -145,11 +147,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Messages = PROBE, mar
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if not marks:
         last = max((n for n, message in enumerate(probe) if message["role"] == "assistant"), default=0)
-        ids = list(render(tokenizer, probe[: last + 1], marks=False)["input_ids"])
+        ids = list(render_conversation(tokenizer, probe[: last + 1], marks=False)["input_ids"])
         prompt = list(tokenizer.apply_chat_template(probe[:last], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
         behind = next((i for i in ids[len(prompt) :] if i in special), None) if last else None
         return None if behind is None else str(tokenizer.convert_ids_to_tokens(behind))
-    encoded = render(tokenizer, probe, marks=True)
+    encoded = render_conversation(tokenizer, probe, marks=True)
     ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     first = mask.index(1) if 1 in mask else len(mask)
     stop = next((n for n in range(first, len(mask)) if not mask[n]), len(mask))
@@ -177,14 +179,14 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> None:
         return
     known = tokenizer.get_vocab()
     taken = (tokenizer.eos_token, tokenizer.bos_token)
-    found = next((token for token in (*PADDING, tokenizer.unk_token) if token in known and token not in taken), None)
+    found = next((token for token in (*PAD_TOKEN_NAMES, tokenizer.unk_token) if token in known and token not in taken), None)
     if found is None:
         found = "<|pad|>"
         _own_ids(tokenizer, (found,))
     tokenizer.pad_token = found
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, marks: bool) -> Any:
+def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, marks: bool) -> Any:
     """A conversation by the tokenizer's template: input_ids and, with `marks`, assistant_masks. Raises CommandError where it refuses."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks)
@@ -193,13 +195,15 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, marks: bool) 
         raise CommandError(f"the chat template refuses the conversation that begins with '{begins}': {error}") from None
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int, assistant_only: bool) -> Example:
+def tokenize_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int, assistant_only: bool
+) -> TokenizedExample:
     """A conversation as tokens, with labels on what the assistant says and its end of turn.
 
     One longer than `max_length` ends behind the last turn of the assistant that fits whole: half a turn would teach to stop
     nowhere. Without `assistant_only` it ends behind the last end of turn.
     """
-    encoded = render(tokenizer, messages, assistant_only)
+    encoded = render_conversation(tokenizer, messages, assistant_only)
     ids = list(encoded["input_ids"])
     mask = list(encoded["assistant_masks"]) if assistant_only else [1] * len(ids)
     whole = len(ids)
@@ -209,4 +213,4 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length:
         else:
             ends = [n + 1 for n in range(max_length) if ids[n] == tokenizer.eos_token_id]
         ids = ids[: ends[-1] if ends else 0]
-    return Example(ids, [token if on else -100 for token, on in zip(ids, mask, strict=False)], cut=whole > max_length)
+    return TokenizedExample(ids, [token if on else -100 for token, on in zip(ids, mask, strict=False)], truncated=whole > max_length)

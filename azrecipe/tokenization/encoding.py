@@ -1,4 +1,4 @@
-"""Text to token ids, in this process or in others."""
+"""Encode text to token ids, in this process or in others."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that PyTorch's cross entropy leaves out
-
-
-BATCH = 256
+IGNORE_INDEX = -100  # the label that PyTorch's cross entropy leaves out
+BATCH_TEXTS = 256
 
 Ints = npt.NDArray[np.int64]
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A name for what a tokenizer does to text."""
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what a tokenizer does to text."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of plain text, no specials added; special tokens spelled out in the text stay ordinary text."""
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Encode plain text without special tokens.
+
+    Special tokens spelled out in the text stay ordinary text.
+    """
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
@@ -43,8 +44,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
 
 
 @contextmanager
-def on_disk(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """A file that other processes open a tokenizer from with `reader`: it is large, and each reads it once."""
+def write_backend_file(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Write a tokenizer's backend to a temporary file for other processes.
+
+    It is large, so each process reads it once, with `load_backend`.
+    """
     with TemporaryDirectory() as folder:
         file = Path(folder, "tokenizer.json")
         file.write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
@@ -52,8 +56,11 @@ def on_disk(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 @lru_cache(maxsize=1)
-def reader(file: str) -> Tokenizer:
-    """The backend in a file, set to cut whole texts; how it reads special tokens in them is the caller's to set."""
+def load_backend(file: str) -> Tokenizer:
+    """Load the backend in a file, without truncation and padding.
+
+    The caller sets how it reads special tokens in texts.
+    """
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(file)
@@ -62,8 +69,8 @@ def reader(file: str) -> Tokenizer:
     return backend
 
 
-def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of BATCH: what the tokenizers library works on in parallel."""
+def batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Batch texts, for the tokenizers library to encode in parallel."""
     iterator = iter(texts)
-    while chunk := list(islice(iterator, BATCH)):
+    while chunk := list(islice(iterator, BATCH_TEXTS)):
         yield chunk

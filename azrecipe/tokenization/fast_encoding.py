@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from azrecipe.tokenization.encoding import chunks
+from azrecipe.tokenization.encoding import batch_texts
 from azrecipe.tokenization.tokenizer import LLAMA3_SPLIT
 
 if TYPE_CHECKING:
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.uint32]
 
-REMEMBERED = 400_000  # parts of text, of at most LONG characters: some 40 MB
-LONG = 40
-TOGETHER = 200
+MAX_CACHED_PARTS = 400_000  # parts of text, of at most LONG characters: some 40 MB
+MAX_CACHED_CHARACTERS = 40
+WORDS_PER_CALL = 200
 # Where every match of LLAMA3_SPLIT ends: before a space that follows no white space (what takes white space begins with it), and
 # between a letter and ASCII that is none and no digit (nothing takes what follows its letters). Nothing looks behind. So
 # the parts between such places are matched alike alone and within the text. The letters are those that every version of Unicode has.
 _BORDER = re.compile(r"(?<=\S)(?= )|(?<=[A-Za-zÀ-ÖØ-öø-ɏЀ-ҁҊ-ԯؠ-ي])(?=[!-/:-@\[-`{-~\n])")
 
 
-class Cutter:
+class FastEncoder:
     """A tokenizer's ids of plain text: special tokens spelled out in it stay ordinary text, and none are added."""
 
     def __init__(self, backend: Tokenizer) -> None:
@@ -85,7 +85,7 @@ class Cutter:
         self._learn_plain(plain)
         self._learn({part for parts in cut.values() for part in parts})
         self.words.update((word, b"".join(map(self._of, parts))) for word, parts in cut.items() if len(parts) > 1)
-        self.long += [word for word in new if len(word) > LONG]
+        self.long += [word for word in new if len(word) > MAX_CACHED_CHARACTERS]
 
     def _learn(self, parts: set[str]) -> None:
         new = [part for part in parts if part not in self.parts and (part[:1] != " " or self.words.get(part[1:]) is None)]
@@ -93,11 +93,11 @@ class Cutter:
         self._learn_plain(words)
         others = [part for part in new if part[:1] != " " or " " in part[1:] or part[-1].isspace()]
         self.parts.update((part, np.array(ids, np.uint32).tobytes()) for part, ids in zip(others, self._whole(others), strict=True))
-        self.long += [part for part in new if len(part) > LONG]
+        self.long += [part for part in new if len(part) > MAX_CACHED_CHARACTERS]
 
     def _learn_plain(self, words: list[str]) -> None:
         """Words with a border on both sides. A call costs far more than a word: many go in together."""
-        rows = [words[i : i + TOGETHER] for i in range(0, len(words), TOGETHER)]
+        rows = [words[i : i + WORDS_PER_CALL] for i in range(0, len(words), WORDS_PER_CALL)]
         together = [f" {' '.join(row)}" for row in rows]
         for row, text, ids in zip(rows, together, self._whole(together), strict=True):
             read = np.cumsum(self.widths[ids])
@@ -117,12 +117,12 @@ class Cutter:
             self.words.pop(part[1:], None)
             self.parts.pop(part, None)
         self.long.clear()
-        if len(self.words) + len(self.parts) > REMEMBERED:
+        if len(self.words) + len(self.parts) > MAX_CACHED_PARTS:
             self.words = {word: self.words[word] for word in words if word in self.words}
             self.parts.clear()
 
     def _whole(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for chunk in chunks(texts) for e in self.backend.encode_batch_fast(chunk, add_special_tokens=False)]
+        return [e.ids for chunk in batch_texts(texts) for e in self.backend.encode_batch_fast(chunk, add_special_tokens=False)]
 
 
 def _by_parts(backend: Tokenizer) -> bool:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import models
 
 from azrecipe.errors import CannotRun
-from azrecipe.tokenization.encoding import encode
-from azrecipe.utils.hub_errors import opening
+from azrecipe.tokenization.encoding import encode_texts
+from azrecipe.utils.hub_errors import translate_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ LLAMA3_SPLIT = (
 # (Azərbaycan'da → Azərbaycan | 'd | a) and cuts a word at a combining mark; the other two have no such branch.
 _LETTERS = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
 _REST = r"|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS: Mapping[str, str] = {
+SPLIT_RULES: Mapping[str, str] = {
     "llama3": LLAMA3_SPLIT,
     "split_apostrophe_suffixes": _LETTERS + _REST,
     "keep_apostrophe_suffixes": _LETTERS + r"(?:['’ʼʻ‘][\p{L}\p{M}]+)*" + _REST,
@@ -37,7 +37,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     """A fast tokenizer from a folder or the hub. Raises CannotRun, or CommandError for a folder that holds none."""
     from transformers import AutoTokenizer
 
-    with opening("tokenizer", path):
+    with translate_hub_errors("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
     if not getattr(tokenizer, "is_fast", False):
         raise CannotRun(f"the tokenizer of {path} has no fast version (tokenizer.json), which every stage needs")
@@ -54,13 +54,13 @@ def is_byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def added_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def list_added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens that stand outside BPE, special or not: they are read whole, never merged and never trained on."""
     return [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())]
 
 
 @dataclass(frozen=True)
-class Measure:
+class TokenizerMeasure:
     """A tokenizer on held-out text. Sums over the whole set, never means of ratios."""
 
     tokens: int
@@ -78,10 +78,10 @@ class Measure:
         return self.bytes / self.tokens
 
 
-def measure(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Measure:
+def measure_tokenizer(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> TokenizerMeasure:
     """Count a tokenizer's tokens on documents of plain text."""
-    tokens = sum(len(ids) for ids in encode(tokenizer, texts))
-    return Measure(tokens, sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts))
+    tokens = sum(len(ids) for ids in encode_texts(tokenizer, texts))
+    return TokenizerMeasure(tokens, sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts))
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -91,21 +91,21 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(other)}
 
 
-BYTES = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
-def token_bytes(token: str) -> bytes:
+def get_token_bytes(token: str) -> bytes:
     """The bytes that a byte-level token stands for; an added token's name as UTF-8 where it is not in the byte alphabet."""
-    return bytes(BYTES[c] for c in token) if all(c in BYTES for c in token) else token.encode()
+    return bytes(BYTE_ALPHABET[c] for c in token) if all(c in BYTE_ALPHABET for c in token) else token.encode()
 
 
-def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+def count_embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     """The rows of embeddings that a tokenizer's ids need: more than it has tokens where it leaves out ids."""
     highest: int = max(tokenizer.get_vocab().values())
     return highest + 1
 
 
-def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+def have_same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether two tokenizers give every token the same id, so that they can share embeddings."""
     return bool(a.get_vocab() == b.get_vocab())
 

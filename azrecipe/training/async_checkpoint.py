@@ -1,4 +1,7 @@
-"""Checkpoints written while training goes on: copied in memory at once, written by a thread, sealed when they are whole."""
+"""Asynchronous checkpoints: copied to memory at once, written by a thread.
+
+A checkpoint is finalised when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -19,65 +22,89 @@ from azrecipe.distributed.backend import Backend
 from azrecipe.training import checkpoints
 
 
-def copied(value: Any, seen: dict[tuple[Any, ...], torch.Tensor] | None = None) -> Any:
-    """A copy in main memory of nested state; a tensor that stands in it twice (a tied matrix) is copied once."""
-    seen = {} if seen is None else seen
+def copy_to_cpu(value: Any, copies: dict[tuple[Any, ...], torch.Tensor] | None = None) -> Any:
+    """Copy nested state to main memory.
+
+    A tensor that occurs twice in it (a tied matrix) is copied once.
+    """
+    copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
         key = (value.data_ptr(), value.dtype, value.shape, value.stride())
-        if key not in seen or not value.numel():
-            seen[key] = value.detach().to("cpu", copy=True).contiguous()
-        return seen[key]
+        if key not in copies or not value.numel():
+            copies[key] = value.detach().to("cpu", copy=True).contiguous()
+        return copies[key]
     if isinstance(value, Mapping):
-        return {name: copied(inner, seen) for name, inner in value.items()}
+        return {name: copy_to_cpu(inner, copies) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(copied(inner, seen) for inner in value)
+        return type(value)(copy_to_cpu(inner, copies) for inner in value)
     return value
 
 
-class Saver:
-    """One checkpoint on its way to disk at a time. What goes wrong on the way is raised by `check` and `wait`."""
+class AsyncCheckpointWriter:
+    """Writes one checkpoint at a time in a thread.
+
+    `raise_if_failed` and `wait` raise what went wrong.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.pending: dict[str, Any] = {}
         self.thread: Thread | None = None
         self.error: BaseException | None = None
-        self.count = 0
-        self.blocked = self.written = 0.0
+        self.num_checkpoints = 0
+        self.seconds_blocked = self.seconds_written = 0.0
 
-    def take(self, name: str, state: Any) -> None:
-        """Copy what the file `name` of the next checkpoint will hold. Waits for the checkpoint before it."""
+    def copy_state(self, name: str, state: Any) -> None:
+        """Copy the content of the next checkpoint's file `name`.
+
+        It waits for the checkpoint before.
+        """
         started = time.monotonic()
         self.wait()
-        self.pending[name] = copied(state)
-        self.blocked += time.monotonic() - started
+        self.pending[name] = copy_to_cpu(state)
+        self.seconds_blocked += time.monotonic() - started
 
-    def start(self, folder: Path, keep: int, elsewhere: Mapping[str, int] | None = None) -> None:
-        """Write what was taken into a checkpoint folder, seal it (`elsewhere`: as `seal` has it), and then delete all but the newest `keep`."""
+    def start_writing(self, folder: Path, keep: int, remote_sizes: Mapping[str, int] | None = None) -> None:
+        """Write the copied files into a checkpoint folder and finalise it.
+
+        Then all but the newest checkpoints are deleted.
+
+        Args:
+            folder: The checkpoint's folder.
+            keep: How many checkpoints stay.
+            remote_sizes: Sizes of the files on other machines, as `checkpoints.finalize` takes them.
+        """
         pending, self.pending = self.pending, {}
-        self.count += 1
-        self.thread = Thread(target=self._write, args=(folder, pending, keep, elsewhere or {}), name=f"write {folder.name}")
+        self.num_checkpoints += 1
+        self.thread = Thread(target=self._write, args=(folder, pending, keep, remote_sizes or {}), name=f"write {folder.name}")
         self.thread.start()
 
-    def check(self) -> None:
-        """Raise what has gone wrong, without waiting."""
+    def raise_if_failed(self) -> None:
+        """Raise what went wrong, without waiting."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error
 
     def wait(self) -> None:
-        """Wait until the checkpoint is whole on disk."""
+        """Wait until the checkpoint is complete on disk."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        self.check()
+        self.raise_if_failed()
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """How many checkpoints, how long training stood still for them, how long their writing took beside it."""
-        return {"checkpoints": self.count, "seconds_blocked": round(self.blocked, 3), "seconds_written": round(self.written, 3)}
+    def timings(self) -> dict[str, float]:
+        """The number of checkpoints and their seconds.
 
-    def _write(self, folder: Path, pending: dict[str, Any], keep: int, elsewhere: Mapping[str, int]) -> None:
+        `seconds_blocked` is how long training waited, `seconds_written` how long the threads wrote.
+        """
+        return {
+            "checkpoints": self.num_checkpoints,
+            "seconds_blocked": round(self.seconds_blocked, 3),
+            "seconds_written": round(self.seconds_written, 3),
+        }
+
+    def _write(self, folder: Path, pending: dict[str, Any], keep: int, remote_sizes: Mapping[str, int]) -> None:
         started = time.monotonic()
         try:
             for name, state in pending.items():
@@ -85,57 +112,63 @@ class Saver:
                     save_file(state, folder / name, metadata={"format": "pt"})
                 else:
                     torch.save(state, folder / name)
-            checkpoints.seal(folder, self.backend, elsewhere)
+            checkpoints.finalize(folder, self.backend, remote_sizes)
             checkpoints.rotate(folder.parent, keep)
         except BaseException as error:
             self.error = error
-            shutil.rmtree(folder, ignore_errors=True)  # what is left of it would take the room that the next one needs
-        self.written += time.monotonic() - started
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete one would take the disk space of the next
+        self.seconds_written += time.monotonic() - started
 
 
-class BackgroundSaving(Trainer):  # type: ignore[misc]
-    """transformers.Trainer whose checkpoints block training no longer than the copy off the parameters.
+class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
+    """A mixin for Trainer that writes checkpoints in a thread.
 
-    For a model that each process holds whole. `saver` is None where the backend shards it: there the libraries write, and
-    training waits. The callback that answers on_save starts the writing.
+    Training waits for the copy off the device only. It is for a model that each process holds completely. `checkpoint_writer` is None
+    where the backend shards the model: then the libraries write, and training waits. The callback's on_save starts the writing.
     """
 
-    saver: Saver | None = None
+    checkpoint_writer: AsyncCheckpointWriter | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Take the weights of a checkpoint; anything else is saved as ever."""
-        if self.saver is None or not _internal_call:
+        """Copy a checkpoint's weights; save anything else as usual."""
+        if self.checkpoint_writer is None or not _internal_call:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            self.saver.take(SAFE_WEIGHTS_NAME, _without_ties(model.state_dict()))
+            self.checkpoint_writer.copy_state(SAFE_WEIGHTS_NAME, _drop_tied(model.state_dict()))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.saver is None:
+        if self.checkpoint_writer is None:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            self.saver.take(OPTIMIZER_NAME, self.optimizer.state_dict())
-            self.saver.take(SCHEDULER_NAME, self.lr_scheduler.state_dict())
+            self.checkpoint_writer.copy_state(OPTIMIZER_NAME, self.optimizer.state_dict())
+            self.checkpoint_writer.copy_state(SCHEDULER_NAME, self.lr_scheduler.state_dict())
 
-    def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
-        """One batch; a checkpoint that could not be written ends the run here rather than hours later."""
-        if self.saver is not None:
-            self.saver.check()
-        loss: torch.Tensor = super().training_step(*arguments, **more)
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Train one batch; a failed checkpoint ends the run here."""
+        if self.checkpoint_writer is not None:
+            self.checkpoint_writer.raise_if_failed()
+        loss: torch.Tensor = super().training_step(*arguments, **options)
         return loss
 
-    def train(self, *arguments: Any, **more: Any) -> Any:
-        """Train; the last checkpoint is whole when this returns, on every process: a launcher ends the others when one leaves."""
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train, and wait until the last checkpoint is complete on every process.
+
+        A launcher ends the other processes when one leaves.
+        """
         try:
-            done = super().train(*arguments, **more)
+            output = super().train(*arguments, **options)
         finally:
-            if self.saver is not None:
-                self.saver.wait()
+            if self.checkpoint_writer is not None:
+                self.checkpoint_writer.wait()
         self.accelerator.wait_for_everyone()
-        return done
+        return output
 
 
-def _without_ties(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each stored matrix under its first name only, as safetensors wants it and transformers ties it again."""
-    first: dict[tuple[int, int], str] = {}
-    return {name: tensor for name, tensor in state.items() if first.setdefault((tensor.data_ptr(), tensor.numel()), name) == name}
+def _drop_tied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keep each stored matrix under its first name only.
+
+    safetensors needs this, and transformers ties the matrices again.
+    """
+    first_names: dict[tuple[int, int], str] = {}
+    return {name: tensor for name, tensor in state.items() if first_names.setdefault((tensor.data_ptr(), tensor.numel()), name) == name}

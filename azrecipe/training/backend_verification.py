@@ -1,4 +1,4 @@
-"""The proof that the live objects are the backend that was asked for."""
+"""Prove that the live objects match the backend."""
 
 from __future__ import annotations
 
@@ -12,43 +12,59 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def verify(backend: Backend, trainer: Trainer) -> str:
-    """Prove that the live objects are what was asked for; returns a line that says so. Raises RunFailed."""
+def verify_backend(backend: Backend, trainer: Trainer) -> str:
+    """Check that the live objects match the backend.
+
+    Args:
+        backend: What the launcher set.
+        trainer: The Trainer after it wrapped the model.
+
+    Returns:
+        A line that describes what runs.
+
+    Raises:
+        RunFailed: Something else runs.
+    """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
 
     problems = []
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world != backend.world or trainer.accelerator.num_processes != backend.world:
-        problems.append(f"{world} processes are connected, {backend.world} were asked for")
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    if num_processes != backend.world_size or trainer.accelerator.num_processes != backend.world_size:
+        problems.append(f"{num_processes} processes are connected, not {backend.world_size}")
     model: Any = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)  # below torch.compile's wrapping
-    if backend.kind == "ddp" and not isinstance(model, DistributedDataParallel):
+    if backend.strategy == "ddp" and not isinstance(model, DistributedDataParallel):
         problems.append(f"the model is a {type(model).__name__}, not DistributedDataParallel")
-    if backend.fsdp:
+    if backend.uses_fsdp:
         parameters = list(model.parameters())
-        split = getattr(trainer.accelerator.parallelism_config, "cp_size", 1)
-        if split != backend.context:
-            problems.append(f"sequences are split over {split} processes, not {backend.context}")
+        context_size = getattr(trainer.accelerator.parallelism_config, "cp_size", 1)
+        if context_size != backend.context_parallel_size:
+            problems.append(f"sequences are split over {context_size} processes, not {backend.context_parallel_size}")
         if not all(isinstance(p, DTensor) for p in parameters):
             problems.append("its parameters are not sharded")
         else:
             shape = tuple(parameters[0].device_mesh.shape)
-            wanted = (backend.replicate, backend.world // backend.replicate) if backend.kind == "hsdp" else (backend.world,)
-            if shape != wanted:
-                problems.append(f"the device mesh is {shape}, not {wanted}")
-    if backend.zero:
-        stage = getattr(model, "zero_optimization_stage", lambda: None)()
-        if stage != int(backend.kind[4:]):
-            problems.append(f"DeepSpeed runs ZeRO stage {stage}, not {backend.kind[4:]}")
+            mesh_shape = (
+                (backend.replicate_size, backend.world_size // backend.replicate_size)
+                if backend.strategy == "hsdp"
+                else (backend.world_size,)
+            )
+            if shape != mesh_shape:
+                problems.append(f"the device mesh is {shape}, not {mesh_shape}")
+    if backend.uses_deepspeed:
+        zero_stage = getattr(model, "zero_optimization_stage", lambda: None)()
+        if zero_stage != int(backend.strategy[4:]):
+            problems.append(f"DeepSpeed runs ZeRO stage {zero_stage}, not {backend.strategy[4:]}")
     if trainer.args.n_gpu > 1:
         problems.append(f"one process would spread over {trainer.args.n_gpu} GPUs by nn.DataParallel")
-    kernels = liger_kernels.patched(model) if trainer.args.use_liger_kernel else []
-    if trainer.args.use_liger_kernel and (lacking := liger_kernels.missing(model, trainer.args.liger_kernel_config)):
-        problems.append(f"Liger's {', '.join(lacking)} was asked for and runs nowhere in the model")
+    kernels = liger_kernels.list_active_kernels(model) if trainer.args.use_liger_kernel else []
+    if trainer.args.use_liger_kernel and (missing_kernels := liger_kernels.list_missing_kernels(model, trainer.args.liger_kernel_config)):
+        problems.append(f"Liger's {', '.join(missing_kernels)} should run and runs nowhere in the model")
     if problems:
-        raise RunFailed(f"{backend.kind} was asked for and is not what runs: {'; '.join(problems)}")
-    context = f", each sequence over {backend.context}" if backend.context > 1 else ""
-    return f"{backend.kind}, {backend.world} process{'es' if backend.world > 1 else ''}{context}, device {trainer.args.device}" + (
-        f", Liger: {', '.join(kernels)}" if kernels else ""
+        raise RunFailed(f"{backend.strategy} should run and does not: {'; '.join(problems)}")
+    context = f", each sequence over {backend.context_parallel_size}" if backend.context_parallel_size > 1 else ""
+    return (
+        f"{backend.strategy}, {backend.world_size} process{'es' if backend.world_size > 1 else ''}{context}, device {trainer.args.device}"
+        + (f", Liger: {', '.join(kernels)}" if kernels else "")
     )

@@ -1,7 +1,8 @@
-"""Knows a bad step when it sees one: a loss or a gradient that is not finite, or a spike; and which documents were in it.
+"""Detect bad training steps.
 
-Judged after the gradients of a step are whole and before they change a weight, from sums over all processes, so that all
-judge alike.
+A step is bad if its loss or gradient is not finite, or if its loss is a spike. A step is judged when its gradients are complete and
+before they change a weight. The sums are over all processes, so all judge alike. The documents of a bad step are written to
+bad_batches.jsonl.
 """
 
 from __future__ import annotations
@@ -18,136 +19,156 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from azrecipe.distributed.backend import Backend
-from azrecipe.errors import AllFailed
-from azrecipe.utils.console import say
+from azrecipe.errors import AllProcessesFailed
+from azrecipe.utils.console import print_progress
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-HISTORY = 50  # losses that a spike is measured against
-ENOUGH = 10  # fewer than so many say nothing about what is usual
-MOST_SKIPPED = 5  # skipped steps in a row: the trouble is then not one batch
+LOSS_HISTORY = 50  # losses before a step that define a spike
+MIN_LOSSES = 10  # fewer losses do not define a usual one
+MAX_CONSECUTIVE_SKIPS = 5  # in a row: more than one batch is then wrong
 
-Documents = Callable[[int], list[dict[str, Any]]]
+STATE_KEY = "Guard"  # of the guard's state in a checkpoint's trainer_state.json
+
+DocumentLookup = Callable[[int], list[dict[str, Any]]]
 
 
-class Guard(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Stops a run at a bad step, or leaves the step out.
+class BadStepGuard(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Stops a run at a bad step, or skips the step.
 
-    `documents(sequence)` names what stands in a training sequence. What it has seen is kept in checkpoints, so that a run that goes on judges as one that never stopped.
+    `find_documents(sequence)` returns the documents of a training sequence. Checkpoints have the losses and the skipped steps, so a
+    resumed run judges as an uninterrupted one.
     """
 
-    def __init__(self, backend: Backend, run: Path, name: str, documents: Documents) -> None:
-        self.backend, self.run, self.name, self.documents = backend, run, name, documents
-        self.skip, self.factor = False, math.inf
-        self.recent: deque[float] = deque(maxlen=HISTORY)
-        self.skipped: list[int] = []
-        self.losses: list[torch.Tensor] = []
-        self.norm = 0.0
-        self.trainer: GuardedTrainer | None = None
+    def __init__(self, backend: Backend, run_path: Path, phase: str, find_documents: DocumentLookup) -> None:
+        self.backend, self.run_path, self.phase, self.find_documents = backend, run_path, phase, find_documents
+        self.skip_bad_steps, self.spike_factor = False, math.inf
+        self.recent_losses: deque[float] = deque(maxlen=LOSS_HISTORY)
+        self.skipped_steps: list[int] = []
+        self.batch_losses: list[torch.Tensor] = []
+        self.grad_norm = 0.0
+        self.trainer: BadStepGuardMixin | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this (transformers' ExportableState)."""
-        return {"args": {}, "attributes": {"recent": list(self.recent), "skipped": self.skipped}}
+        """Return what a checkpoint stores (transformers' ExportableState)."""
+        return {"args": {}, "attributes": {"recent": list(self.recent_losses), "skipped": self.skipped_steps}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        kept = state.stateful_callbacks.setdefault("Guard", self.state())
-        if state.global_step and isinstance(kept, dict):
-            self.recent.extend(kept["attributes"]["recent"])
-            self.skipped = list(kept["attributes"]["skipped"])
+        saved = state.stateful_callbacks.setdefault(STATE_KEY, self.state())
+        if state.global_step and isinstance(saved, dict):
+            self.recent_losses.extend(saved["attributes"]["recent"])
+            self.skipped_steps = list(saved["attributes"]["skipped"])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self.trainer is not None
-        self.losses = []
-        self.before = self.trainer._tr_loss.clone()
+        self.batch_losses = []
+        self.loss_before = self.trainer._tr_loss.clone()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        mine = torch.stack(self.losses)
-        loss = self._mean(mine.sum())
-        reason = self._reason(loss)
+        losses = torch.stack(self.batch_losses)
+        loss = self._average(losses.sum())
+        reason = self._find_reason(loss)
         if reason is None:
-            self.recent.append(loss)
+            self.recent_losses.append(loss)
             return
         step = state.global_step
-        self._write(step, reason, loss, mine)
-        self.skipped.append(step)
-        in_a_row = len(self.skipped) >= MOST_SKIPPED and self.skipped[-MOST_SKIPPED] == step - MOST_SKIPPED + 1
-        where = f"{self.name}: {reason} at step {step + 1}; its documents are in {self.run / 'bad_batches.jsonl'}"
-        if not self.skip or in_a_row:
-            many = f" ({MOST_SKIPPED} steps in a row)" if in_a_row else ""
+        self._write_bad_batches(step, reason, loss, losses)
+        self.skipped_steps.append(step)
+        in_a_row = (
+            len(self.skipped_steps) >= MAX_CONSECUTIVE_SKIPS
+            and self.skipped_steps[-MAX_CONSECUTIVE_SKIPS] == step - MAX_CONSECUTIVE_SKIPS + 1
+        )
+        description = f"{self.phase}: {reason} at step {step + 1}; its documents are in {self.run_path / 'bad_batches.jsonl'}"
+        if not self.skip_bad_steps or in_a_row:
+            count = f" ({MAX_CONSECUTIVE_SKIPS} steps in a row)" if in_a_row else ""
             advice = "Lower learning_rate, raise warmup_ratio, or leave those documents out" + (
-                "" if self.skip else "; training.on_bad_loss=skip goes on without the step"
+                "" if self.skip_bad_steps else "; training.on_bad_loss=skip skips such steps"
             )
-            raise AllFailed(f"{where}{many}. The last checkpoint is kept. {advice}")
-        say(f"  {where}. The step is skipped", self.backend.main)
-        self._leave_out()
+            raise AllProcessesFailed(f"{description}{count}. The last checkpoint is kept. {advice}")
+        print_progress(f"  {description}. The step is skipped", self.backend.main)
+        self._skip_step()
 
-    def _leave_out(self) -> None:
-        """No gradient, no change: an optimizer passes over parameters that have none, its moments included."""
+    def _skip_step(self) -> None:
+        """Drop the gradients, so that the optimizer changes nothing.
+
+        It passes over parameters without a gradient, and their moments too.
+        """
         assert self.trainer is not None
         for parameter in self.trainer.model_wrapped.parameters():
             parameter.grad = None
-        usual = self.recent[-1] if self.recent else 0.0
-        self.trainer._tr_loss.copy_(self.before + usual)  # the mean that is logged next must not be NaN for a step left out
+        usual_loss = self.recent_losses[-1] if self.recent_losses else 0.0
+        self.trainer._tr_loss.copy_(self.loss_before + usual_loss)  # or the next logged mean would be NaN
 
-    def _reason(self, loss: float) -> str | None:
+    def _find_reason(self, loss: float) -> str | None:
+        """Say why a step is bad, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if not math.isfinite(self.norm):
-            return f"the gradient's norm is {self.norm}"
-        usual = sum(self.recent) / len(self.recent) if len(self.recent) >= ENOUGH else math.inf
-        if loss > self.factor * usual:
-            return f"the loss is {loss:.3f}, {loss / usual:.1f} times the mean of the {len(self.recent)} steps before"
+        if not math.isfinite(self.grad_norm):
+            return f"the gradient's norm is {self.grad_norm}"
+        usual_loss = sum(self.recent_losses) / len(self.recent_losses) if len(self.recent_losses) >= MIN_LOSSES else math.inf
+        if loss > self.spike_factor * usual_loss:
+            return f"the loss is {loss:.3f}, {loss / usual_loss:.1f} times the mean of the {len(self.recent_losses)} steps before"
         return None
 
-    def _mean(self, value: torch.Tensor) -> float:
-        """The mean over the processes: the loss that is logged."""
-        if self.backend.world > 1:
+    def _average(self, value: torch.Tensor) -> float:
+        """Average a value over the processes, as the logged loss is."""
+        if self.backend.world_size > 1:
             value = value.clone()
             torch.distributed.all_reduce(value)
-        return float(value) / self.backend.world
+        return float(value) / self.backend.world_size
 
-    def _write(self, step: int, reason: str, loss: float, mine: torch.Tensor) -> None:
-        """A line of bad_batches.jsonl: each batch of the step with its part in the loss and its documents."""
+    def _write_bad_batches(self, step: int, reason: str, loss: float, losses: torch.Tensor) -> None:
+        """Append a line to bad_batches.jsonl.
+
+        It holds each batch of the step with its part of the loss and its documents.
+        """
         assert self.trainer is not None
-        every = [mine.tolist()]
-        if self.backend.world > 1:
-            gathered: list[Any] = [None] * self.backend.world
-            torch.distributed.all_gather_object(gathered, mine.tolist())
-            every = gathered
+        losses_by_process = [losses.tolist()]
+        if self.backend.world_size > 1:
+            gathered: list[Any] = [None] * self.backend.world_size
+            torch.distributed.all_gather_object(gathered, losses.tolist())
+            losses_by_process = gathered
         if not self.backend.main:
             return
-        size, accumulation, context = self.trainer.args.per_device_train_batch_size, len(mine), self.backend.context
+        batch_size, accumulation = self.trainer.args.per_device_train_batch_size, len(losses)
+        context_size = self.backend.context_parallel_size
         batches = []
-        for nth in range(accumulation):
-            for reader in range(self.backend.readers):
-                # sequences go to the processes batch by batch, in turn
-                first = ((step * accumulation + nth) * self.backend.readers + reader) * size
-                here = [{"sequence": first + i, "documents": self.documents(first + i)} for i in range(size)]
-                parts = every[reader * context : (reader + 1) * context]
-                share = sum(losses[nth] for losses in parts) / context * accumulation
-                batches.append({"loss": share if math.isfinite(share) else str(share), "sequences": here})
+        for index in range(accumulation):
+            for reader in range(self.backend.data_parallel_size):
+                # processes get the sequences batch by batch, in turn
+                first = ((step * accumulation + index) * self.backend.data_parallel_size + reader) * batch_size
+                sequences = [{"sequence": first + i, "documents": self.find_documents(first + i)} for i in range(batch_size)]
+                group = losses_by_process[reader * context_size : (reader + 1) * context_size]
+                batch_loss = sum(process_losses[index] for process_losses in group) / context_size * accumulation
+                batches.append({"loss": batch_loss if math.isfinite(batch_loss) else str(batch_loss), "sequences": sequences})
         batches.sort(key=lambda batch: -batch["loss"] if isinstance(batch["loss"], float) else -math.inf)
-        line = {"phase": self.name, "step": step + 1, "reason": reason, "loss": loss if math.isfinite(loss) else str(loss),
-                "grad_norm": self.norm if math.isfinite(self.norm) else str(self.norm), "batches": batches}  # fmt: skip
-        with (self.run / "bad_batches.jsonl").open("a", encoding="utf-8") as file:
+        line = {"phase": self.phase, "step": step + 1, "reason": reason, "loss": loss if math.isfinite(loss) else str(loss),
+                "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else str(self.grad_norm), "batches": batches}  # fmt: skip
+        with (self.run_path / "bad_batches.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-class GuardedTrainer(Trainer):  # type: ignore[misc]
-    """transformers.Trainer that shows its guard each batch's loss and each step's gradient norm."""
+# transformers stores the state of a callback under its class' name; checkpoints have this one as "Guard"
+BadStepGuard.__name__ = STATE_KEY
 
-    guard: Guard | None = None
 
-    def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*arguments, **more)
+class BadStepGuardMixin(Trainer):  # type: ignore[misc]
+    """A mixin for Trainer that feeds its guard.
+
+    The guard gets each batch's loss and each step's gradient norm.
+    """
+
+    guard: BadStepGuard | None = None
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*arguments, **options)
         if self.guard is not None:
-            self.guard.losses.append(loss)
+            self.guard.batch_losses.append(loss)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        found = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.guard is not None:
-            value = found.full_tensor() if hasattr(found, "full_tensor") else found
-            self.guard.norm = float(value)
-        return found
+            self.guard.grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norm

@@ -1,4 +1,7 @@
-"""Checkpoints that are complete or not there: a marker written last, the newest whole one found again, and who can read it."""
+"""Checkpoints: complete or not there, found again, and readable or not.
+
+A marker file is written last. A checkpoint without it is incomplete.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +9,56 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from azrecipe.distributed import local_storage
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CannotRun, CommandError
-from azrecipe.utils.atomic_files import file_sizes, read_json, sync_tree, write_json
+from azrecipe.utils.atomic_files import list_file_sizes, read_json, sync_tree, write_json
 
 MARKER = "COMPLETE.json"
-WRITTEN_BY = "backend.json"
+BACKEND_FILE = "backend.json"
 
 
-def step_of(folder: Path) -> int:
-    """The optimizer step in a checkpoint folder's name (checkpoint-120)."""
+def get_step(folder: Path) -> int:
+    """Get the optimizer step from a checkpoint folder's name (checkpoint-120)."""
     return int(folder.name.rsplit("-", 1)[1])
 
 
-def seal(folder: Path, backend: Backend, elsewhere: Mapping[str, int] | None = None) -> None:
-    """Sync a written checkpoint to disk and mark it complete; only then does `last_complete` see it.
+def finalize(folder: Path, backend: Backend, remote_sizes: Mapping[str, int] | None = None) -> None:
+    """Sync a written checkpoint to disk and mark it complete.
 
-    `elsewhere`: sizes of the files that other machines hold of it, where each has a folder of its own.
+    Only then does `find_last_complete` find it. `remote_sizes` has the sizes of its files on other machines, if each has its own folder.
     """
-    mark(folder, {**(elsewhere or {}), **sync(folder, backend)})
+    write_marker(folder, {**(remote_sizes or {}), **sync_checkpoint(folder, backend)})
 
 
-def sync(folder: Path, backend: Backend) -> dict[str, int]:
-    """Bring what this machine holds of a written checkpoint to disk; returns the sizes of its files."""
+def sync_checkpoint(folder: Path, backend: Backend) -> dict[str, int]:
+    """Sync this machine's files of a checkpoint to disk; return their sizes."""
     if backend.main:
-        write_json(folder / WRITTEN_BY, {"kind": backend.kind, "processes": backend.world, "format": _format(backend)})
+        write_json(folder / BACKEND_FILE, {"kind": backend.strategy, "processes": backend.world_size, "format": _get_fsdp_format(backend)})
     return sync_tree(folder)
 
 
-def mark(folder: Path, sizes: Mapping[str, int]) -> None:
+def write_marker(folder: Path, sizes: Mapping[str, int]) -> None:
     """Write the marker, last, with the sizes of all files."""
     write_json(folder / MARKER, sizes)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has its marker and every file in the size that the marker gives."""
+    """Tell whether a checkpoint has its marker and every file.
+
+    Each file must have the size that the marker says.
+    """
     try:
-        sizes = _marked(folder)
+        sizes = _read_marker(folder)
         return sizes is not None and all((folder / name).stat().st_size == size for name, size in sizes.items())
     except OSError:
         return False
 
 
-def _marked(folder: Path) -> dict[str, int] | None:
-    """The sizes in a checkpoint's marker; None without one that is whole."""
+def _read_marker(folder: Path) -> dict[str, int] | None:
+    """Read the sizes in a checkpoint's marker; None without a valid one."""
     try:
         sizes: dict[str, int] | None = read_json(folder / MARKER)
     except ValueError:
@@ -59,118 +66,154 @@ def _marked(folder: Path) -> dict[str, int] | None:
     return sizes
 
 
-def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints below a folder, oldest first."""
-    return sorted((c for c in folder.glob("checkpoint-*") if is_complete(c)), key=step_of)
+def list_complete(folder: Path) -> list[Path]:
+    """List the complete checkpoints in a folder, oldest first."""
+    return sorted((path for path in folder.glob("checkpoint-*") if is_complete(path)), key=get_step)
 
 
-def last_complete(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    found = complete(folder)
-    return found[-1] if found else None
+def find_last_complete(folder: Path) -> Path | None:
+    """Find the newest complete checkpoint, or None."""
+    return next(reversed(list_complete(folder)), None)
 
 
-def agreed(folder: Path) -> tuple[Path | None, str]:
-    """The newest checkpoint that is complete for every process, or None; and in words what some have and others lack. A collective.
+class CommonCheckpoint(NamedTuple):
+    """The checkpoint that all processes resume from, and a warning or ""."""
 
-    Raises CannotRun, nothing deleted, where none is complete for all and one is for all machines together.
+    path: Path | None
+    warning: str
+
+
+def find_latest_common(folder: Path) -> CommonCheckpoint:
+    """Find the newest checkpoint that is complete for every process.
+
+    This is a collective call.
+
+    Returns:
+        The checkpoint, or None, and a warning where some processes have a newer one that others lack.
+
+    Raises:
+        CannotRun: No checkpoint is complete for all, but one is complete for all machines together. Nothing is deleted.
     """
-    every = local_storage.gathered([step_of(found) for found in complete(folder)])
-    common, some = set(every[0]).intersection(*every), set().union(*every)
+    steps_by_process = local_storage.all_gather_object([get_step(path) for path in list_complete(folder)])
+    common, all_steps = set(steps_by_process[0]).intersection(*steps_by_process), set().union(*steps_by_process)
     newest = folder / f"checkpoint-{max(common)}" if common else None
-    if local_storage.apart() and not common and (together := _together(folder)):
+    if local_storage.storage_is_local() and not common and (scattered := _list_scattered(folder)):
         raise CannotRun(
-            f"{folder}/checkpoint-{together[-1]} is whole on all machines together and not on each: what was uploaded has not been copied to them.\n"
-            f"  Copy it to every machine first, or remove {folder} on all of them: this training then begins anew"
+            f"{folder}/checkpoint-{scattered[-1]} is complete on all machines together and not on each: the uploaded files were not copied to every machine.\n"
+            f"  Copy it to every machine first, or remove {folder} on all of them: this training then starts again"
         )
-    if not some or max(some) in common:
-        return newest, ""
-    lacking = ", ".join(str(rank) for rank, steps in enumerate(every) if max(some) not in steps)
-    instead = newest.name if newest else "the start, as no checkpoint is whole for all"
-    return newest, f"checkpoint-{max(some)} is not whole where process {lacking} looks: going on from {instead}"
+    if not all_steps or max(all_steps) in common:
+        return CommonCheckpoint(newest, "")
+    ranks = ", ".join(str(rank) for rank, steps in enumerate(steps_by_process) if max(all_steps) not in steps)
+    start = newest.name if newest else "the start, as no checkpoint is complete for all"
+    return CommonCheckpoint(newest, f"checkpoint-{max(all_steps)} is incomplete for process {ranks}: going on from {start}")
 
 
-def _together(folder: Path) -> list[int]:
-    """The steps whose checkpoints are complete if what the machines have is put together. A collective."""
-    every = local_storage.gathered({step_of(found): (_marked(found), file_sizes(found)) for found in folder.glob("checkpoint-*")})
-    found = []
-    for step in sorted(set().union(*every)):
-        parts = [each[step] for each in every if step in each]
-        marker = next((marked for marked, _ in parts if marked is not None), None)
-        files = {name: size for _, sizes in parts for name, size in sizes.items()}
+def _list_scattered(folder: Path) -> list[int]:
+    """List the steps whose checkpoints are complete across machines.
+
+    This is a collective call.
+    """
+    files_by_process = local_storage.all_gather_object(
+        {get_step(path): (_read_marker(path), list_file_sizes(path)) for path in folder.glob("checkpoint-*")}
+    )
+    steps = []
+    for step in sorted(set().union(*files_by_process)):
+        shares = [checkpoints[step] for checkpoints in files_by_process if step in checkpoints]
+        marker = next((sizes for sizes, _ in shares if sizes is not None), None)
+        files = {name: size for _, sizes in shares for name, size in sizes.items()}
         if marker is not None and all(files.get(name) == size for name, size in marker.items()):
-            found.append(step)
-    return found
+            steps.append(step)
+    return steps
 
 
-def remove_torn(folder: Path) -> None:
-    """Delete what a crash left half-written, so that it is never mistaken for a checkpoint."""
+def remove_incomplete(folder: Path) -> None:
+    """Delete incomplete checkpoints that a crash left."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not is_complete(checkpoint):
             _remove(checkpoint)
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps: some other machine lacks them, and they will be written anew."""
+    """Delete the checkpoints of later steps.
+
+    Some other machine lacks them, and they will be written again.
+    """
     for checkpoint in folder.glob("checkpoint-*"):
-        if step_of(checkpoint) > step:
+        if get_step(checkpoint) > step:
             _remove(checkpoint)
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Delete the oldest sealed checkpoints beyond `keep`.
+    """Delete the oldest finalised checkpoints beyond `keep`.
 
-    The marker tells: when the loop began none was torn, and where machines have a folder each this one lacks the others' files.
+    It goes by the marker: the loop started without incomplete ones, and a machine with its own folder lacks the others' files.
     """
-    for old in sorted((marker.parent for marker in folder.glob("checkpoint-*/" + MARKER)), key=step_of)[:-keep]:
-        _remove(old)
+    for checkpoint in sorted((marker.parent for marker in folder.glob("checkpoint-*/" + MARKER)), key=get_step)[:-keep]:
+        _remove(checkpoint)
 
 
-def follow(folder: Path, main: bool) -> None:
-    """Where each machine has a folder of its own, delete from the others' what the main process' has no more. A collective."""
-    if not local_storage.apart():
+def mirror_deletions(folder: Path, main: bool) -> None:
+    """Delete checkpoints that the main process no longer has.
+
+    This applies where each machine has its own folder. It is a collective call.
+    """
+    if not local_storage.storage_is_local():
         return
-    kept = local_storage.from_main({found.name for found in folder.glob("checkpoint-*")})
-    if local_storage.writes(main) and not main:
+    names = local_storage.broadcast_from_main({path.name for path in folder.glob("checkpoint-*")})
+    if local_storage.is_writer(main) and not main:
         for checkpoint in folder.glob("checkpoint-*"):
-            if checkpoint.name not in kept:
+            if checkpoint.name not in names:
                 _remove(checkpoint)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; a link in its place stays, with what is behind it. The marker goes first: a crash leaves none that looks whole."""
+    """Delete a checkpoint, its marker first.
+
+    So a crash leaves none that looks complete. A symbolic link and its target stay.
+    """
     if checkpoint.is_symlink():
         return
     (checkpoint / MARKER).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
 
-def _format(backend: Backend) -> str | None:
-    return os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") if backend.fsdp else None
+def _get_fsdp_format(backend: Backend) -> str | None:
+    """Get the format of FSDP's checkpoints; None for other backends."""
+    return os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") if backend.uses_fsdp else None
 
 
 def check_readable(folder: Path, backend: Backend) -> None:
-    """Raise CommandError where the newest complete checkpoint in or below a folder was written by a backend that this one cannot read.
+    """Check that the backend can read the newest complete checkpoint.
 
-    One process and DDP read each other's, for any number of processes; so do FSDP and HSDP, which reshard. ZeRO reads what the
-    same stage wrote with the same number of processes.
+    One process and DDP read each other's, for any number of processes. So do FSDP and HSDP, which reshard. ZeRO reads what the same stage
+    wrote with the same number of processes.
+
+    Args:
+        folder: Checkpoints are in it or below it.
+        backend: The backend that would resume.
+
+    Raises:
+        CommandError: It cannot; the message says what can.
     """
-    for place in sorted({found.parent for found in folder.rglob("checkpoint-*/" + MARKER)}):
-        newest = last_complete(place.parent)
-        if newest != place:
+    for checkpoint in sorted({marker.parent for marker in folder.rglob("checkpoint-*/" + MARKER)}):
+        newest = find_last_complete(checkpoint.parent)
+        if newest != checkpoint:
             continue
-        by = read_json(newest / WRITTEN_BY) or {"kind": "ddp"}  # before it was written down there was nothing else
-        kind, world = by["kind"], by.get("processes", 1)
+        written_by = read_json(newest / BACKEND_FILE) or {"kind": "ddp"}  # old checkpoints have no such file: only DDP existed
+        kind, num_processes = written_by["kind"], written_by.get("processes", 1)
         if kind.startswith("zero"):
-            same, way = (kind, world) == (backend.kind, backend.world), f"--accelerate-config {kind} --num-processes {world}"
+            is_readable = (kind, num_processes) == (backend.strategy, backend.world_size)
+            remedy = f"--accelerate-config {kind} --num-processes {num_processes}"
         elif kind in ("fsdp2", "hsdp"):
-            same = backend.fsdp and by.get("format") == _format(backend)
-            way = f"--accelerate-config fsdp or hsdp and any number of processes (fsdp_state_dict_type: {by.get('format')})"
+            is_readable = backend.uses_fsdp and written_by.get("format") == _get_fsdp_format(backend)
+            remedy = f"--accelerate-config fsdp or hsdp and any number of processes (fsdp_state_dict_type: {written_by.get('format')})"
         else:
-            same, way = backend.kind in ("single", "ddp"), "one process, or --accelerate-config ddp and any number of processes"
-        if not same:
-            why = ": DeepSpeed's partitions are for one number of processes, and are not converted here" if kind.startswith("zero") else ""
+            is_readable = backend.strategy in ("single", "ddp")
+            remedy = "one process, or --accelerate-config ddp and any number of processes"
+        if not is_readable:
+            reason = ": DeepSpeed's partitions are for one number of processes" if kind.startswith("zero") else ""
             raise CommandError(
-                f"{newest} was written by {kind} with {world} process{'es' if world > 1 else ''}, and {backend.kind} with {backend.world} cannot go on from it{why}.\n"
-                f"  Go on with {way}.\n  Or remove {place.parent}: what was trained before is kept, this training begins anew"
+                f"{newest} was written by {kind} with {num_processes} process{'es' if num_processes > 1 else ''}, and {backend.strategy} with {backend.world_size} cannot go on from it{reason}.\n"
+                f"  Go on with {remedy}.\n  Or remove {checkpoint.parent}: earlier phases stay, this training starts again"
             )

@@ -1,4 +1,7 @@
-"""How TRL's trainers are given our rows, in our order, with an adapter or all weights, and rates of learning by part."""
+"""Finetune with TRL's trainers.
+
+The trainers get our rows, in our order, with an adapter or all weights, and learning rates by part.
+"""
 
 from __future__ import annotations
 
@@ -10,174 +13,237 @@ import numpy as np
 import torch
 from transformers import Trainer
 
-from azrecipe.data.finetuning_examples import Examples, Plan, joined
-from azrecipe.data.packing import Collate
+from azrecipe.data.finetuning_examples import FinetuningExamples, FinetuningPlan, join_examples
+from azrecipe.data.packing import Collator
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
 from azrecipe.modeling import parameter_groups
-from azrecipe.recipe.types import Sft
+from azrecipe.recipe.types import SftConfig
 from azrecipe.runs.run_dir import RunDir
-from azrecipe.tokenization.chat_templates import Example
+from azrecipe.tokenization.chat_templates import TokenizedExample
 from azrecipe.training import trainer as training_trainer
-from azrecipe.training.monitor import Meter
+from azrecipe.training.monitor import LoopUnits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is tuned: the model, its tokenizer, the adapter's configuration (None: all weights), and what a preference is held to.
+class TunedModel:
+    """A model to finetune, with its tokenizer and adapter configuration.
 
-    `reference`: the model as it was, where there is no adapter to be taken away.
+    `adapter` is None where all weights train. `reference_model` is the frozen model of DPO; None where it is the model without its adapter.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     adapter: Any = None
-    reference: PreTrainedModel | None = None
+    reference_model: PreTrainedModel | None = None
 
 
-def part_rates(model: torch.nn.Module, rates: Mapping[str, float], trainable: bool = True) -> dict[str, float]:
-    """The learning rate of each parameter that a part names; the first part that matches counts.
+def resolve_learning_rates(model: torch.nn.Module, rates: Mapping[str, float], trainable_only: bool = True) -> dict[str, float]:
+    """Resolve the learning rate of each parameter that a part names.
 
-    Raises CommandError for a part that no parameter is left of, `trainable` ones only if asked.
+    The first part that matches a parameter counts.
+
+    Args:
+        model: The model, with its adapter.
+        rates: The learning rate of each part (a group or a regular expression).
+        trainable_only: Consider only parameters that train.
+
+    Raises:
+        CommandError: No parameter is left for a part.
     """
-    found: dict[str, float] = {}
+    rate_by_name: dict[str, float] = {}
     problems = []
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad or not trainable}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or not trainable_only}
     for part, rate in rates.items():
-        own = [name for name in parameter_groups.matching(model, part, names) if name not in found]
-        if not own:
-            shown = "\n  ".join(list(names)[:12])
-            problems.append(f"training.learning_rates: {part} matches no parameter that trains. The first that do:\n  {shown}")
-        found |= dict.fromkeys(own, rate)
+        matched = [name for name in parameter_groups.match_parameters(model, part, parameters) if name not in rate_by_name]
+        if not matched:
+            examples = "\n  ".join(list(parameters)[:12])
+            problems.append(f"training.learning_rates: {part} matches no parameter that trains. The first that do:\n  {examples}")
+        rate_by_name |= dict.fromkeys(matched, rate)
     if problems:
         raise CommandError("\n".join(problems))
-    return found
+    return rate_by_name
 
 
-class PartRates(training_trainer.FilledGroups):
-    """A trainer whose optimizer has groups with learning rates of their own."""
+class LearningRatesMixin(training_trainer.NonEmptyParamGroupsMixin):
+    """A mixin for Trainer with learning rates by part."""
 
     learning_rates: Mapping[str, float] = {}
 
-    def create_optimizer(self, *arguments: Any, **more: Any) -> torch.optim.Optimizer:
-        """The optimizer, its groups cut by part."""
-        optimizer = super().create_optimizer(*arguments, **more)
+    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
+        """Create the optimizer, its parameter groups split by learning rate."""
+        optimizer = super().create_optimizer(*arguments, **options)
         if not self.learning_rates:
             return optimizer
-        rates = part_rates(self.model, self.learning_rates)
+        rates = resolve_learning_rates(self.model, self.learning_rates)
         by_id = {id(p): rates[name] for name, p in self.model.named_parameters() if name in rates}
         groups = []
         for group in optimizer.param_groups:
             for rate in dict.fromkeys(by_id.get(id(p), group["lr"]) for p in group["params"]):
-                own = [p for p in group["params"] if by_id.get(id(p), group["lr"]) == rate]
-                groups.append({**group, "params": own, "lr": rate})
-        groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)  # the first one's rate is what is logged
+                parameters = [p for p in group["params"] if by_id.get(id(p), group["lr"]) == rate]
+                groups.append({**group, "params": parameters, "lr": rate})
+        groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)  # the first group's rate is logged
         optimizer.param_groups[:] = groups
         return optimizer
 
 
-def tune(config: Sft, where: tuple[RunDir, Backend], subject: Subject, examples: Examples, plan: Plan) -> tuple[Trainer, dict[str, Any]]:
-    """Train with TRL's SFTTrainer or DPOTrainer; returns the trainer and what happened."""
+def tune_model(
+    config: SftConfig, tuned_model: TunedModel, examples: FinetuningExamples, plan: FinetuningPlan, *, run_dir: RunDir, backend: Backend
+) -> training_trainer.LoopResult:
+    """Train with TRL's SFTTrainer or DPOTrainer.
+
+    Args:
+        config: The recipe.
+        tuned_model: The model.
+        examples: All rows.
+        plan: Which rows are in which sequence, and the number of steps.
+        run_dir: Where the run is stored.
+        backend: How processes share the run.
+
+    Returns:
+        The trainer and what the result says of the training.
+    """
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    place, backend = where
-    loop = training_trainer.Loop(
-        config.method, place.path, place.checkpoints, plan.steps, config.training.learning_rate, config.seed, config.training.profile
+    loop = training_trainer.LoopConfig(
+        name=config.method,
+        run_path=run_dir.path,
+        checkpoint_dir=run_dir.checkpoints_dir,
+        max_steps=plan.steps,
+        learning_rate=config.training.learning_rate,
+        seed=config.seed,
+        profile=config.training.profile,
     )
-    arguments = training_trainer.arguments(config.training, loop, backend) | {
-        "max_length": None, "gradient_checkpointing": None, "train_sampling_strategy": "sequential", "neftune_noise_alpha": config.training.neftune_noise_alpha,
-    }  # fmt: skip
+    arguments = training_trainer.build_training_arguments(config.training, loop, backend) | {
+        "max_length": None,
+        "gradient_checkpointing": None,
+        "train_sampling_strategy": "sequential",
+        "neftune_noise_alpha": config.training.neftune_noise_alpha,
+    }
     if not examples.held_out:
         arguments |= {"eval_strategy": "no", "eval_steps": None}
-    build = {"sft": _sft, "dpo": _dpo}[config.method](config, subject, examples, plan, arguments)
-    sizes = [len(row.example) if config.method == "dpo" else len(row.example.input_ids) for row in examples.train]
-    per_sequence = [sum(sizes[row] for row in sequence) for sequence in plan.sequences]
-    total = int(np.sum(per_sequence))
-    meter = Meter(config.method, round(total / plan.steps), lambda _step: 0, length=float(np.mean(per_sequence)))
-    trainer, happened = training_trainer.train(build, loop, meter, backend, config.training)
-    read = examples.read(plan)
-    return trainer, happened | {"epochs": round(len(plan.rows) / len(examples.train), 3), "tokens": total,
-                                "sequences": len(plan.sequences), "sources": read}  # fmt: skip
+    build_trainer = {"sft": _prepare_sft, "dpo": _prepare_dpo}[config.method](config, tuned_model, examples, plan, arguments)
+    lengths = [len(row.example) if config.method == "dpo" else len(row.example.input_ids) for row in examples.train]
+    sequence_lengths = [sum(lengths[row] for row in sequence) for sequence in plan.sequences]
+    num_tokens = int(np.sum(sequence_lengths))
+    units = LoopUnits(config.method, round(num_tokens / plan.steps), lambda _step: 0, sequence_length=float(np.mean(sequence_lengths)))
+    result = training_trainer.train_loop(build_trainer, loop, units, backend, config.training)
+    sources = examples.summarize_sources(plan)
+    details = {
+        "epochs": round(len(plan.rows) / len(examples.train), 3),
+        "tokens": num_tokens,
+        "sequences": len(plan.sequences),
+        "sources": sources,
+    }
+    return result._replace(summary=result.summary | details)
 
 
-Build = Callable[[list[Any]], Trainer]
+TrainerBuilder = Callable[[list[Any]], Trainer]
 
 
-def _sft(config: Sft, subject: Subject, examples: Examples, plan: Plan, arguments: dict[str, Any]) -> Build:
+def _prepare_sft(
+    config: SftConfig, tuned_model: TunedModel, examples: FinetuningExamples, plan: FinetuningPlan, arguments: dict[str, Any]
+) -> TrainerBuilder:
+    """Prepare the datasets for SFTTrainer; returns what builds the trainer."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    class Tuner(PartRates, SFTTrainer):  # type: ignore[misc]
-        """TRL's trainer, imported here because it is heavy."""
+    class PartRatesSFTTrainer(LearningRatesMixin, SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer with learning rates by part.
+
+        It is defined here because TRL is slow to import.
+        """
 
         learning_rates = config.training.learning_rates
 
-    held = examples.held_out
+    held_out = examples.held_out
     if config.data.packing:
-        parts = [joined([examples.train[row].example for row in sequence]) for sequence in plan.sequences]
-        train = Dataset.from_list(parts).with_format("torch")
-        held_out = Dataset.from_list([joined([e]) for e in held]).with_format("torch") if held else None
-        flat = config.model.attn_implementation.startswith("flash")
-        more = {"data_collator": Collate(subject.tokenizer.pad_token_id, flat)}
+        packed = [join_examples([examples.train[row].example for row in sequence]) for sequence in plan.sequences]
+        train_dataset = Dataset.from_list(packed).with_format("torch")
+        eval_dataset = Dataset.from_list([join_examples([e]) for e in held_out]).with_format("torch") if held_out else None
+        flash_attention = config.model.attn_implementation.startswith("flash")
+        collator_arguments = {"data_collator": Collator(tuned_model.tokenizer.pad_token_id, flash_attention)}
         arguments = {**arguments, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        subject.model.config.use_cache = False  # or position ids that restart would not keep conversations apart
+        tuned_model.model.config.use_cache = False  # or restarting position ids would not separate conversations
     else:
-        rows = Dataset.from_list([_tokens(row.example) for row in examples.train])
-        train, more = rows.select([sequence[0] for sequence in plan.sequences]), {}
-        held_out = Dataset.from_list([_tokens(e) for e in held]) if held else None
+        rows = Dataset.from_list([_to_columns(row.example) for row in examples.train])
+        train_dataset, collator_arguments = rows.select([sequence[0] for sequence in plan.sequences]), {}
+        eval_dataset = Dataset.from_list([_to_columns(e) for e in held_out]) if held_out else None
     arguments = {**arguments, "shuffle_dataset": False}
 
-    def make(callbacks: list[Any]) -> Trainer:
-        tuner = Tuner(
-            model=subject.model, processing_class=subject.tokenizer, peft_config=subject.adapter, callbacks=callbacks,
-            train_dataset=train, eval_dataset=held_out, args=training_trainer.checked(SFTConfig, **arguments), **more,
-        )  # fmt: skip
-        name_bias(tuner.model)
-        return tuner
+    def build_trainer(callbacks: list[Any]) -> Trainer:
+        trainer = PartRatesSFTTrainer(
+            model=tuned_model.model,
+            processing_class=tuned_model.tokenizer,
+            peft_config=tuned_model.adapter,
+            callbacks=callbacks,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            args=training_trainer.create_training_arguments(SFTConfig, **arguments),
+            **collator_arguments,
+        )
+        add_bias_attribute(trainer.model)
+        return trainer
 
-    return make
+    return build_trainer
 
 
-def _tokens(example: Example) -> dict[str, list[int]]:
+def _to_columns(example: TokenizedExample) -> dict[str, list[int]]:
+    """Convert an example to the columns of a dataset."""
     return {"input_ids": example.input_ids, "labels": example.labels}
 
 
-def name_bias(model: Any) -> None:
-    """Give a head whose token rows PEFT trains the `bias` that TRL asks of it (peft 0.21: its wrapper passes on the weight alone)."""
+def add_bias_attribute(model: Any) -> None:
+    """Give a head the `bias` that TRL reads.
+
+    PEFT's wrapper for trained token rows has only the weight (peft 0.21).
+    """
     head = model.get_output_embeddings()
     if head is not None and not hasattr(head, "bias"):
         head.bias = getattr(head.original_module, "bias", None)
 
 
-def _dpo(config: Sft, subject: Subject, examples: Examples, plan: Plan, arguments: dict[str, Any]) -> Build:
+def _prepare_dpo(
+    config: SftConfig, tuned_model: TunedModel, examples: FinetuningExamples, plan: FinetuningPlan, arguments: dict[str, Any]
+) -> TrainerBuilder:
+    """Prepare the datasets for DPOTrainer; returns what builds the trainer."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    class Tuner(PartRates, DPOTrainer):  # type: ignore[misc]
-        """TRL's trainer on pairs that are tokens already."""
+    class PartRatesDPOTrainer(LearningRatesMixin, DPOTrainer):  # type: ignore[misc]
+        """DPOTrainer for pairs that are tokens already."""
 
         learning_rates = config.training.learning_rates
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
-    def rows(pairs: Sequence[Any]) -> Any:
+    def to_dataset(pairs: Sequence[Any]) -> Any:
         return Dataset.from_list([vars(pair) for pair in pairs]) if pairs else None
 
-    def make(callbacks: list[Any]) -> Trainer:
-        tuner = Tuner(
-            model=subject.model, ref_model=subject.reference, processing_class=subject.tokenizer, peft_config=subject.adapter, callbacks=callbacks,
-            train_dataset=rows([examples.train[sequence[0]].example for sequence in plan.sequences]), eval_dataset=rows(examples.held_out),
-            args=training_trainer.checked(
-                DPOConfig, **arguments, beta=config.dpo.beta, loss_type=[config.dpo.loss_type], label_smoothing=config.dpo.label_smoothing,
+    def build_trainer(callbacks: list[Any]) -> Trainer:
+        trainer = PartRatesDPOTrainer(
+            model=tuned_model.model,
+            ref_model=tuned_model.reference_model,
+            processing_class=tuned_model.tokenizer,
+            peft_config=tuned_model.adapter,
+            callbacks=callbacks,
+            train_dataset=to_dataset([examples.train[sequence[0]].example for sequence in plan.sequences]),
+            eval_dataset=to_dataset(examples.held_out),
+            args=training_trainer.create_training_arguments(
+                DPOConfig,
+                **arguments,
+                beta=config.dpo.beta,
+                loss_type=[config.dpo.loss_type],
+                label_smoothing=config.dpo.label_smoothing,
                 disable_dropout=config.adapter == "none" or config.lora.lora_dropout == 0,
             ),
-        )  # fmt: skip
-        name_bias(tuner.model)
-        return tuner
+        )
+        add_bias_attribute(trainer.model)
+        return trainer
 
-    return make
+    return build_trainer

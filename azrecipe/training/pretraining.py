@@ -1,4 +1,7 @@
-"""How one phase of pretraining is trained on packed text: measured in bits per byte, watched, saved where the next one finds it."""
+"""Train one phase of pretraining on packed text.
+
+The model is measured in bits per byte and saved where the next phase finds it.
+"""
 
 from __future__ import annotations
 
@@ -14,251 +17,289 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from azrecipe.data.packing import PackedText, collate
-from azrecipe.data.phase_schedule import Schedule
+from azrecipe.data.packing import PackedText, build_collator
+from azrecipe.data.phase_schedule import PhaseSchedule
 from azrecipe.distributed import local_storage
 from azrecipe.distributed.backend import Backend
 from azrecipe.evaluation import bits_per_byte
 from azrecipe.modeling import chunked_loss, loading, parameter_groups
-from azrecipe.modeling.dtypes import STORED
-from azrecipe.modeling.row_gradient_mask import RowMask
+from azrecipe.modeling.dtypes import PARAM_DTYPES
+from azrecipe.modeling.row_gradient_mask import RowGradientMask
 from azrecipe.recipe import optimizer_settings
-from azrecipe.recipe.types import Pretrain
-from azrecipe.runs import run_dir
+from azrecipe.recipe.types import PretrainConfig
+from azrecipe.runs.run_dir import RunDir
 from azrecipe.training import checkpoints, throughput
 from azrecipe.training import trainer as training_trainer
-from azrecipe.training.async_checkpoint import BackgroundSaving, Saver
-from azrecipe.training.bad_step_guard import Guard, GuardedTrainer
-from azrecipe.training.monitor import Meter
-from azrecipe.utils.atomic_files import file_sizes, read_json, write_json
-from azrecipe.utils.console import say
+from azrecipe.training.async_checkpoint import AsyncCheckpointMixin, AsyncCheckpointWriter
+from azrecipe.training.bad_step_guard import BadStepGuard, BadStepGuardMixin
+from azrecipe.training.monitor import LoopUnits
+from azrecipe.utils.atomic_files import list_file_sizes, read_json, write_json
+from azrecipe.utils.console import print_progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Texts = Mapping[str, list[str]]
+HeldOutTexts = Mapping[str, list[str]]
 
 
-class Record:
-    """phases.json: what earlier processes of this run have measured and finished. One process writes, and all go by what it reads."""
+class PhaseRecord:
+    """phases.json: what this run has measured and finished.
 
-    def __init__(self, place: run_dir.RunDir) -> None:
-        self.place = place
-        self.file = place.path / "phases.json"
-        self.data: dict[str, Any] = local_storage.from_main(read_json(self.file)) or {"bpb": {}, "phases": {}}
+    One process writes, and all use what it read.
+    """
 
-    def done(self, phase: str) -> bool:
+    def __init__(self, run_dir: RunDir) -> None:
+        self.run_dir = run_dir
+        self.file = run_dir.path / "phases.json"
+        self.data: dict[str, Any] = local_storage.broadcast_from_main(read_json(self.file)) or {"bpb": {}, "phases": {}}
+
+    def is_finished(self, phase: str) -> bool:
+        """Tell whether a phase is finished."""
         return phase in self.data["phases"]
 
-    def finish(self, phase: str, happened: dict[str, Any], folder: Path) -> None:
-        """Note a phase and the files of its model."""
-        files = {**self.data.get("files", {}), phase: file_sizes(folder)}
-        self.note(phases={**self.data["phases"], phase: happened}, files=files)
+    def finish_phase(self, phase: str, summary: dict[str, Any], folder: Path) -> None:
+        """Record a finished phase and the files of its model."""
+        files = {**self.data.get("files", {}), phase: list_file_sizes(folder)}
+        self.update(phases={**self.data["phases"], phase: summary}, files=files)
 
-    def forget_torn(self, order: Sequence[tuple[str, Path]]) -> None:
-        """Where files are uploaded one by one, forget the last finished phases whose models are not whole: this note was there before them."""
-        done = [(name, folder) for name, folder in order if self.done(name)]
-        while local_storage.apart() and done:
-            name, folder = done.pop()
-            wanted = self.data.get("files", {}).get(name)
-            if local_storage.from_main(folder.is_dir() and (wanted is None or file_sizes(folder) == wanted)):
+    def forget_incomplete(self, phase_folders: Sequence[tuple[str, Path]]) -> None:
+        """Forget the last finished phases whose models are incomplete.
+
+        This applies where files are uploaded one by one: the record may arrive before them.
+
+        Args:
+            phase_folders: The phases' names and their models' folders.
+        """
+        finished = [(name, folder) for name, folder in phase_folders if self.is_finished(name)]
+        while local_storage.storage_is_local() and finished:
+            name, folder = finished.pop()
+            sizes = self.data.get("files", {}).get(name)
+            if local_storage.broadcast_from_main(folder.is_dir() and (sizes is None or list_file_sizes(folder) == sizes)):
                 return
-            say(f"phase {name}: its model in {folder} is not whole, so the phase is not done", self.place.main)
-            self.note(phases={key: value for key, value in self.data["phases"].items() if key != name})
+            print_progress(f"phase {name}: its model in {folder} is incomplete, so the phase is not finished", self.run_dir.main)
+            self.update(phases={key: value for key, value in self.data["phases"].items() if key != name})
 
-    def note(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:
+        """Change fields of the record and write it."""
         self.data.update(changes)
-        if self.place.main:
+        if self.run_dir.main:
             write_json(self.file, self.data)
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every step of this stage looks at."""
+class PretrainJob:
+    """What the functions of pretraining need."""
 
-    config: Pretrain
-    place: run_dir.RunDir
+    config: PretrainConfig
+    run_dir: RunDir
     backend: Backend
     tokenizer: PreTrainedTokenizerBase
-    held_out: Texts
-    schedule: Schedule
-    record: Record
-    new: list[int]
+    held_out: HeldOutTexts
+    schedule: PhaseSchedule
+    record: PhaseRecord
+    new_token_ids: list[int]
 
-    def folder(self, nth: int) -> Path:
-        """Where the model of a phase is saved: phases/<name>, the last one's in final/."""
-        last = nth + 1 == len(self.schedule.phases)
-        return self.place.final if last else self.place.path / "phases" / self.schedule.phases[nth].name
+    def model_folder(self, phase_index: int) -> Path:
+        """Get a phase's model folder: phases/<name>, or final/ for the last."""
+        is_last = phase_index + 1 == len(self.schedule.phases)
+        return self.run_dir.final_dir if is_last else self.run_dir.path / "phases" / self.schedule.phases[phase_index].name
 
-    def bpb(self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-        """Bits per byte on each validation set."""
-        size, length = self.config.training.per_device_eval_batch_size, self.config.data.max_length
-        mixed = self.config.training.precision == "bf16_mixed"  # as it trains, so that before and after are measured alike
-        with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=mixed):
+    def measure_bpb(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        """Measure bits per byte on each validation set."""
+        batch_size, length = self.config.training.per_device_eval_batch_size, self.config.data.max_length
+        use_autocast = self.config.training.precision == "bf16_mixed"  # as in training, so that before and after are comparable
+        with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=use_autocast):
             return {
-                name: round(bits_per_byte.bits(net, tokenizer, texts, length, size).per_byte, 5) for name, texts in self.held_out.items()
+                name: round(bits_per_byte.score_texts(model, tokenizer, texts, length, batch_size).bits_per_byte, 5)
+                for name, texts in self.held_out.items()
             }
 
-    def measure(self, name: str, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Record BPB under a name, once; every process takes part."""
-        found = self.record.data["bpb"].get(name) or self.bpb(net, tokenizer)
-        self.record.note(bpb={**self.record.data["bpb"], name: found})
-        say(f"  bits per byte, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()), self.backend.main)
+    def record_bpb(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Record bits per byte under a name, once.
+
+        Every process must call this.
+        """
+        bits_by_name = self.record.data["bpb"].get(name) or self.measure_bpb(model, tokenizer)
+        self.record.update(bpb={**self.record.data["bpb"], name: bits_by_name})
+        print_progress(
+            f"  bits per byte, {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in bits_by_name.items()), self.backend.main
+        )
 
 
-class TextTrainer(BackgroundSaving, GuardedTrainer, training_trainer.FilledGroups):
-    """transformers.Trainer that measures bits per byte instead of a loss a token, watches its steps and saves beside training."""
+class TextTrainer(AsyncCheckpointMixin, BadStepGuardMixin, training_trainer.NonEmptyParamGroupsMixin):
+    """A Trainer that measures bits per byte.
 
-    def __init__(self, job: Job, trained: parameter_groups.Trained, guard: Guard, **arguments: Any) -> None:
-        self.job, self.trained = job, trained
-        self.predicted: Any = 0  # tokens predicted since the log asked, on all processes: on a GPU a tensor, so that no step waits
+    It guards its steps and writes checkpoints in a thread.
+    """
+
+    def __init__(self, job: PretrainJob, trainable: parameter_groups.TrainableParameters, guard: BadStepGuard, **arguments: Any) -> None:
+        self.job, self.trainable = job, trainable
+        self.predicted_tokens: Any = 0  # since the last log line, on all processes. A tensor on a GPU, so that no step waits
         super().__init__(**arguments, eval_dataset=dict(job.held_out))
         self.add_callback(guard)
         self.guard, guard.trainer = guard, self
-        self.saver = None if job.backend.sharded else Saver(job.backend)
+        self.checkpoint_writer = None if job.backend.sharded else AsyncCheckpointWriter(job.backend)
 
-    def get_batch_samples(self, *given: Any) -> tuple[list[Any], Any]:
-        """A step's batches, and the number of their labels on all processes."""
-        batches, count = super().get_batch_samples(*given)
-        self.predicted = self.predicted + (0 if count is None else count)
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """Return a step's batches, and the number of labels on all processes."""
+        batches, count = super().get_batch_samples(*args)
+        self.predicted_tokens = self.predicted_tokens + (0 if count is None else count)
         return batches, count
 
-    def take_predicted(self) -> int:
-        """The tokens that were predicted since the last call."""
-        count, self.predicted = int(self.predicted), 0
+    def take_predicted_tokens(self) -> int:
+        """Return the tokens that were predicted since the last call."""
+        count, self.predicted_tokens = int(self.predicted_tokens), 0
         return count
 
     def get_decay_parameter_names(self, model: PreTrainedModel) -> list[str]:
-        """Where weight decay belongs, by `parameter_groups.decayed` instead of by name."""
-        return parameter_groups.decayed(model, self.trained.masked)
+        """List the parameters with weight decay, by `parameter_groups.list_weight_decay_parameters`."""
+        return parameter_groups.list_weight_decay_parameters(model, self.trainable.masked_matrices)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **more: Any) -> Any:
-        """The loss of a batch.
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of a batch.
 
-        A process that has a front and a back piece of a sequence has positions that jump, which transformers takes for packing and
-        makes a mask of [tokens, tokens]; Accelerate drops it in each layer. A mask that is given is none that is made.
+        With context parallelism a process has a front and a back piece of a sequence. transformers takes the jump in positions for packing
+        and makes a mask of [tokens, tokens]; Accelerate drops it in each layer. An explicit mask avoids making it.
         """
-        if self.job.backend.context > 1:
+        if self.job.backend.context_parallel_size > 1:
             inputs = {**inputs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs["input_ids"].device)}
-        return super().compute_loss(model, inputs, *given, **more)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """BPB on each validation set, logged as eval_<name>_bpb."""
-        found = {
+        """Measure bits per byte of each validation set, logged as eval_<name>_bpb."""
+        metrics = {
             f"eval_{name}_bpb": value
-            for name, value in self.job.bpb(training_trainer.measured(self, self.job.backend), self.job.tokenizer).items()
+            for name, value in self.job.measure_bpb(
+                training_trainer.get_evaluation_model(self, self.job.backend), self.job.tokenizer
+            ).items()
         }
-        self.log(dict(found))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[has-type]
-        return found
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
 
 
-def clear(job: Job) -> None:
-    """Delete the checkpoints of finished phases: nothing resumes from inside them.
+def remove_finished_checkpoints(job: PretrainJob) -> None:
+    """Delete the checkpoints of finished phases, from which nothing resumes.
 
-    Where machines are apart the last one's newest stays until the phase after it is done: its model may not be uploaded yet.
+    With local storage the last finished phase's newest one stays until the next phase is done: its model may not be uploaded yet.
     """
-    names = [planned.name for planned in job.schedule.phases]
-    done = [name for name in names[:-1] if job.record.done(name)]
-    if local_storage.apart() and done and not job.record.done(names[-1]):
-        kept = job.place.checkpoints / done.pop()
+    names = [phase.name for phase in job.schedule.phases]
+    finished = [name for name in names[:-1] if job.record.is_finished(name)]
+    if local_storage.storage_is_local() and finished and not job.record.is_finished(names[-1]):
+        last_folder = job.run_dir.checkpoints_dir / finished.pop()
         if job.backend.main:
-            checkpoints.rotate(kept, 1)
-        checkpoints.follow(kept, job.backend.main)
-    if local_storage.writes(job.backend.main):
-        for name in done:
-            shutil.rmtree(job.place.checkpoints / name, ignore_errors=True)
+            checkpoints.rotate(last_folder, 1)
+        checkpoints.mirror_deletions(last_folder, job.backend.main)
+    if local_storage.is_writer(job.backend.main):
+        for name in finished:
+            shutil.rmtree(job.run_dir.checkpoints_dir / name, ignore_errors=True)
 
 
-def release() -> None:
-    """Give back what a finished phase held: its trainer and callbacks know each other, and only a collection ends that."""
+def release_memory() -> None:
+    """Free the memory of a finished phase.
+
+    Its trainer and callbacks refer to each other, so only a garbage collection frees them.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def room(job: Job, net: PreTrainedModel, nth: int) -> int:
-    """Bytes of disk that a phase still writes: its checkpoints, one more than is kept, and its model."""
-    training_, planned = job.config.training, job.schedule.phases[nth]
-    width: int = STORED[training_.precision].itemsize
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    each = width * (loading.count(net) + 2 * trained)  # weights, and two moments of what trains
-    there = len(checkpoints.complete(job.place.checkpoints / planned.name))
-    most = min(training_.save_total_limit + 1, math.ceil(planned.steps / training_.save_steps))
-    return int(max(most - there, 1) * each + width * loading.count(net))
+def required_disk_bytes(job: PretrainJob, model: PreTrainedModel, phase_index: int) -> int:
+    """Estimate the disk bytes that a phase still writes.
+
+    These are its checkpoints, one more than is kept, and its model.
+    """
+    training, planned_phase = job.config.training, job.schedule.phases[phase_index]
+    bytes_per_number: int = PARAM_DTYPES[training.precision].itemsize
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    checkpoint_bytes = bytes_per_number * (loading.count_parameters(model) + 2 * num_trainable)  # weights, and two moments of what trains
+    num_existing = len(checkpoints.list_complete(job.run_dir.checkpoints_dir / planned_phase.name))
+    num_checkpoints = min(training.save_total_limit + 1, math.ceil(planned_phase.steps / training.save_steps))
+    return int(max(num_checkpoints - num_existing, 1) * checkpoint_bytes + bytes_per_number * loading.count_parameters(model))
 
 
-def train_phase(job: Job, net: PreTrainedModel, nth: int) -> None:
-    """Train one phase, measure, and save its model where the next phase, or the reader, finds it."""
-    config, planned, main = job.config, job.schedule.phases[nth], job.backend.main
-    trained = parameter_groups.freeze(net, planned.phase.trainable_parameters, job.new)
-    shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trained.by_pattern.items())
-    say(f"phase {planned.name}: trains {trained.trainable:,} of {trained.total:,} parameters ({shares})", main)
-    if main and not local_storage.apart():  # else once all have told what they have
-        checkpoints.remove_torn(job.place.checkpoints / planned.name)
-    job.place.need(room(job, net, nth), "the phase's checkpoints and its model")
-    net.config.use_cache = False
+def train_phase(job: PretrainJob, model: PreTrainedModel, phase_index: int) -> None:
+    """Train one phase, measure its model and save it."""
+    config, planned_phase, main = job.config, job.schedule.phases[phase_index], job.backend.main
+    trainable = parameter_groups.set_trainable_parameters(model, planned_phase.phase.trainable_parameters, job.new_token_ids)
+    shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trainable.by_pattern.items())
+    print_progress(f"phase {planned_phase.name}: trains {trainable.trainable:,} of {trainable.total:,} parameters ({shares})", main)
+    if main and not local_storage.storage_is_local():  # with local storage it happens once all processes have compared theirs
+        checkpoints.remove_incomplete(job.run_dir.checkpoints_dir / planned_phase.name)
+    job.run_dir.require_disk_space(required_disk_bytes(job, model, phase_index), "the phase's checkpoints and its model")
+    model.config.use_cache = False
     if config.training.fused_linear_cross_entropy == "torch":
-        chunked_loss.chunk(net)
-    data = job.schedule.dataset(nth)
-    loop = training_trainer.Loop(
-        planned.name, job.place.path, job.place.checkpoints / planned.name, planned.steps, planned.phase.learning_rate, config.seed,
-        config.training.profile,
-    )  # fmt: skip
-    batch = config.training.global_batch_size
-    meter = Meter(
-        planned.name,
-        job.schedule.tokens_per_step,
-        lambda step: data.bytes_until(step * batch),
-        lambda step: data.tokens_until(step * batch),
-        config.data.max_length,
-        throughput.tokens_a_word(job.tokenizer, next(iter(job.held_out.values()), [])),
+        chunked_loss.enable_chunked_loss(model)
+    data = job.schedule.build_dataset(phase_index)
+    loop = training_trainer.LoopConfig(
+        name=planned_phase.name,
+        run_path=job.run_dir.path,
+        checkpoint_dir=job.run_dir.checkpoints_dir / planned_phase.name,
+        max_steps=planned_phase.steps,
+        learning_rate=planned_phase.phase.learning_rate,
+        seed=config.seed,
+        profile=config.training.profile,
     )
-    arguments = training_trainer.arguments(optimizer_settings.of_phase(config.training, planned.phase), loop, job.backend)
-    guard = Guard(job.backend, job.place.path, planned.name, lambda sequence: _documents(job, data, sequence))
-    guard.skip, guard.factor = config.training.on_bad_loss == "skip", config.training.loss_spike_factor or math.inf
+    batch_size = config.training.global_batch_size
+    units = LoopUnits(
+        name=planned_phase.name,
+        tokens_per_step=job.schedule.tokens_per_step,
+        bytes_at=lambda step: data.count_bytes(step * batch_size),
+        tokens_at=lambda step: data.count_tokens(step * batch_size),
+        sequence_length=config.data.max_length,
+        tokens_per_word=throughput.measure_fertility(job.tokenizer, next(iter(job.held_out.values()), [])),
+    )
+    arguments = training_trainer.build_training_arguments(
+        optimizer_settings.merge_phase_settings(config.training, planned_phase.phase), loop, job.backend
+    )
+    guard = BadStepGuard(job.backend, job.run_dir.path, planned_phase.name, lambda sequence: _list_documents(job, data, sequence))
+    guard.skip_bad_steps, guard.spike_factor = config.training.on_bad_loss == "skip", config.training.loss_spike_factor or math.inf
 
-    def make(callbacks: list[Any]) -> Trainer:
-        args = training_trainer.checked(TrainingArguments, **arguments, train_sampling_strategy="sequential")
+    def build_trainer(callbacks: list[Any]) -> Trainer:
+        args = training_trainer.create_training_arguments(TrainingArguments, **arguments, train_sampling_strategy="sequential")
         return TextTrainer(
             job,
-            trained,
+            trainable,
             guard,
-            model=net,
+            model=model,
             train_dataset=data,
-            data_collator=collate(job.schedule.how, config.model.attn_implementation, job.backend.context),
-            callbacks=[*callbacks, RowMask(trained, job.backend.kind)],
+            data_collator=build_collator(job.schedule.packing, config.model.attn_implementation, job.backend.context_parallel_size),
+            callbacks=[*callbacks, RowGradientMask(trainable, job.backend.strategy)],
             args=args,
         )
 
-    trainer, happened = training_trainer.train(make, loop, meter, job.backend, config.training)
-    job.measure(planned.name, training_trainer.measured(trainer, job.backend), job.tokenizer)
-    state = training_trainer.whole_state(trainer, job.backend)
-    net = training_trainer.unwrapped(trainer)
-    net.config.use_cache = True
+    trainer, summary = training_trainer.train_loop(build_trainer, loop, units, job.backend, config.training)
+    job.record_bpb(planned_phase.name, training_trainer.get_evaluation_model(trainer, job.backend), job.tokenizer)
+    state = training_trainer.gather_state_dict(trainer, job.backend)
+    model = training_trainer.unwrap_model(trainer)
+    model.config.use_cache = True
     if main:
-        loading.save_model(net, job.tokenizer, job.folder(nth), state, job.new)
-    happened |= {
-        "tokens": data.tokens_until(len(data)),
-        "fill": round(job.schedule.fill(nth), 5),
-        "bytes": data.bytes_until(len(data)),
-        "trainable_parameters": trained.trainable,
-        "learning_rate": planned.phase.learning_rate,
-        "skipped_steps": [step + 1 for step in guard.skipped],
-        **(trainer.saver.seconds if trainer.saver else {}),
+        loading.save_model(model, job.tokenizer, job.model_folder(phase_index), state, job.new_token_ids)
+    summary |= {
+        "tokens": data.count_tokens(len(data)),
+        "fill": round(job.schedule.measure_fill(phase_index), 5),
+        "bytes": data.count_bytes(len(data)),
+        "trainable_parameters": trainable.trainable,
+        "learning_rate": planned_phase.phase.learning_rate,
+        "skipped_steps": [step + 1 for step in guard.skipped_steps],
+        **(trainer.checkpoint_writer.timings if trainer.checkpoint_writer else {}),
     }
-    job.record.finish(planned.name, happened, job.folder(nth))
-    clear(job)
+    job.record.finish_phase(planned_phase.name, summary, job.model_folder(phase_index))
+    remove_finished_checkpoints(job)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
 
 
-def _documents(job: Job, data: PackedText, sequence: int) -> list[dict[str, Any]]:
-    """The documents in a training sequence: source, number among those that it gives (not held out, not filtered away), how they begin."""
-    found = []
-    for source, document, _first, tokens in data.documents_of(sequence):
+def _list_documents(job: PretrainJob, data: PackedText, sequence: int) -> list[dict[str, Any]]:
+    """List the documents of a training sequence for the bad-step log.
+
+    A document has its source, its number in it (after held-out and filtered ones are left out) and its beginning.
+    """
+    documents = []
+    for source, index, _first, tokens in data.list_documents(sequence):
         store = job.schedule.mix.stores[source]
-        begin = job.tokenizer.decode(store.document(document)[:32].tolist())
-        number = document if store.kept is None else int(store.kept[document])
-        found.append({"source": job.config.data.datasets[source].path, "document": number, "tokens": tokens, "begins": begin})
-    return found
+        beginning = job.tokenizer.decode(store.read_document(index)[:32].tolist())
+        number = index if store.document_indices is None else int(store.document_indices[index])
+        documents.append({"source": job.config.data.datasets[source].path, "document": number, "tokens": tokens, "begins": beginning})
+    return documents

@@ -1,4 +1,7 @@
-"""How fast a training loop is, in the units that a reader wants: text bytes, words, and the chip's peak. docs/metrics.md defines them."""
+"""The speed of a training loop: text bytes, words, and peak FLOP/s.
+
+docs/metrics.md defines the units.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,36 @@ from typing import TYPE_CHECKING
 import torch
 
 from azrecipe.distributed.backend import has_accelerator
-from azrecipe.hardware import card_of
-from azrecipe.tokenization.encoding import encode
+from azrecipe.hardware import find_card
+from azrecipe.tokenization.encoding import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLE = 1_000_000  # characters of held-out text that the words a token makes are counted on, at most
+MAX_SAMPLE_CHARACTERS = 1_000_000  # of held-out text that fertility is measured on
 
 
-def peak_flops(device: str) -> float | None:
-    """The peak of a device by its name, dense bfloat16 FLOP/s; None for one that is not known."""
-    card = card_of(device)
+def get_peak_flops(device: str) -> float | None:
+    """Get a device's peak dense bfloat16 FLOP/s, or None if unknown."""
+    card = find_card(device)
     return None if card is None else card.bf16_tflops * 1e12
 
 
-def chips_peak() -> float | None:
-    """The same of the GPU that this process trains on; None without one, or for one that is not known."""
-    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() and has_accelerator() else None
+def get_local_peak_flops() -> float | None:
+    """Get the peak FLOP/s of this process' GPU, or None."""
+    return get_peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() and has_accelerator() else None
 
 
-def tokens_a_word(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
-    """Fertility on the first million characters of some documents: tokens / words, a word being what white space separates."""
-    chosen, held = [], 0
+def measure_fertility(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+    """Measure tokens per word on the first million characters of documents.
+
+    Words are what white space separates.
+    """
+    sample, num_characters = [], 0
     for text in texts:
-        chosen.append(text)
-        held += len(text)
-        if held >= SAMPLE:
+        sample.append(text)
+        num_characters += len(text)
+        if num_characters >= MAX_SAMPLE_CHARACTERS:
             break
-    words = sum(len(text.split()) for text in chosen)
-    return sum(map(len, encode(tokenizer, chosen))) / words if words else 0.0
+    num_words = sum(len(text.split()) for text in sample)
+    return sum(map(len, encode_texts(tokenizer, sample))) / num_words if num_words else 0.0

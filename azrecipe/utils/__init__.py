@@ -1,1 +1,1 @@
-"""Mechanics that know nothing of models, text or recipes."""
+"""Helpers that need no model, text or recipe."""

@@ -1,4 +1,7 @@
-"""Knows how a file or a folder comes to be whole or not at all: written aside, synced, renamed."""
+"""Write files and folders atomically, hash and lock them.
+
+Content is written under a temporary name, synced to disk and then renamed.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +21,31 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content; a reader, or a crash, sees the old content or the new and nothing between."""
+    """Replace a file's content atomically.
+
+    A reader sees the old or the new content, also after a crash.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with tmp.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        tmp.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Replace a file's content by indented JSON, atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file, or None where there is no such file."""
+    """Return the JSON in a file; None without a file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,7 +53,7 @@ def read_json(path: Path) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder last through a power cut."""
+    """Sync a folder to disk, so that renames survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,14 +61,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """The sizes in bytes of the files below a folder, by relative path; empty where there is no folder."""
+def list_file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of each file below a folder.
+
+    The keys are relative paths. The mapping is empty if there is no folder.
+    """
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def sync_tree(folder: Path) -> dict[str, int]:
-    """Sync every file below a folder to disk; returns `file_sizes`."""
-    sizes = file_sizes(folder)
+    """Sync every file below a folder to disk; return their sizes."""
+    sizes = list_file_sizes(folder)
     for name in sizes:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
@@ -71,60 +80,67 @@ def sync_tree(folder: Path) -> dict[str, int]:
 
 
 @contextmanager
-def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A folder to fill that takes its name only when the block ends well. What dead processes left aside is removed.
+def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `path` at the end.
 
-    An existing folder of that name is replaced or, without `replace`, wins (for content that has one name whoever
-    makes it). A link of that name is refused with OSError: the folder behind it is not ours.
+    It is renamed only if the block ends without an exception. Temporary folders of dead processes are removed first.
+    With `replace`, an existing folder at `path` is replaced. Without it the existing folder stays, which is right where
+    the name determines the content.
+
+    Raises:
+        OSError: `path` is a link. The folder behind it may belong to somebody else.
     """
     if path.is_symlink():
         raise OSError(errno.ELOOP, "a link is in the place of a folder that is to be written", str(path))
-    _sweep(path)
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
+    _remove_abandoned(path)
+    tmp = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    tmp.mkdir(parents=True)
     try:
-        yield aside
-        sync_tree(aside)
+        yield tmp
+        sync_tree(tmp)
         if path.exists() and replace:
-            old = aside.with_suffix(".old")
+            old = tmp.with_suffix(".old")
             path.replace(old)
-            aside.replace(path)
+            tmp.replace(path)
             shutil.rmtree(old, ignore_errors=True)
         else:
             with contextlib.suppress(OSError) if path.exists() else contextlib.nullcontext():
-                aside.replace(path)
+                tmp.replace(path)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """`whole_folder` for one file that another program writes: the path that is yielded does not exist yet."""
-    _sweep(path)
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `path` at the end.
+
+    The caller, or another program, creates the file at the temporary path.
+    """
+    _remove_abandoned(path)
+    tmp = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        yield aside
-        with aside.open("rb") as file:
+        yield tmp
+        with tmp.open("rb") as file:
             os.fsync(file.fileno())
-        aside.replace(path)
+        tmp.replace(path)
         sync_folder(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what processes of this machine were filling when they died."""
-    for left in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.*"):
-        pid = left.name.rsplit(".", 2)[1]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files that dead processes of this machine left."""
+    for tmp in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.*"):
+        pid = tmp.name.rsplit(".", 2)[1]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            if tmp.is_dir():
+                shutil.rmtree(tmp, ignore_errors=True)
             else:
-                left.unlink(missing_ok=True)
+                tmp.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -135,55 +151,65 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def locked(path: Path, told: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold an advisory lock on a file; processes of this machine wait for each other. A dead process holds nothing.
+def hold_lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold an advisory lock on a file within the block.
 
-    `told` is called before a wait.
+    Processes of this machine wait for each other. The lock of a dead process is released. The callback runs before a
+    wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if told is not None:
-                told()
+            if on_wait is not None:
+                on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file's content, as hexadecimal text; read once by a process as long as the file does not change."""
-    state = path.stat()
-    return _sha256(path, state.st_size, state.st_mtime_ns)
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    The hash is cached in the process until the file's size or time of change differs.
+    """
+    stat = path.stat()
+    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
 
 
 @cache
-def _sha256(path: Path, _size: int, _changed: int) -> str:
+def _hash_file(path: Path, _size: int, _modified_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def append_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Add rows as lines of JSON, synced to disk before this returns. The last ones may be missing or torn after a crash."""
+def append_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Append rows as lines of JSON and sync them to disk.
+
+    After a crash the last lines may be missing or incomplete.
+    """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    fresh = not path.exists()
+    is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    if fresh:
+    if is_new:
         sync_folder(path.parent)
 
 
-def whole_lines(path: Path) -> list[Any]:
-    """The rows that `append_lines` wrote; what a crash left of a last line is cut off the file."""
+def read_and_repair_lines(path: Path) -> list[Any]:
+    """Return the rows of a file of JSON lines.
+
+    An incomplete last line, which a crash leaves, is removed from the file.
+    """
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
+    complete_size = data.rfind(b"\n") + 1
+    if complete_size < len(data):
         with path.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(complete_size)
             os.fsync(file.fileno())
-    return [json.loads(line) for line in data[:whole].splitlines()]
+    return [json.loads(line) for line in data[:complete_size].splitlines()]

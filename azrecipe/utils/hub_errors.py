@@ -1,4 +1,4 @@
-"""What can go wrong when a model is opened, and what to do about it: a folder that is none, a licence, no network."""
+"""Messages for errors of opening a model or a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from azrecipe.utils.paths import is_local_model
 
 
 @contextmanager
-def opening(what: str, path: str) -> Iterator[None]:
-    """Turn the exceptions of from_pretrained into a message that says what to do. `what`: "model" or "tokenizer"."""
+def translate_hub_errors(what: str, path: str) -> Iterator[None]:
+    """Turn exceptions of from_pretrained into errors for users.
+
+    `what` is "model" or "tokenizer". Raises CommandError for a wrong folder, CannotRun for a missing package, a licence
+    that was not accepted, or a missing network.
+    """
     if is_local_model(path) and not Path(path).is_dir():
         parent = Path(path).parent
         near = did_you_mean(Path(path).name, (p.name for p in parent.iterdir())) if parent.is_dir() else ""
@@ -28,29 +32,29 @@ def opening(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:  # flash attention, a quantised model
-        raise CannotRun(f"the {what} of {path} needs a package that is not here: {_first_line(error)}") from None
+        raise CannotRun(f"the {what} of {path} needs a package that is not installed: {_first_line(error)}") from None
     except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
-        chain: list[BaseException] = []
-        link: BaseException | None = error
-        while link is not None and link not in chain:
-            chain.append(link)
-            link = link.__cause__ or link.__context__
+        causes: list[BaseException] = []
+        cause: BaseException | None = error
+        while cause is not None and cause not in causes:
+            causes.append(cause)
+            cause = cause.__cause__ or cause.__context__
         if Path(path, "adapter_config.json").is_file():
             raise CommandError(
                 f"{path} is an adapter, and no {what} by itself: the run that made it has the whole model in final/"
             ) from None
         if is_local_model(path) or Path(path).is_dir():  # the final/ of a run has no leading ./
             raise CommandError(f"the folder {path} holds no {what} that transformers can open: {_first_line(error)}") from None
-        if any(isinstance(e, GatedRepoError) for e in chain):
+        if any(isinstance(e, GatedRepoError) for e in causes):
             raise CannotRun(
                 f"{path} is gated: accept its licence at https://huggingface.co/{path}, then run `hf auth login` "
                 "(or set HF_TOKEN) and start again"
             ) from None
-        if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+        if any(isinstance(e, RepositoryNotFoundError) for e in causes):
             raise CannotRun(
                 f"the hub has no {path}, or hides it from you: check the name, or run `hf auth login`. A folder is written with a leading ./"
             ) from None
-        offline = any(isinstance(e, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for e in chain)
+        offline = any(isinstance(e, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for e in causes)
         reason = "the hub cannot be reached and the local cache does not hold it" if offline else _first_line(error)
         raise CannotRun(
             f"the {what} of {path} cannot be opened: {reason}\n"

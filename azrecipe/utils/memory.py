@@ -6,8 +6,11 @@ import resource
 import sys
 
 
-def peak_memory() -> int:
-    """Most bytes in use so far: on a GPU what PyTorch allocated there since the loop began, on CPU the process' resident size."""
+def measure_peak_memory() -> int:
+    """Return the peak memory of this process in bytes.
+
+    On a GPU it is what PyTorch allocated there since the loop began; on a CPU the resident size of the process.
+    """
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Which paths in a recipe name local files."""
+"""Tests whether a path in a recipe names a local file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ DATA_SUFFIXES = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.gz", ".jsonl.z
 
 
 def is_local_data(path: str) -> bool:
-    """Whether a dataset's path names files here rather than files on S3 or a dataset on the hub."""
+    """Whether a dataset's path names local files.
+
+    Other paths name files on S3 or a dataset on the hub.
+    """
     return path.startswith(("./", "../", "/", "~")) or (path.endswith(DATA_SUFFIXES) and not is_s3(path))
 
 
@@ -18,21 +21,24 @@ def is_s3(path: str) -> bool:
 
 
 def is_local_model(path: str) -> bool:
-    """Whether a model's name_or_path names a folder here rather than a model on the hub."""
+    """Whether a model's name_or_path names a local folder, not a hub id."""
     return path.startswith(("./", "../", "/", "~")) or path in (".", "..")
 
 
 def is_template_file(chat_template: str) -> bool:
-    """Whether chat_template names a file rather than a template that ships."""
+    """Whether chat_template names a file, not a template of azrecipe."""
     return chat_template.endswith(".jinja")
 
 
 def is_local_task(path: str) -> bool:
-    """Whether a benchmark task is a file here rather than one of lm-evaluation-harness' own."""
+    """Whether a benchmark task is a local file.
+
+    Other tasks come with lm-evaluation-harness.
+    """
     return path.startswith(("./", "../", "/", "~")) or path.endswith((".yaml", ".yml"))
 
 
-LOCAL: Mapping[str, Callable[[str], bool]] = {  # by a key's x-path: whether its value is a path here
+LOCAL_PATH_CHECKS: Mapping[str, Callable[[str], bool]] = {  # by a key's x-path: whether its value is a local path
     "recipe": lambda _: True,
     "data": is_local_data,
     "model": is_local_model,

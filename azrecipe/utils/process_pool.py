@@ -1,4 +1,7 @@
-"""How work on text is spread over the cores: processes with one thread each, results in order, little text in memory at a time."""
+"""Run a function over text in several processes, in order.
+
+Each process has one thread. Only a few chunks of text are in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -16,95 +19,119 @@ from typing import Any, TypeVar
 
 from azrecipe.errors import CannotRun
 
-ALONE = 1_000_000  # characters: this process works on less by itself, sooner than others start
-CHUNK = 500_000  # characters that a process takes at a time
+MIN_POOL_CHARACTERS = 1_000_000  # this process finishes less text sooner than other processes start
+CHUNK_CHARACTERS = 500_000  # characters in a chunk
 
 Result = TypeVar("Result")
 Chunk = TypeVar("Chunk")
 
 
-def cores() -> int:
-    """The cores that this process may use."""
+def count_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def chunked(texts: Iterable[str], size: int = CHUNK) -> Iterator[list[str]]:
-    """Texts in lists of about `size` characters."""
+def chunk_texts(texts: Iterable[str], size: int = CHUNK_CHARACTERS) -> Iterator[list[str]]:
+    """Yield the texts in lists of about `size` characters."""
     chunk: list[str] = []
-    held = 0
+    num_characters = 0
     for text in texts:
         chunk.append(text)
-        held += len(text)
-        if held >= size:
+        num_characters += len(text)
+        if num_characters >= size:
             yield chunk
-            chunk, held = [], 0
+            chunk, num_characters = [], 0
     if chunk:
         yield chunk
 
 
-def characters(texts: Any) -> int:
-    """How much work a list of texts is."""
+def count_characters(texts: Any) -> int:
+    """Return the number of characters in a list of texts."""
     return sum(map(len, texts))
 
 
-class Workers:
-    """Processes that start once there has been text enough for them, and stay until the `with` ends."""
+class WorkerPool:
+    """A pool of processes for work on text.
 
-    def __init__(self, count: int | None = None, alone: int = ALONE) -> None:
-        self.count, self.alone = count or cores(), alone
+    The processes start once there was enough text for them, and end with the `with` block.
+    """
+
+    def __init__(self, count: int | None = None, alone: int = MIN_POOL_CHARACTERS) -> None:
+        """Set the sizes; no process starts yet.
+
+        `count` is the number of processes, by default one a core. `alone` is how many characters this process takes
+        before they start.
+        """
+        self.count, self.alone = count or count_cores(), alone
         self.pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def map(
-        self, function: Callable[..., Result], given: Sequence[Any], chunks: Iterable[Chunk], size: Callable[[Chunk], int] = characters
+    def map_chunks(
+        self,
+        function: Callable[..., Result],
+        arguments: Sequence[Any],
+        chunks: Iterable[Chunk],
+        size: Callable[[Chunk], int] = count_characters,
     ) -> Iterator[Result]:
-        """function(*given, chunk) for each chunk, in order. At most two chunks a process, or ALONE, are held.
+        """Yield the function's result for each chunk, in order.
 
-        Raises CannotRun where a process dies.
+        At most two chunks a process are in memory, or the text that this process takes before the pool starts.
+
+        Args:
+            function: Called as function(*arguments, chunk).
+            given: The first arguments of each call.
+            chunks: The work, read as it is needed.
+            size: Returns the number of characters in a chunk.
+
+        Raises:
+            CannotRun: A process of the pool was killed.
         """
         remaining = iter(chunks)
-        held = []
+        first_chunks = []
         for chunk in remaining if self.count > 1 else ():
-            held.append(chunk)
+            first_chunks.append(chunk)
             self.alone -= size(chunk)
             if self.alone <= 0:
                 break
         if self.alone > 0 or self.count == 1:
-            yield from (function(*given, chunk) for chunk in chain(held, remaining))
+            yield from (function(*arguments, chunk) for chunk in chain(first_chunks, remaining))
             return
-        waiting: deque[Future[Result]] = deque()
+        pending: deque[Future[Result]] = deque()
         try:
-            for chunk in chain(held, remaining):
-                waiting.append(self._started().submit(function, *given, chunk))
-                if len(waiting) >= 2 * self.count:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for chunk in chain(first_chunks, remaining):
+                pending.append(self._start_pool().submit(function, *arguments, chunk))
+                if len(pending) >= 2 * self.count:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool:
             raise CannotRun("a process that worked on text was killed: most likely there was no memory left for it") from None
 
-    def _started(self) -> ProcessPoolExecutor:
+    def _start_pool(self) -> ProcessPoolExecutor:
         if self.pool is None:
-            # spawned, not forked: the tokenizers library may have threads of its own by now
-            self.pool = ProcessPoolExecutor(self.count, get_context("spawn"), _one_thread)
+            # Processes are spawned, not forked: the tokenizers library may have started threads.
+            self.pool = ProcessPoolExecutor(self.count, get_context("spawn"), _initialize_worker)
         return self.pool
 
 
-def _one_thread() -> None:
-    """In a process of the pool, which is one of as many as there are cores. Ctrl-C is the parent's to answer."""
+def _initialize_worker() -> None:
+    """Limit a worker to one thread; leave Ctrl-C to the parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
-def _leave_with(parent: int) -> None:
-    """A parent that was killed could not end its pool: its processes would wait for work for ever."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process once its parent is dead.
+
+    A parent that was killed cannot end its pool, whose processes would wait for work for ever.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

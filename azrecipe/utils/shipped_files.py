@@ -1,4 +1,7 @@
-"""Knows where the files that ship with azrecipe stand: in the checkout, or inside the installed wheel."""
+"""Paths of the recipes, schemas and configs that come with azrecipe.
+
+They lie in the checkout or inside the installed wheel.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,44 @@ from pathlib import Path
 
 import azrecipe
 
-SHIPPED = ("recipes", "schema", "accelerate_configs", "hardware", "sagemaker")
+SHIPPED_FOLDERS = ("recipes", "schema", "accelerate_configs", "hardware", "sagemaker")
 _PACKAGE = Path(azrecipe.__file__).resolve().parent
 
 
-def root() -> Path:
-    """The folder that holds recipes/, schema/, accelerate_configs/, hardware/ and sagemaker/."""
+def locate_root() -> Path:
+    """Return the folder that contains the shipped folders."""
     packaged = _PACKAGE / "_shipped"
     return packaged if packaged.is_dir() else _PACKAGE.parent
 
 
-def find(path: str) -> Path:
-    """The file or folder that a command line names.
+def resolve_shipped_path(path: str) -> Path:
+    """Return the file or folder that a command line names.
 
-    One that exists is taken as it is. Otherwise a relative path is looked up among the shipped files, so that
-    `azrecipe run recipes/quickstart/pipeline.yaml` works from any folder. Falls back to the path as given.
+    A path that exists is returned unchanged. Otherwise a relative path is looked up among the shipped files, so that
+    `azrecipe run recipes/quickstart/pipeline.yaml` works from any folder. A path that is in neither is returned unchanged.
     """
-    given = Path(path)
-    if given.exists() or given.is_absolute():
-        return given
-    shipped = root() / given
-    return shipped if shipped.exists() and given.parts[:1] in {("recipes",), ("accelerate_configs",), ("sagemaker",)} else given
+    local = Path(path)
+    if local.exists() or local.is_absolute():
+        return local
+    shipped = locate_root() / local
+    return shipped if shipped.exists() and local.parts[:1] in {("recipes",), ("accelerate_configs",), ("sagemaker",)} else local
 
 
-def copy(folder: Path) -> tuple[int, int]:
-    """Write all that ships below a folder; returns (written, left alone)."""
-    written = kept = 0
-    for top in SHIPPED:
-        for source in sorted((root() / top).rglob("*")):
-            target = folder / source.relative_to(root())
+def copy_shipped_files(folder: Path) -> tuple[int, int]:
+    """Copy all shipped files into a folder.
+
+    Files that exist there are not changed. Returns the numbers of files that were written and skipped.
+    """
+    num_written = num_skipped = 0
+    for top in SHIPPED_FOLDERS:
+        for source in sorted((locate_root() / top).rglob("*")):
+            target = folder / source.relative_to(locate_root())
             if not source.is_file():
                 continue
             if target.exists():
-                kept += 1
+                num_skipped += 1
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
-            written += 1
-    return written, kept
+            num_written += 1
+    return num_written, num_skipped

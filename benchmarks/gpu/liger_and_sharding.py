@@ -48,7 +48,7 @@ def worker(asked: dict[str, Any]) -> None:
     """One process of one row: batch after batch; the main process prints a line of JSON for each."""
     from azrecipe.distributed import backend as backends
 
-    backend = backends.set_up()
+    backend = backends.set_up_backend()
     import torch
     from accelerate import PartialState
     from torch.utils.data import Dataset
@@ -88,10 +88,10 @@ def worker(asked: dict[str, Any]) -> None:
             stopped = "time"
             break
         sets = [f"training.{key}={value}" for key, value in asked["training"].items()]
-        sets += [f"training.global_batch_size={batch * backend.world}", f"training.per_device_train_batch_size={batch}"]
+        sets += [f"training.global_batch_size={batch * backend.world_size}", f"training.per_device_train_batch_size={batch}"]
         config = open_recipe(file, parse_overrides(sets))[0].config.training
-        loop = training_trainer.Loop("all", Path(asked["folder"]), Path(asked["folder"], "out"), WARM + TIMED, 1e-4, SEED)
-        given = training_trainer.arguments(config, loop, backend) | {
+        loop = training_trainer.LoopConfig("all", Path(asked["folder"]), Path(asked["folder"], "out"), WARM + TIMED, 1e-4, SEED)
+        given = training_trainer.build_training_arguments(config, loop, backend) | {
             "save_strategy": "no",
             "logging_steps": 1000,
             "logging_first_step": False,

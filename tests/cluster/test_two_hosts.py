@@ -14,10 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from azrecipe import sagemaker
-from azrecipe.recipe.load import load
+from azrecipe.recipe.load import load_recipe
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.sagemaker import cloudwatch_metrics
-from azrecipe.sagemaker.jobs import Job
+from azrecipe.sagemaker.jobs import TrainingJob
 from tests import aws
 from tests.cluster.hosts import Running, why_not
 from tests.conftest import ROOT, write
@@ -42,7 +42,7 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def submit(folder: Path, prefix: str, hosts: int = 2, *sets: str) -> Job:
+def submit(folder: Path, prefix: str, hosts: int = 2, *sets: str) -> TrainingJob:
     settings = f"role: {aws.ROLE}\nbucket: azrecipe-{{account}}-{{region}}\nprefix: {prefix}\ninstance_type: ml.m5.xlarge\ninstance_count: {hosts}\nupload_data: true\n"
     job = sagemaker.submit(
         str(RECIPE), str(write(folder / "settings.yaml", settings)), yes=True, check=False, plan=False, set=[*SHORT, *sets]
@@ -51,7 +51,7 @@ def submit(folder: Path, prefix: str, hosts: int = 2, *sets: str) -> Job:
     return job
 
 
-def run(job: Job, folder: Path) -> Running:
+def run(job: TrainingJob, folder: Path) -> Running:
     assert job.request is not None
     return Running(job.request, folder / "hosts")
 
@@ -91,14 +91,14 @@ def test_two_hosts_train_one_model_and_leave_it_where_sagemaker_takes_it(whole: 
     run_directory = Path((whole / "fetched").read_text())
     lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, list[float]] = {}
-    for each in cloudwatch_metrics.definitions(load(RECIPE, parse_overrides(SHORT))):
+    for each in cloudwatch_metrics.build_metric_definitions(load_recipe(RECIPE, parse_overrides(SHORT))):
         found[each["Name"]] = [float(match.group(1)) for line in log.splitlines() if (match := re.search(each["Regex"], line))]
     assert found["train:loss"] == [line["loss"] for line in lines if "loss" in line] and len(found["train:loss"]) >= 12
     assert found["train:peak_memory_gib"] and found["train:tokens_per_second"] and found["eval:bits_per_byte_english"]
     assert same(weights(run_directory / "final"), weights(model))
     from azrecipe.report import page
 
-    assert page.write(run_directory).stat().st_size > 10_000
+    assert page.write_page(run_directory).stat().st_size > 10_000
 
 
 def test_torch_is_left_as_the_image_has_it(whole: Path) -> None:

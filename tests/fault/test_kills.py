@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from azrecipe.training.checkpoints import MARKER, complete
+from azrecipe.training.checkpoints import MARKER, list_complete
 from tests.small import Project, assert_same_weights, in_small_disk
 
 
@@ -30,7 +30,7 @@ def test_a_signal_saves_and_the_rerun_ends_in_the_same_weights(small: Project, f
     assert (status["state"], status["exit_code"]) == ("interrupted", code)
     assert not (small.path("cpt") / "final").exists()
     assert not (small.path("cpt") / "result.json").exists()
-    saved = complete(small.path("cpt") / "checkpoints" / "full")
+    saved = list_complete(small.path("cpt") / "checkpoints" / "full")
     assert saved
     printed = small.run("cpt")
     assert f"going on from {saved[-1].relative_to(small.folder)}" in printed
@@ -50,7 +50,7 @@ def test_kill_9_at_random_moments_never_changes_the_result(small: Project, finis
         small.interrupt("cpt", lambda _run, until=until: time.monotonic() > until, signal.SIGKILL)
         for checkpoint in (small.path("cpt") / "checkpoints").glob("*/checkpoint-*"):
             marked = (checkpoint / MARKER).exists()
-            assert not marked or checkpoint in complete(checkpoint.parent)
+            assert not marked or checkpoint in list_complete(checkpoint.parent)
         if (small.path("cpt") / "result.json").exists():
             break
     small.run("cpt")
@@ -70,7 +70,7 @@ def test_kill_9_while_a_checkpoint_is_written_uses_the_one_before(small: Project
 @pytest.mark.parametrize("damage", ["short", "missing", "marker"])
 def test_a_torn_newest_checkpoint_is_passed_over(small: Project, finished: Project, damage: str) -> None:
     assert small.interrupt("cpt", lambda run: (run / "checkpoints/full/checkpoint-8" / MARKER).exists(), signal.SIGKILL) == -signal.SIGKILL
-    found = complete(small.path("cpt") / "checkpoints" / "full")
+    found = list_complete(small.path("cpt") / "checkpoints" / "full")
     newest = found[-1]
     if damage == "short":
         with (newest / "optimizer.pt").open("r+b") as file:
@@ -104,7 +104,7 @@ def test_a_killed_pipeline_goes_on_with_the_step_that_it_was_in(small: Project, 
 def test_save_total_limit_keeps_so_many_whole_checkpoints(small: Project) -> None:
     small.run("cpt", "--set", "training.save_steps=2", "--set", "training.save_total_limit=2")
     folder = small.path("cpt") / "checkpoints" / "full"
-    assert [c.name for c in complete(folder)] == ["checkpoint-14", "checkpoint-16"]
+    assert [c.name for c in list_complete(folder)] == ["checkpoint-14", "checkpoint-16"]
     assert len(list(folder.iterdir())) == 2
 
 

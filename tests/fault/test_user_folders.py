@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from azrecipe.training.checkpoints import MARKER, remove_after, remove_torn, rotate
-from azrecipe.utils.atomic_files import whole_folder
+from azrecipe.training.checkpoints import MARKER, remove_after, remove_incomplete, rotate
+from azrecipe.utils.atomic_files import atomic_folder
 from tests.conftest import TOKENIZER, Done, write
 
 Cli = Callable[..., Done]
@@ -76,7 +76,7 @@ def test_a_refused_recipe_keeps_an_empty_folder_and_what_was_put_into_it(recipe:
     Path("thesis/chapters").mkdir(parents=True)
     assert cli("run", recipe, "--runs-dir", ".", *LATE).code == 2
     assert list(Path("thesis/chapters").iterdir()) == []
-    monkeypatch.setattr(run_estimate, "foresee", put)  # a moment between the opening and the refusal
+    monkeypatch.setattr(run_estimate, "estimate_run", put)  # a moment between the opening and the refusal
     assert cli("run", recipe, "--runs-dir", ".", *LATE).code == 2
     assert Path("thesis/chapters/notes.txt").read_text(encoding="utf-8") == "the only copy"
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_is_a_link_is_neither_deleted_nor_emptied(tmp_path: Pa
     for number in (2, 3):
         write(checkpoints / f"checkpoint-{number}" / MARKER, "{}")
     before = contents(disk)
-    for action in (lambda: rotate(checkpoints, 1), lambda: remove_torn(checkpoints), lambda: remove_after(checkpoints, 0)):
+    for action in (lambda: rotate(checkpoints, 1), lambda: remove_incomplete(checkpoints), lambda: remove_after(checkpoints, 0)):
         action()
         assert contents(disk) == before
         assert (checkpoints / "checkpoint-1").is_symlink()
@@ -137,7 +137,7 @@ def test_a_folder_is_not_put_in_the_place_of_a_link(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     write(disk / "one", "the only copy")
     (tmp_path / "final").symlink_to(disk)
-    with pytest.raises(OSError, match="a link"), whole_folder(tmp_path / "final") as folder:
+    with pytest.raises(OSError, match="a link"), atomic_folder(tmp_path / "final") as folder:
         write(folder / "two", "x")
     assert contents(disk) == {"one": b"the only copy"} and (tmp_path / "final").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "final"]

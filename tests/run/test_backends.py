@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from azrecipe.distributed.backend import Backend, asked
+from azrecipe.distributed.backend import Backend, backend_from_env
 from azrecipe.errors import CommandError
 from azrecipe.training import checkpoints
 from azrecipe.utils.atomic_files import read_json, write_json
@@ -114,7 +114,7 @@ def resumable(stopped: Project, tmp_path: Path) -> Project:
 
 
 def newest(project: Project) -> Path:
-    found = checkpoints.last_complete(project.path("cpt") / "checkpoints" / "full")
+    found = checkpoints.find_last_complete(project.path("cpt") / "checkpoints" / "full")
     assert found is not None
     return found
 
@@ -128,7 +128,7 @@ def test_a_signal_to_one_process_saves_once_together_and_writes_no_final_model(s
     assert "Traceback" not in printed
     assert "fsdp2, 2 processes" in printed
     done = lines(stopped)
-    assert checkpoints.step_of(newest(stopped)) == done[-1]["step"]
+    assert checkpoints.get_step(newest(stopped)) == done[-1]["step"]
     for a, b in zip(done, lines(finished), strict=False):
         assert a["loss"] == pytest.approx(b["loss"], abs=CLOSE)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -140,7 +140,7 @@ def test_weights_and_optimizer_state_lie_in_the_checkpoint_in_two_parts(stopped:
     moments = {name: found for name, found in states.items() if "exp_avg" in name}
     assert len(moments) >= 2 * len(parameters) - 2  # two moments a weight; the tied matrix is named twice among the weights
     assert {pieces for pieces, _ in moments.values()} == {2}
-    assert read_json(newest(stopped) / checkpoints.WRITTEN_BY) == {"kind": "fsdp2", "processes": 2, "format": "SHARDED_STATE_DICT"}
+    assert read_json(newest(stopped) / checkpoints.BACKEND_FILE) == {"kind": "fsdp2", "processes": 2, "format": "SHARDED_STATE_DICT"}
 
 
 @pytest.mark.parametrize(("config", "processes"), [("hsdp", 4), ("fsdp", 1)])
@@ -196,11 +196,11 @@ def test_zero_trains_the_model_that_one_process_trains(small: Project, finished:
 def test_who_can_go_on_from_a_checkpoint(tmp_path: Path, written: Backend, reads: list[Backend], refuses: list[Backend]) -> None:
     folder = tmp_path / "full" / "checkpoint-4"
     write(folder / "weights", "w")
-    checkpoints.seal(folder, written)
+    checkpoints.finalize(folder, written)
     for backend in reads:
         checkpoints.check_readable(tmp_path, backend)
     for backend in refuses:
-        with pytest.raises(CommandError, match=f"written by {written.kind} with {written.world} process"):
+        with pytest.raises(CommandError, match=f"written by {written.strategy} with {written.world_size} process"):
             checkpoints.check_readable(tmp_path, backend)
 
 
@@ -242,7 +242,7 @@ def test_a_compiled_model_trains_alike_and_its_checkpoint_is_a_plain_one(small: 
     compiled = ("--set", "training.torch_compile=true")
     code = small.interrupt("phase1", lambda run: any(run.glob("checkpoints/*/*/" + checkpoints.MARKER)), signal.SIGTERM, *compiled)
     assert code == 143
-    (found,) = checkpoints.complete(small.path("phase1") / "checkpoints" / "embeddings")[-1:]
+    (found,) = checkpoints.list_complete(small.path("phase1") / "checkpoints" / "embeddings")[-1:]
     assert "model.embed_tokens.weight" in weights(found)
     before = len(lines(small, "phase1"))
     assert before >= 4
@@ -258,7 +258,7 @@ def test_torch_compile_without_a_compiler_is_refused(small: Project, monkeypatch
 
 
 def test_accelerate_still_calls_processes_without_an_accelerator_undistributed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where this fails, azrecipe.distributed.cpu_backend._say_gloo may have become needless."""
+    """Where this fails, azrecipe.distributed.cpu_backend._patch_accelerate_gloo may be unnecessary."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -269,7 +269,7 @@ def test_accelerate_still_calls_processes_without_an_accelerator_undistributed(m
 
 @needs_deepspeed
 def test_deepspeed_still_builds_an_operator_when_it_starts_on_a_cpu() -> None:
-    """Where this fails, azrecipe.distributed.cpu_backend._build_nothing may have become needless."""
+    """Where this fails, azrecipe.distributed.cpu_backend._patch_deepspeed_compilation may be unnecessary."""
     found = importlib.util.find_spec("deepspeed")
     assert found is not None and found.origin is not None
     source = (Path(found.origin).parent / "comm" / "torch.py").read_text()
@@ -306,7 +306,7 @@ SPLIT = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZ
 )
 def test_what_a_launcher_asked_for(environment: dict[str, str], backend: Backend | str) -> None:
     if isinstance(backend, Backend):
-        assert asked(environment) == backend
+        assert backend_from_env(environment) == backend
     else:
         with pytest.raises(CommandError, match=backend):
-            asked(environment)
+            backend_from_env(environment)

@@ -83,4 +83,4 @@ def test_pytorch_still_splits_cuda_s_attention_only(tmp_path: Path) -> None:
 def test_a_model_whose_layers_see_a_window_only_is_refused(small: Project) -> None:
     write(small.folder / "sliding.yaml", SLIDING)
     out = small.run("sliding", *CONTEXT, "--num-processes", "2", *UNPACKED, code=2)
-    assert "has sliding_attention layers, which see less than all that precedes" in out
+    assert "has sliding_attention layers, which do not attend to all earlier tokens" in out

@@ -112,7 +112,7 @@ def test_what_is_answered_was_never_trained_on(evaluated: Project) -> None:
     from azrecipe.data import conversations
 
     rows = [json.loads(line)["messages"] for line in (evaluated.folder / "questions.jsonl").read_text().splitlines()]
-    train, held_out, _ = conversations.split(rows, 0.2)
+    train, held_out, _ = conversations.split_held_out(rows, 0.2)
     result = evaluated.result("more")
     assert result["answers"]["conversations"] == result["answers"]["held_out"] == len(held_out)
     lines = [json.loads(line) for line in (evaluated.path("more") / "models/base/answers.jsonl").read_text().splitlines()]
@@ -219,7 +219,7 @@ def test_models_that_cannot_be_measured_are_refused_all_at_once(own: Project, cl
         "the folder ./tasks holds no model that transformers can open",
         "the adapter ./runs/small/sft/adapter was trained on runs/small/cpt/final, and this model is runs/small/base/final",
         "the adapter's folder ./other holds no weights",
-        "./twin is no adapter's folder: there is no adapter_config.json in it",
+        "./twin is not the folder of an adapter: it has no adapter_config.json",
     ):
         assert expected in said
 
@@ -254,7 +254,7 @@ def test_tasks_are_looked_for_before_anything_starts(own: Project, cli: Callable
 
     assert "no such task file: ./tasks/completoin.yaml; did you mean 'completion.yaml'?" in said("[./tasks/completoin.yaml]")
     write("tasks/broken.yaml", "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}\ntest_split: test\n")
-    assert "./tasks/broken.yaml: no task that lm-evaluation-harness can load" in said("[./tasks/broken.yaml]")
+    assert "./tasks/broken.yaml: lm-evaluation-harness cannot load this task" in said("[./tasks/broken.yaml]")
     assert "models without a chat template: base, adapted, twin" in said("[{task: ./tasks/completion.yaml, apply_chat_template: true}]")
     unknown = said("[belebele_azj_Latin, include_base_44_azerbaijani]")
     assert "has no task 'belebele_azj_Latin'; did you mean 'belebele_azj_Latn'?" in unknown

@@ -32,12 +32,12 @@ def test_a_run_writes_what_it_will_need_and_its_page_sets_that_beside_what_it_to
     assert loop["parameters"] == {"total": parameters, "trainable": parameters, "embeddings": 340 * 32}
     assert loop["memory"]["parts"]["weights"] == 4 * parameters
     assert (plan["device"], plan["card"], loop["verdict"], loop["tokens_per_second"]) == ("cpu", None, None, None)
-    foreseen = printed.index("  foreseen, english: ")
+    foreseen = printed.index("  estimate, english: ")
     assert foreseen < printed.index("english: 3 steps"), "before training"
     assert "of tensors at the peak" in printed
-    assert "Foreseen and measured" in printed, "the table at the end"
+    assert "Estimated and measured" in printed, "the table at the end"
     page = (small.path("base") / "report.html").read_text()
-    assert "Foreseen and measured</h2>" in page
+    assert "Estimated and measured</h2>" in page
     assert "On a CPU memory is not measured in a way that could be compared" in page
     environment = json.loads((small.path("base") / "environment.json").read_text())
     assert (environment["backend"]["kind"], environment["nodes"], environment["gpu_memory_bytes"]) == ("single", 1, [])
@@ -52,21 +52,21 @@ def test_a_look_ahead_that_takes_too_long_is_said_in_a_line_and_the_run_goes_on(
     run = small.path("sft")
     write(run / "plan.json", '{"loops": "of an earlier start"}')
     printed = small.run("sft", "--set", "training.max_steps=2")
-    assert "  memory and rate are not foreseen: it took more than 0.01 s (AZRECIPE_FORESEE_SECONDS allows more)\n" in printed
+    assert "  no estimate of memory and rate: it took more than 0.01 s (AZRECIPE_FORESEE_SECONDS allows more)\n" in printed
     assert small.status("sft")["state"] == "complete"
     assert not (run / "plan.json").exists()
 
 
 def test_tuning_foresees_the_rows_that_the_template_adds(small: Project, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from azrecipe.data.inputs import Inputs
-    from azrecipe.recipe.load import load
+    from azrecipe.recipe.load import load_recipe
     from azrecipe.stages import sft
 
     monkeypatch.chdir(small.folder)
     write(
         "sft.yaml", Path("sft.yaml").read_text().replace("{output_of: cpt.yaml}", f"{{name_or_path: {llama}}}").replace("llama3", "chatml")
     )
-    recipe = load("sft.yaml")
+    recipe = load_recipe("sft.yaml")
     checked = sft.check(recipe, Inputs(recipe, Path("runs")))
     assert checked.shape.config["vocab_size"] == max(checked.base.tokenizer.get_vocab().values()) + 1
     assert checked.shape.new_tokens == len(checked.new_tokens) > 0

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from azrecipe.modeling.loading import build_model, save_model
-from azrecipe.recipe.load import load
-from azrecipe.tokenization.bpe_extension import extend
+from azrecipe.recipe.load import load_recipe
+from azrecipe.tokenization.bpe_extension import extend_tokenizer
 from azrecipe.tokenization.bpe_training import train_llama3
 from azrecipe.tokenization.tokenizer import save_tokenizer
 from tests.conftest import ROOT, TALES, Done, write
@@ -29,7 +29,7 @@ CONFIG = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
-EEVE = load(ROOT / "recipes" / "eeve" / "pretrain.yaml").config.phases
+EEVE = load_recipe(ROOT / "recipes" / "eeve" / "pretrain.yaml").config.phases
 # Two steps for each of the seven phases of the recipe that ships; one with an optimizer and a schedule of its own.
 OWN = "lr_scheduler_type: warmup_stable_decay, decay_ratio: 0.5, min_lr_ratio: 0.1, warmup_ratio: 0.25, optim: adamw_torch, max_grad_norm: 0.1"
 PHASES = "\n".join(
@@ -46,7 +46,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = fill(tmp_path_factory.mktemp("untied"))
     own = train_llama3([TALES[0] * 20, TALES[2] * 20], 340)
     save_model(build_model(CONFIG, own, "float32", "sdpa", seed=1), own, project.folder / "llama")
-    save_tokenizer(extend(own, [TALES[1] * 20, TALES[3] * 20], 40).tokenizer, project.folder / "longer")
+    save_tokenizer(extend_tokenizer(own, [TALES[1] * 20, TALES[3] * 20], 40).tokenizer, project.folder / "longer")
     tokenizer = "{name_or_path: ./longer, pad_to_multiple_of: 64}"
     cpt = CPT.replace("{output_of: base.yaml}", "{name_or_path: ./llama}").replace("{output_of: tokenizer.yaml}", tokenizer)
     write(project.folder / "cpt.yaml", f"{cpt[: cpt.index('phases:')]}phases:\n{PHASES}\n{cpt[cpt.index('training:') :]}")

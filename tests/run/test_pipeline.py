@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from azrecipe.tokenization.chat_templates import SHIPPED
+from azrecipe.tokenization.chat_templates import SHIPPED_TEMPLATES
 from tests.conftest import write
 from tests.small import Project, weights
 
@@ -126,7 +126,7 @@ def test_the_assistant_keeps_its_template_and_stops_at_the_end_of_turn(finished:
     tokenizer = AutoTokenizer.from_pretrained(finished.path("sft") / "final")
     model = AutoModelForCausalLM.from_pretrained(finished.path("sft") / "final")
     eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert tokenizer.chat_template == SHIPPED["llama3"].text
+    assert tokenizer.chat_template == SHIPPED_TEMPLATES["llama3"].text
     assert tokenizer.eos_token_id == eot
     assert model.generation_config.eos_token_id[0] == eot
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != eot

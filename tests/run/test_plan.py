@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from azrecipe.hardware import find
-from azrecipe.planning.alternatives import levers
+from azrecipe.hardware import find_machine
+from azrecipe.planning.alternatives import list_alternatives
 from azrecipe.planning.model_config import ModelShape
-from azrecipe.planning.placement import where
-from azrecipe.planning.training_loops import loops
-from azrecipe.recipe.load import load
+from azrecipe.planning.placement import build_placement
+from azrecipe.planning.training_loops import plan_loops
+from azrecipe.recipe.load import load_recipe
 from tests.conftest import ROOT, write
 from tests.small import called, environment
 
@@ -110,12 +110,12 @@ def test_what_single_changes_do_is_said_best_first(tiny: Path) -> None:
 
 
 def test_every_other_backend_is_a_change_on_several_cards() -> None:
-    recipe = load(ROOT / "recipes" / "cpt_phase2.yaml")
-    machine = where(find("p4d.24xlarge"), 2, None)
+    recipe = load_recipe(ROOT / "recipes" / "cpt_phase2.yaml")
+    machine = build_placement(find_machine("p4d.24xlarge"), 2, None)
     model = ModelShape({"model_type": "llama", "vocab_size": 100_000}, 0, ())
-    (loop,) = loops(recipe, model, machine.backend)
-    found = {lever.how: lever for lever in levers(recipe.config, loop, machine)}
-    shards = {name: found[f"--accelerate-config {name}"].loop.asked.shards for name in ("ddp", "hsdp", "zero2", "zero3")}
+    (loop,) = plan_loops(recipe, model, machine.backend)
+    found = {lever.options: lever for lever in list_alternatives(recipe.config, loop, machine)}
+    shards = {name: found[f"--accelerate-config {name}"].loop.step.shards for name in ("ddp", "hsdp", "zero2", "zero3")}
     assert shards == {"ddp": 1, "hsdp": 8, "zero2": 1, "zero3": 16}
 
 

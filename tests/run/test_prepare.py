@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from azrecipe.data import readers, tokenized_cache
-from azrecipe.data.readers import Located
-from azrecipe.data.sources import identity, texts
-from azrecipe.data.tokenized_cache import Making, store
-from azrecipe.errors import Place, RecipeError
+from azrecipe.data.readers import DataSource
+from azrecipe.data.sources import describe_source, read_texts
+from azrecipe.data.tokenized_cache import TokenizeSpec, load_or_tokenize
+from azrecipe.errors import RecipeError, SourceLocation
 from azrecipe.recipe.types import Deduplication, TextSource
 from azrecipe.tokenization.tokenizer import load_tokenizer
 from tests import aws
@@ -105,8 +105,8 @@ def test_a_tokenizer_that_is_not_there_yet_and_what_cannot_be_prepared(
     assert (done.code, "an evaluate recipe" in done.err, "pretrain recipes" in done.err) == (2, True, True)
 
 
-def located(path: Path | str, **keys: Any) -> Located:
-    return Located(TextSource(path=str(path), split="train", **keys), Place("r.yaml", 1, 1))
+def located(path: Path | str, **keys: Any) -> DataSource:
+    return DataSource(TextSource(path=str(path), split="train", **keys), SourceLocation("r.yaml", 1, 1))
 
 
 @pytest.fixture
@@ -119,38 +119,39 @@ def large(tmp_path: Path) -> Path:
 def test_a_store_is_the_same_however_many_processes_make_it(
     large: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    making = Making(load_tokenizer(str(llama)), frozenset(), Deduplication("minhash", 0.8, 3, 32))
+    making = TokenizeSpec(load_tokenizer(str(llama)), frozenset(), Deduplication("minhash", 0.8, 3, 32))
     source = located(large, max_bytes=300_000)
     made = []
     for alone in (10**9, 0):
-        monkeypatch.setattr(tokenized_cache, "ALONE", alone)
-        monkeypatch.setattr(readers, "PIECE", 40_000)
+        monkeypatch.setattr(tokenized_cache, "MIN_POOL_CHARACTERS", alone)
+        monkeypatch.setattr(readers, "PIECE_BYTES", 40_000)
         folder = tmp_path / f"cache{alone}"
-        found = store(source, making, folder)
+        found = load_or_tokenize(source, making, folder)
         made.append({file.name: file.read_bytes() for file in (folder / found.key).iterdir()})
     assert made[0] == made[1]
-    assert 300_000 <= found.bytes < 303_000
+    assert 300_000 <= found.num_bytes < 303_000
     backend = making.tokenizer.backend_tokenizer
-    kept = list(texts(source))
-    assert len(kept) == found.documents
-    for n in (0, 17, found.documents - 1):
-        assert found.document(n).tolist() == backend.encode(kept[n], add_special_tokens=False).ids
+    kept = list(read_texts(source))
+    assert len(kept) == found.num_documents
+    for n in (0, 17, found.num_documents - 1):
+        assert found.read_document(n).tolist() == backend.encode(kept[n], add_special_tokens=False).ids
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from azrecipe.errors import Place
+from azrecipe.errors import SourceLocation
 from azrecipe.data import readers
 from azrecipe.data import tokenized_cache
-from azrecipe.data.readers import Located
+from azrecipe.data.readers import DataSource
 from azrecipe.tokenization.tokenizer import load_tokenizer
 from azrecipe.recipe.types import TextSource
 
 if __name__ == "__main__":
-    tokenized_cache.COMMIT, tokenized_cache.ALONE, readers.PIECE = 0.0, int(sys.argv[4]), 40_000
-    making = tokenized_cache.Making(load_tokenizer(sys.argv[2]), frozenset())
-    print(tokenized_cache.store(Located(TextSource(sys.argv[1], "train"), Place("r.yaml")), making, Path(sys.argv[3])).key)
+    tokenized_cache.COMMIT_SECONDS, tokenized_cache.MIN_POOL_CHARACTERS, readers.PIECE_BYTES = 0.0, int(sys.argv[4]), 40_000
+    spec = tokenized_cache.TokenizeSpec(load_tokenizer(sys.argv[2]), frozenset())
+    source = DataSource(TextSource(sys.argv[1], "train"), SourceLocation("r.yaml"))
+    print(tokenized_cache.load_or_tokenize(source, spec, Path(sys.argv[3])).key)
 """
 
 
@@ -175,10 +176,10 @@ def test_kill_9_while_text_is_tokenised_costs_no_work_and_changes_nothing(large:
     codes = [process.wait(200) for process in two]
     errs, keys = ([(tmp_path / f"{kind}{n}").read_text() for n in range(2)] for kind in ("err", "out"))
     assert codes == [0, 0], errs
-    assert sum("going on after" in err for err in errs) == 1
+    assert sum("continuing after" in err for err in errs) == 1
     key = keys[0].strip()
     assert key == keys[1].strip()
-    whole = store(located(large), Making(load_tokenizer(str(llama)), frozenset()), tmp_path / "anew")
+    whole = load_or_tokenize(located(large), TokenizeSpec(load_tokenizer(str(llama)), frozenset()), tmp_path / "anew")
     assert whole.key == key
     for name in ("tokens.bin", "documents.bin"):
         assert (tmp_path / "cache" / key / name).read_bytes() == (tmp_path / "anew" / key / name).read_bytes()
@@ -188,7 +189,7 @@ def test_kill_9_while_text_is_tokenised_costs_no_work_and_changes_nothing(large:
 def test_a_full_disk_is_told_without_a_word_of_checkpoints(large: Path, llama: Path, tmp_path: Path) -> None:
     script = write(tmp_path / "make.py", SCRIPT)
     done = in_small_disk([sys.executable, str(script), str(large), str(llama), "disk/cache", "100000000"], tmp_path, "disk", 300_000)
-    assert "CannotRun: the disk is full: no room in" in done.err
+    assert "CannotRun: the disk is full: no space in" in done.err
     assert "checkpoint" not in done.err
 
 
@@ -215,15 +216,15 @@ def test_files_on_s3_are_read_as_local_ones(bucket: Any, tmp_path: Path, llama: 
             out.write(data)
     pyarrow.parquet.write_table(pyarrow.table({"text": wanted, "n": range(900)}), "bucket/p/all.parquet", filesystem=bucket)
     for path in ("s3://bucket/t/", "s3://bucket/t", "s3://bucket/**/*.jsonl*", "s3://bucket/p/*.parquet"):
-        assert list(texts(located(path))) == wanted, path
-    assert list(texts(located("s3://bucket/t/*.jsonl*"))) == wanted[:600]
+        assert list(read_texts(located(path))) == wanted, path
+    assert list(read_texts(located("s3://bucket/t/*.jsonl*"))) == wanted[:600]
     with pytest.raises(RecipeError, match=r"r.yaml:1:1: no such file on S3: s3://bucket/none.jsonl"):
-        list(texts(located("s3://bucket/none.jsonl")))
+        list(read_texts(located("s3://bucket/none.jsonl")))
     with pytest.raises(RecipeError, match=r"no such file on S3: s3://other/"):
-        list(texts(located("s3://other/")))
+        list(read_texts(located("s3://other/")))
     with pytest.raises(RecipeError, match=r"s3://bucket/t/\*.txt: no file there ends in"):
-        list(texts(located("s3://bucket/t/*.txt")))
-    [origin] = identity(located("s3://bucket/t/a.jsonl"))["origin"]
+        list(read_texts(located("s3://bucket/t/*.txt")))
+    [origin] = describe_source(located("s3://bucket/t/a.jsonl"))["origin"]
     assert origin.startswith(f"s3://bucket/t/a.jsonl {len(parts[0])} ")
 
 

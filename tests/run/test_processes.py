@@ -9,7 +9,7 @@ import pytest
 from azrecipe.utils import shipped_files
 from tests.small import Project, pages, weights
 
-DDP = str(shipped_files.root() / "accelerate_configs" / "ddp.yaml")
+DDP = str(shipped_files.locate_root() / "accelerate_configs" / "ddp.yaml")
 
 
 def test_two_processes_train_the_model_that_one_trains(small: Project, finished: Project) -> None:

@@ -63,7 +63,7 @@ def test_the_card_has_the_runs_numbers_and_no_path_of_this_machine(push: Callabl
         "max_steps: 12",
         "CC0-1.0",
         "embeddings",
-        "trained from nothing",
+        "trained from scratch",
     ):
         assert word in text
     share = project.result("cpt")["data"][0]

@@ -50,9 +50,9 @@ def copy(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project
 @pytest.fixture(scope="module")
 def compared(copy: Project) -> Path:
     """A page that compares the two pretrainings and the evaluation."""
-    from azrecipe.report.page import compare
+    from azrecipe.report.page import write_comparison
 
-    return compare([copy.path(name) for name in ("base", "cpt", "evaluate")])
+    return write_comparison([copy.path(name) for name in ("base", "cpt", "evaluate")])
 
 
 def test_every_stage_leaves_a_page_with_its_numbers(finished: Project) -> None:
@@ -80,8 +80,8 @@ def test_every_stage_leaves_a_page_with_its_numbers(finished: Project) -> None:
         assert f"{found['bpb']['english']['value']:.3f}" in evaluated
         assert evaluated.count(f"<h5>{name}</h5>") == 2
     assert "None: it was started once and ran to its end." in cpt
-    assert "What was changed of cpt.yaml as it stands" not in cpt
-    assert "cpt.yaml: nothing in it was changed." in cpt
+    assert "Differences from cpt.yaml without overrides" not in cpt
+    assert "cpt.yaml: no overrides." in cpt
 
 
 def test_a_pipeline_leaves_one_page_that_holds_every_step(finished: Project) -> None:
@@ -92,7 +92,7 @@ def test_a_pipeline_leaves_one_page_that_holds_every_step(finished: Project) -> 
         assert f'href="../{name}/report.html"' in whole
         own = plots(page(finished.path(name)))
         assert set(own) <= set(plots(whole))
-    assert whole.index("What came of it") < whole.index("1. Pretraining: base.yaml") < whole.index("5. Evaluation: evaluate.yaml")
+    assert whole.index("<h2>Result</h2>") < whole.index("1. Pretraining: base.yaml") < whole.index("5. Evaluation: evaluate.yaml")
     assert "The small job." in whole
 
 
@@ -104,7 +104,7 @@ def test_several_runs_stand_in_the_same_plots_with_the_keys_that_differ(copy: Pr
         [str(p.resolve()) for p in (base / "report.html", cpt / "report.html", base.parent / "comparison.html")],
     )
     found = (base.parent / "comparison.html").read_text(encoding="utf-8")
-    told = re.findall(r'<desc id="p\d+-told">(.*?)</desc>', found)
+    told = re.findall(r'<desc id="p\d+-description">(.*?)</desc>', found)
     assert all("base: " in words and "cpt: " in words for words in told)
     assert {"Training loss", "Bits per byte, target", "Bits per byte, english", "Learning rate", "Speed", "Peak memory"} <= set(
         plots(found)
@@ -114,10 +114,10 @@ def test_several_runs_stand_in_the_same_plots_with_the_keys_that_differ(copy: Pr
     assert "data.max_length" not in differing
     assert 'href="cpt/report.html"' in found
 
-    from azrecipe.report.page import compare
+    from azrecipe.report.page import write_comparison
 
     shutil.copytree(copy.path("pipeline").parent, tmp_path / "again" / "small")
-    file = compare([copy.path("pipeline"), tmp_path / "again" / "small" / "pipeline"], tmp_path / "elsewhere" / "both.html")
+    file = write_comparison([copy.path("pipeline"), tmp_path / "again" / "small" / "pipeline"], tmp_path / "elsewhere" / "both.html")
     both = file.read_text(encoding="utf-8")
     assert "Comparison of 10 runs" in both, "a pipeline stands for its steps"
     assert "Their recipes are the same." in both
@@ -165,7 +165,7 @@ def test_starts_interruptions_and_the_parent_are_kept_and_shown(tmp_path: Path) 
         return lambda _: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) >= steps
 
     assert small.interrupt("derived", logged(6), signal.SIGKILL, *sets) == -signal.SIGKILL
-    from azrecipe.report.page import write as write_page
+    from azrecipe.report.page import write_page
 
     half = write_page(run).read_text(encoding="utf-8")
     assert "<dd>running</dd>" in half
@@ -185,7 +185,7 @@ def test_starts_interruptions_and_the_parent_are_kept_and_shown(tmp_path: Path) 
     ]
     assert 0 == events[1]["step"] < events[3]["step"] < events[6]["step"]
     shown = page(run)
-    assert "killed: it left no word" in shown
+    assert "killed without a message" in shown
     assert f"english, step {events[3]['step']}" in shown
     assert "interrupted " in shown
     assert "a checkpoint is saved" in shown
@@ -201,7 +201,7 @@ def test_starts_interruptions_and_the_parent_are_kept_and_shown(tmp_path: Path) 
 
 
 def test_a_long_run_is_thinned_and_says_so(copy: Project, tmp_path: Path) -> None:
-    from azrecipe.report.page import write as write_page
+    from azrecipe.report.page import write_page
 
     run = tmp_path / "long"
     shutil.copytree(copy.path("base"), run)
@@ -218,7 +218,7 @@ def test_a_long_run_is_thinned_and_says_so(copy: Project, tmp_path: Path) -> Non
 
 
 def test_what_runs_and_models_say_is_text_in_a_page(copy: Project, tmp_path: Path) -> None:
-    from azrecipe.report.page import write as write_page
+    from azrecipe.report.page import write_page
 
     nasty = "<script>alert(1)</script><img src=http://127.0.0.1:9/x.png>&$\\frac{x}$"
     run = tmp_path / "nasty"
@@ -246,9 +246,9 @@ def test_the_browser_would_tell(tmp_path: Path) -> None:
     free = browser.see(tmp_path / "free.html", tmp_path)
     assert set(free.asked) == {"http://127.0.0.1:9/x.png"}
     assert "here" in free.console[0]
-    from azrecipe.report.html import Html, page
+    from azrecipe.report.html import Html, render_page
 
-    write(tmp_path / "held.html", page("held", Html('<img src="http://127.0.0.1:9/x.png">')))
+    write(tmp_path / "held.html", render_page("held", Html('<img src="http://127.0.0.1:9/x.png">')))
     held = browser.see(tmp_path / "held.html", tmp_path)
     assert held.asked == []
     assert "Content Security Policy" in held.console[0]

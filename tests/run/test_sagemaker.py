@@ -19,7 +19,7 @@ import pytest
 
 from azrecipe import sagemaker
 from azrecipe.errors import CannotRun, CommandError, RecipeError
-from azrecipe.recipe.load import load
+from azrecipe.recipe.load import load_recipe
 from azrecipe.recipe.pipeline_steps import load_pipeline
 from azrecipe.sagemaker import bundle, cloudwatch_metrics
 from azrecipe.sagemaker import load as load_settings
@@ -116,14 +116,14 @@ def test_the_recipe_in_the_container_is_the_recipe_here_with_other_paths(here: P
     write("recipe.yaml", RECIPE.replace("tokenizer: {family: llama3, vocab_size: 320}", "tokenizer: {output_of: tokenizer.yaml}"))
     done = cli("sagemaker", "pack", "recipe.yaml", "--config", "settings.yaml", "--upload-data", "source")
     assert done.code == 0, done.text
-    packed, own = load("source/job/recipe.yaml"), load("recipe.yaml")
+    packed, own = load_recipe("source/job/recipe.yaml"), load_recipe("recipe.yaml")
     assert json.loads(Path("source/job.json").read_text())["runs"] == {"run0": "p/tokenizer"}
     assert packed.config.data.datasets[0].path == "/opt/ml/input/data/data0/text.txt"
     assert packed.config.data.validation["target"].path == "/opt/ml/input/data/data1/heldout.txt"
     assert packed.config.training == replace(own.config.training, report_to=["tensorboard"])  # SageMaker shows what it writes
     assert (packed.config.phases, packed.project, packed.name) == (own.config.phases, own.project, own.name)
     # The source folder is a whole azrecipe: what the container runs is what is here
-    found = python("-c", "import azrecipe.utils.shipped_files as r; print(r.root())")
+    found = python("-c", "import azrecipe.utils.shipped_files as r; print(r.locate_root())")
     assert Path(found.stdout.strip()).samefile("source/azrecipe/_shipped"), found.stderr
 
 
@@ -147,11 +147,11 @@ def test_every_step_that_ships_can_be_read_in_the_container(recipe: str, monkeyp
     settings = load_settings("sagemaker/cpt.yaml", upload_data=True)
     for step in load_pipeline(recipe)[1]:
         try:
-            packed = bundle.pack(step.recipe, settings.of_step(step.key))
+            packed = bundle.build_bundle(step.recipe, settings.for_step(step.key))
         except RecipeError as error:
             assert "there is nothing" in str(error), error  # text that the user is to lay beside it
             continue
-        names = packed.code["requirements.txt"].decode()
+        names = packed.source_files["requirements.txt"].decode()
         assert ("sacrebleu" in names) == (step.recipe.stage == "evaluate") and "\ntorch>" not in names
 
 
@@ -198,7 +198,8 @@ def test_nothing_travels_but_code_the_recipe_and_data_that_were_asked_for(here: 
     }
     own = {"sagemaker_entry.py", "job.json", "job/recipe.yaml", "requirements.txt", "constraints.txt"}
     assert set(code) <= files | shipped | own
-    assert not [name for name in code if "__pycache__" in name or "/data/" in name or Path(name).name.startswith(".")]
+    assert not [name for name in code if "__pycache__" in name or Path(name).name.startswith(".")]
+    assert not [name for name in code if "/data/" in name.removeprefix("azrecipe/data/")]  # data; azrecipe/data/ is code
     assert {Path(key).name for key in new if key.startswith("azrecipe/data/")} <= {"text.txt", "heldout.txt"}
     assert not [key for key in new if not key.startswith(("azrecipe/code/", "azrecipe/data/"))]
 
@@ -375,9 +376,9 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_cloudwatchs_expressions_find_every_metric_in_the_log_of_a_real_run(small_run: Path) -> None:
     lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
-    log = [cloudwatch_metrics.said(json.dumps(line)) for line in lines]
+    log = [cloudwatch_metrics.format_metrics_line(json.dumps(line)) for line in lines]
     found: dict[str, list[float]] = {}
-    for each in cloudwatch_metrics.definitions(load(small_run.parent.parent.parent / "recipe.yaml")):
+    for each in cloudwatch_metrics.build_metric_definitions(load_recipe(small_run.parent.parent.parent / "recipe.yaml")):
         found[each["Name"]] = [float(match.group(1)) for line in log if line and (match := re.search(each["Regex"], line))]
     trained = [line for line in lines if "loss" in line]
     for name, key in [
@@ -414,7 +415,7 @@ def test_a_pipeline_is_a_job_a_step_and_takes_what_the_last_one_left(here: Path,
         if file.is_file() and file.name != "recipe.yaml":
             s3.upload_file(str(file), aws.BUCKET, f"azrecipe/runs/q/first/{file.relative_to(small_run)}")
     job = sagemaker.submit("pipeline.yaml", "settings.yaml", yes=True, check=False, plan=False, upload_data=True)
-    assert job is not None and job.run == "q/second" and job.request is not None
+    assert job is not None and job.run_path == "q/second" and job.request is not None
     (source,) = [each["DataSource"]["S3DataSource"] for each in job.request["InputDataConfig"] if each["ChannelName"] == "run0"]
     assert source["S3DataType"] == "ManifestFile"
     listed = json.loads(s3.get_object(Bucket=aws.BUCKET, Key=source["S3Uri"].removeprefix(f"s3://{aws.BUCKET}/"))["Body"].read())
@@ -435,12 +436,12 @@ def test_the_hubs_token_comes_from_secrets_manager(here: Path, monkeypatch: pyte
     secrets = boto3.client("secretsmanager")
     secrets.create_secret(Name="plain", SecretString="hf_plain\n")
     secrets.create_secret(Name="named", SecretString=json.dumps({"user": "u", "HF_TOKEN": "hf_named"}))
-    assert (container._secret("plain"), container._secret("named")) == ("hf_plain", "hf_named")
+    assert (container._read_secret("plain"), container._read_secret("named")) == ("hf_plain", "hf_named")
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     monkeypatch.setenv("AWS_REGION", aws.REGION)  # as a container may have it
-    assert container._secret("plain") == "hf_plain"
+    assert container._read_secret("plain") == "hf_plain"
     with pytest.raises(CannotRun, match="secretsmanager:GetSecretValue"):
-        container._secret("nobody")
+        container._read_secret("nobody")
     with pytest.raises(CommandError, match="there is no secret nobody"):
         sagemaker.submit(
             "recipe.yaml", str(write("settings.yaml", SETTINGS + "hub_token_secret: nobody\n")), yes=True, check=False, plan=False
@@ -468,7 +469,7 @@ def test_the_notebook_runs(here: Path, account: str, capsys: pytest.CaptureFixtu
                 .replace('"sagemaker/cpt.yaml"', '"sagemaker/mine.yaml", check=False, plan=False, upload_data=True'),
                 scope,
             )
-    assert scope["job"].run == "p/recipe" and "Completed" in capsys.readouterr().out
+    assert scope["job"].run_path == "p/recipe" and "Completed" in capsys.readouterr().out
 
 
 def test_the_containers_requirements_are_the_projects() -> None:

@@ -67,17 +67,17 @@ def test_packed_conversations_see_only_themselves(tuned: Project) -> None:
     assert f"in {result['training']['sequences']:,} sequences" in printed
     assert result["held_out_loss"]["after"] < result["held_out_loss"]["before"]
 
-    from azrecipe.data.finetuning_examples import joined
-    from azrecipe.data.packing import Collate
-    from azrecipe.tokenization.chat_templates import Example
+    from azrecipe.data.finetuning_examples import join_examples
+    from azrecipe.data.packing import Collator
+    from azrecipe.tokenization.chat_templates import TokenizedExample
 
     model, tokenizer = opened(tuned.path("cpt") / "final")
     model.config.use_cache = False
     parts = [tokenizer(text)["input_ids"] for text in ("Ev 3?", "Bəli, 3 ev var.", "Cavab 8 edir.")]
-    row = {key: torch.tensor(value) for key, value in joined([Example(ids, list(ids)) for ids in parts]).items()}
+    row = {key: torch.tensor(value) for key, value in join_examples([TokenizedExample(ids, list(ids)) for ids in parts]).items()}
     assert [int(label) for label in row["labels"]] == [token if n else -100 for ids in parts for n, token in enumerate(ids)]
     longer = {key: torch.cat([value, value]) for key, value in row.items()}
-    batch = Collate(tokenizer.pad_token_id, flat=False)([row, longer])
+    batch = Collator(tokenizer.pad_token_id, flat=False)([row, longer])
     logits = model(**batch).logits
     at = 0
     for ids in parts:
@@ -117,7 +117,7 @@ def test_tokens_that_the_template_adds_are_trained_and_end_the_turn(tuned: Proje
 def test_new_tokens_that_do_not_train_are_warned_of(tuned: Project) -> None:
     recipe(tuned, "still", "chat_template: chatml\nlora: {train_new_tokens: false}\ntraining: {max_steps: 2}\n")
     printed = tuned.run("still")
-    assert "warning: no training has touched the rows of <|im_start|>, <|im_end|>, and lora.train_new_tokens is false" in printed
+    assert "warning: the rows of <|im_start|>, <|im_end|> are untrained, and lora.train_new_tokens is false" in printed
 
 
 def test_sources_are_read_by_weight_and_every_format_is_recognised(tuned: Project) -> None:
@@ -217,7 +217,7 @@ def test_the_adapter_is_merged_in_float32_and_rounded_once(tuned: Project) -> No
 
     saved = AutoModelForCausalLM.from_pretrained(tuned.path("half") / "final", dtype=torch.bfloat16)
     path, (_, tokenizer) = str(tuned.path("cpt") / "final"), opened(tuned.path("half") / "final")
-    live = lora.merged(lora.Base(path, Model(path), tokenizer), tuned.path("half") / "adapter", "bf16_pure")
+    live = lora.merge_adapter(lora.BaseModel(path, Model(path), tokenizer), tuned.path("half") / "adapter", "bf16_pure")
     ids = torch.arange(1, 90)[None]
     assert torch.equal(live(ids).logits, saved(ids).logits)  # buffers as in a model that is opened
 

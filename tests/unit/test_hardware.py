@@ -11,7 +11,7 @@ import pytest
 
 from azrecipe import hardware
 from azrecipe.errors import CommandError, RecipeError
-from azrecipe.hardware import Card, Link, Machine, Network, Price, find, of_device
+from azrecipe.hardware import Card, Link, Machine, Network, Price, build_machine_of_device, find_machine
 from azrecipe.recipe import schema
 from tests.conftest import ROOT, write
 
@@ -45,31 +45,31 @@ SHIPPED = ROOT / "hardware" / "hardware.yaml"
     ],
 )
 def test_a_machine_is_found_by_the_names_that_people_use(text: str, card: str, count: int) -> None:
-    machine = find(text)
+    machine = find_machine(text)
     assert (machine.card.name, machine.count) == (card, count)
     assert machine.link.gb_per_s > 0
 
 
 def test_every_name_that_ships_finds_its_own() -> None:
-    known = hardware.load()
+    known = hardware.load_catalog()
     for name in known.machines:
-        assert find(name).name == name
-        assert find(f"ml.{name}").name == f"ml.{name}"
+        assert find_machine(name).name == name
+        assert find_machine(f"ml.{name}").name == f"ml.{name}"
     for card in known.cards.values():
         for name in (card.name, *card.aliases):
-            assert find(f"{name} x2") == Machine(f"{card.name} x2", card, 2, card.link)
+            assert find_machine(f"{name} x2") == Machine(f"{card.name} x2", card, 2, card.link)
 
 
 def test_sagemaker_has_a_price_of_its_own_or_none() -> None:
-    rented, managed = find("p5.48xlarge"), find("ml.p5.48xlarge")
+    rented, managed = find_machine("p5.48xlarge"), find_machine("ml.p5.48xlarge")
     assert rented.price and managed.price
     assert managed.price.usd_per_hour > rented.price.usd_per_hour
     assert replace(managed, name=rented.name, price=rented.price, spot=rented.spot) == rented
-    assert find("ml.p6-b200.48xlarge").price is None, "EC2's price is not taken for SageMaker's"
+    assert find_machine("ml.p6-b200.48xlarge").price is None, "EC2's price is not taken for SageMaker's"
 
 
 def test_a_price_is_replaced_in_one_step() -> None:
-    assert replace(find("h100 x8"), price=Price(20.0)).price == Price(20.0)
+    assert replace(find_machine("h100 x8"), price=Price(20.0)).price == Price(20.0)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_price_is_replaced_in_one_step() -> None:
 )
 def test_a_name_that_is_unknown_or_unclear_is_refused_with_what_there_is(text: str, told: str) -> None:
     with pytest.raises(CommandError) as caught:
-        find(text)
+        find_machine(text)
     assert told in str(caught.value)
     if "not known" in told or "did you mean" in told:
         assert "g5.{xlarge,2xlarge," in str(caught.value) and "rtx-5090" in str(caught.value) and "--hardware-file" in str(caught.value)
@@ -122,7 +122,7 @@ def test_a_name_that_is_unknown_or_unclear_is_refused_with_what_there_is(text: s
 )
 def test_the_cards_of_this_machine_are_known_by_the_name_that_cuda_gives(device: str, card: str | None) -> None:
     memory = 50 * 2**30
-    machine = of_device(device, 4, memory)
+    machine = build_machine_of_device(device, 4, memory)
     if card is None:
         assert machine is None
         return
@@ -131,18 +131,18 @@ def test_the_cards_of_this_machine_are_known_by_the_name_that_cuda_gives(device:
 
 
 def test_the_file_that_ships_keeps_its_own_rules() -> None:
-    hardware.load(SHIPPED)  # laid over itself, so checked as a user's file is
+    hardware.load_catalog(SHIPPED)  # laid over itself, so checked as a user's file is
 
 
 def test_every_figure_has_its_source_and_every_price_its_day() -> None:
-    known = hardware.load()
+    known = hardware.load_catalog()
     keys = set(re.findall(r"^  ([a-z0-9-]+): ", SHIPPED.read_text(encoding="utf-8").partition("cards:")[0], re.MULTILINE))
     for card in known.cards.values():
         assert card.source and card.memory_source and card.devices
         assert not {card.source, card.memory_source} & keys, "a key stands for what it names"
         assert card.total_memory_gib * 2**30 < card.memory_gb * 1.08e9 and card.total_memory_gib > 0.9 * card.memory_gb
         assert card.fp32_tflops < card.bf16_tflops
-    prices = [p for machine in known.machines.values() for p in (machine.price, machine.spot) if p] + list(known.sagemaker.values())
+    prices = [p for machine in known.machines.values() for p in (machine.price, machine.spot) if p] + list(known.sagemaker_prices.values())
     assert len(prices) > len(known.machines)
     assert all(p.region and p.source and p.as_of for p in prices)
     for machine in known.machines.values():
@@ -153,7 +153,7 @@ def test_every_figure_has_its_source_and_every_price_its_day() -> None:
 
 def test_the_schema_has_the_fields_of_the_dataclasses() -> None:
     def below(*path: str) -> set[str]:
-        at: Any = schema.document("hardware")
+        at: Any = schema.load_schema("hardware")
         for step in path:
             at = at[step]
         return set(at["properties"])
@@ -185,15 +185,15 @@ machines:
   p4d.24xlarge: {prices: {on_demand: null}}
 """,
     )
-    box, p5, p4 = find("my-box", path), find("p5.48xlarge", path), find("p4d.24xlarge", path)
+    box, p5, p4 = find_machine("my-box", path), find_machine("p5.48xlarge", path), find_machine("p4d.24xlarge", path)
     assert (box.card.memory_gb, box.count, box.network, box.price) == (64, 2, Network(25), None)
-    assert find("my gpu x8", path).count == 8
+    assert find_machine("my gpu x8", path).count == 8
     assert p5.price == Price(30.0), "the old price's day is gone with it"
     assert p5.spot == Price(12.5, source="https://example.org/prices")
-    assert p5.network == find("p5.48xlarge").network
-    assert find("ml.p5.48xlarge", path) == find("ml.p5.48xlarge")
+    assert p5.network == find_machine("p5.48xlarge").network
+    assert find_machine("ml.p5.48xlarge", path) == find_machine("ml.p5.48xlarge")
     assert p4.price is None
-    assert find("rtx 4090", path).card == replace(find("rtx 4090").card, total_memory_gib=47.5)
+    assert find_machine("rtx 4090", path).card == replace(find_machine("rtx 4090").card, total_memory_gib=47.5)
 
 
 @pytest.mark.usefixtures("project")
@@ -209,7 +209,7 @@ machine: {}
 """,
     )
     with pytest.raises(RecipeError) as caught:
-        find("p5.48xlarge", path)
+        find_machine("p5.48xlarge", path)
     text = str(caught.value)
     for expected in [
         "mine.yaml:2:3: 'my box' is no name to use here: ",
@@ -222,7 +222,7 @@ machine: {}
         "mine.yaml:5:1: unknown key 'machine'; did you mean 'machines'? Allowed here: ",
     ]:
         assert expected in text, f"{expected}\n{text}"
-    places = [(p.place.line, p.place.column) for p in caught.value.problems]
+    places = [(p.location.line, p.location.column) for p in caught.value.problems]
     assert places == sorted(places)
 
 
@@ -241,11 +241,11 @@ machine: {}
 def test_a_file_that_cannot_be_used_says_why(text: str, told: str) -> None:
     path = write("mine.yaml", text)
     with pytest.raises(RecipeError) as caught:
-        find("p5.48xlarge", path)
+        find_machine("p5.48xlarge", path)
     assert told in str(caught.value)
 
 
 @pytest.mark.usefixtures("project")
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(CommandError, match=r"--hardware-file nowhere\.yaml: No such file"):
-        find("p5.48xlarge", Path("nowhere.yaml"))
+        find_machine("p5.48xlarge", Path("nowhere.yaml"))

@@ -1,4 +1,7 @@
-"""Knows what has been worked out of training steps before, on disk: the same question is answered without torch."""
+"""The disk cache of simulated step costs.
+
+A cached step is answered without torch.
+"""
 
 from __future__ import annotations
 
@@ -11,109 +14,110 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from azrecipe.errors import CommandError
-from azrecipe.planning.simulation.step_cost import Cost, from_plain
-from azrecipe.planning.simulation.step_spec import Asked
+from azrecipe.planning.simulation.step_cost import StepCost, parse_step_cost
+from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.utils.atomic_files import read_json, write_json
-from azrecipe.utils.process_pool import cores
+from azrecipe.utils.process_pool import count_cores
 
-SHARDS = 8  # that a split model is run with, whatever their number: what is at rest is in proportion
+SIMULATED_SHARDS = 8  # every sharded model is simulated with as many processes: bytes at rest are proportional
 
 
-def folder() -> Path:
-    """$XDG_CACHE_HOME/azrecipe/plan, by default ~/.cache/azrecipe/plan."""
+def get_cache_folder() -> Path:
+    """Return $XDG_CACHE_HOME/azrecipe/plan, by default ~/.cache/azrecipe/plan."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "azrecipe" / "plan"
 
 
-class Estimates:
-    """The costs of steps that were asked for, and why others have none, for as long as an answer is put together."""
+class CostCache:
+    """Costs of steps, or their errors, in memory and on disk."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Cost | CommandError] = {}
+        self._results: dict[str, StepCost | CommandError] = {}
 
-    def costs(self, steps: Sequence[tuple[Asked, int]]) -> list[Cost]:
-        """The cost of each step (what is asked, tokens in a sequence). What is not known is worked out, in processes beside each other.
+    def load_or_simulate(self, steps: Sequence[tuple[StepSpec, int]]) -> list[StepCost]:
+        """Return the cost of each step (spec, tokens in a sequence).
 
-        Raises CommandError for a model that cannot be built or patterns that match nothing in it; the others' costs are known then.
+        Costs that are not cached are simulated, in parallel. Raises CommandError for a model that cannot be built, or for patterns that match
+        none of its parameters; the costs of the other steps are cached then.
         """
-        wanted = [asked.run_as(SHARDS) for asked, _ in steps]
-        keys = [asked.key(length) for asked, (_, length) in zip(wanted, steps, strict=True)]
-        self._found |= {key: cost for key in keys if key not in self._found and (cost := _known(key)) is not None}
-        lacking = {key: (asked, length) for key, asked, (_, length) in zip(keys, wanted, steps, strict=True) if key not in self._found}
-        if lacking:
-            self._found |= zip(lacking, _measured(list(lacking.values())), strict=True)
-            self._keep(lacking)
-        return [self._cost(key) for key in keys]
+        specs = [spec.to_simulated(SIMULATED_SHARDS) for spec, _ in steps]
+        keys = [spec.get_cache_key(length) for spec, (_, length) in zip(specs, steps, strict=True)]
+        self._results |= {key: cost for key in keys if key not in self._results and (cost := _read(key)) is not None}
+        missing = {key: (spec, length) for key, spec, (_, length) in zip(keys, specs, steps, strict=True) if key not in self._results}
+        if missing:
+            self._results |= zip(missing, _simulate_in_new_process(list(missing.values())), strict=True)
+            self._write(missing)
+        return [self._get(key) for key in keys]
 
-    def _keep(self, keys: Iterable[str]) -> None:
-        with contextlib.suppress(OSError):  # a home that cannot be written in costs time, nothing else
-            folder().mkdir(parents=True, exist_ok=True)
+    def _write(self, keys: Iterable[str]) -> None:
+        with contextlib.suppress(OSError):  # where nothing can be written, the next plan takes longer
+            get_cache_folder().mkdir(parents=True, exist_ok=True)
             for key in keys:
-                if isinstance(cost := self._found[key], Cost):
-                    write_json(folder() / f"{key}.json", cost.plain())
+                if isinstance(cost := self._results[key], StepCost):
+                    write_json(get_cache_folder() / f"{key}.json", cost.to_dict())
 
-    def _cost(self, key: str) -> Cost:
-        found = self._found[key]
-        if isinstance(found, CommandError):
-            raise found
-        return found
-
-
-def costs(steps: Sequence[tuple[Asked, int]]) -> list[Cost]:
-    """`Estimates.costs`, of what is asked for once."""
-    return Estimates().costs(steps)
+    def _get(self, key: str) -> StepCost:
+        result = self._results[key]
+        if isinstance(result, CommandError):
+            raise result
+        return result
 
 
-def known(steps: Sequence[tuple[Asked, int]]) -> list[Cost] | None:
-    """The same from disk alone; None where a step is not known yet."""
-    found = [_known(asked.run_as(SHARDS).key(length)) for asked, length in steps]
-    return None if any(cost is None for cost in found) else [cost for cost in found if cost is not None]
+def load_or_simulate_costs(steps: Sequence[tuple[StepSpec, int]]) -> list[StepCost]:
+    """Return the cost of each step; see CostCache.load_or_simulate."""
+    return CostCache().load_or_simulate(steps)
 
 
-def _known(key: str) -> Cost | None:
+def load_costs(steps: Sequence[tuple[StepSpec, int]]) -> list[StepCost] | None:
+    """Load costs from disk; None where one is missing."""
+    costs = [_read(spec.to_simulated(SIMULATED_SHARDS).get_cache_key(length)) for spec, length in steps]
+    return None if any(cost is None for cost in costs) else [cost for cost in costs if cost is not None]
+
+
+def _read(key: str) -> StepCost | None:
     try:
-        data = read_json(folder() / f"{key}.json")
-        return from_plain(data) if data else None
+        data = read_json(get_cache_folder() / f"{key}.json")
+        return parse_step_cost(data) if data else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _measured(steps: list[tuple[Asked, int]]) -> list[Cost | CommandError]:
-    """In a process of its own: torch is loaded there, and nobody waits until it is taken apart again."""
+def _simulate_in_new_process(steps: list[tuple[StepSpec, int]]) -> list[StepCost | CommandError]:
+    """Simulate steps in a new process, which alone loads torch."""
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        return pool.submit(_all, steps).result()
+        return pool.submit(_simulate_in_parallel, steps).result()
 
 
-def _all(steps: list[tuple[Asked, int]]) -> list[Cost | CommandError]:
-    gc.disable()  # what is imported stays
-    _ready(any(asked.lora is not None for asked, _ in steps))
-    gc.freeze()  # the processes share what is there, and no collection goes through it
+def _simulate_in_parallel(steps: list[tuple[StepSpec, int]]) -> list[StepCost | CommandError]:
+    gc.disable()  # imports make no garbage
+    _import_libraries(any(spec.lora is not None for spec, _ in steps))
+    gc.freeze()  # collections skip what the processes share, so that its memory stays shared
     gc.enable()
-    workers = min(cores(), len(steps))
+    workers = min(count_cores(), len(steps))
     if workers == 1:
-        return [_measure(step) for step in steps]
+        return [_simulate(spec, length) for spec, length in steps]
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        return list(pool.map(_measure, steps))
+        return list(pool.map(_simulate, [spec for spec, _ in steps], [length for _, length in steps]))
 
 
-def _ready(adapters: bool) -> None:
-    """Import what every process needs, once, before they part."""
+def _import_libraries(with_adapters: bool) -> None:
+    """Import what every process needs, once, before the fork."""
     import torch
 
     from azrecipe.planning.simulation import step_simulation
 
     torch.set_num_threads(1)  # shapes need no more, and threads do not survive a fork
-    step_simulation.prepare(adapters)
+    step_simulation.import_libraries(with_adapters)
 
 
-def _measure(step: tuple[Asked, int]) -> Cost | CommandError:
-    """The step's cost, or why it has none."""
+def _simulate(spec: StepSpec, length: int) -> StepCost | CommandError:
+    """Simulate a step; return the error where it cannot be simulated."""
     from azrecipe.planning.simulation import step_simulation
 
     try:
-        return step_simulation.measure(*step)
+        return step_simulation.measure_step(spec, length)
     except CommandError as error:
         return error
-    except Exception as error:  # what a model's own code raises is its own affair
+    except Exception as error:  # a model's code may raise anything
         reason = str(error).strip().partition("\n")[0]
-        kind = step[0].config.get("model_type")
-        return CommandError(f"a training step of this {kind} could not be looked at ({type(error).__name__}: {reason})")
+        kind = spec.config.get("model_type")
+        return CommandError(f"a training step of this {kind} could not be simulated ({type(error).__name__}: {reason})")

@@ -1,66 +1,121 @@
-"""Knows what a training step takes at any batch: bytes by kind, operations, bytes moved; made of a recorded step. No torch.
+"""The cost of a step at any batch, from one recorded step.
 
-Live bytes after an operator are linear in the batch, and in the number of equal decoder layers; which operator has the most is not.
-So every operator's line is kept that is the highest for some batch, and the peak is the highest of the lines.
+No torch. Live bytes after an operator are linear in the batch and in the number of equal decoder layers. Which operator has the most bytes is not
+linear. So the line of every operator that is the highest at some batch is kept, and the peak at a batch is the highest line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from azrecipe.planning.simulation.loss_tiles import rows, tokens
+from azrecipe.planning.simulation.loss_tiles import count_loss_tokens, count_tile_rows
 
-KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "unsharded", "communication", "buffers", "temporary", "accumulated")
-SHARDED = ("weights", "gradients", "optimizer")  # what a process has a part of, where the model is split
+# "accumulated" is the last kind, and the sharded kinds are the first ones: the slices below rely on it
+MEMORY_KINDS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "unsharded",
+    "communication",
+    "buffers",
+    "temporary",
+    "accumulated",
+)
+SHARDED_KINDS = ("weights", "gradients", "optimizer")  # a process has a part of them, where the model is split
 
-TEMPORARY, ACCUMULATED = KINDS.index("temporary"), KINDS.index("accumulated")
+_TEMPORARY, _ACCUMULATED = MEMORY_KINDS.index("temporary"), MEMORY_KINDS.index("accumulated")
+_SHARDED_COLUMNS, _ONE_BATCH_COLUMNS = slice(len(SHARDED_KINDS)), slice(_ACCUMULATED)
 
-Place = tuple[str, int]  # start, forward i, head, backward i (from the head's, which has the number of layers, to the first's), step
-Pair = tuple[float, float]  # base and each: base + each * batch
+
+class StepPosition(NamedTuple):
+    """Where a step is.
+
+    stage: `start`, `forward`, `head`, `backward` or `step`. layer: the number of the decoder layer. The backward pass counts down from the number of layers, which stands for the head.
+    """
+
+    stage: str
+    layer: int = 0
+
+
+class BatchLinear(NamedTuple):
+    """An amount linear in the batch: base + each * batch."""
+
+    base: float
+    each: float
+
+    def at_batch(self, batch: int) -> float:
+        """Return the amount at a batch."""
+        return self.base + self.each * batch
+
+    def scale(self, factor: float) -> BatchLinear:
+        """Multiply both parts by a factor."""
+        return BatchLinear(self.base * factor, self.each * factor)
+
+
+_NOTHING = BatchLinear(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """After an operator: where the step is, bytes by kind, base and each, bytes of tiles, and the operator's FLOPs and bytes moved.
+class StepEvent:
+    """The state after an operator, and the operator's work.
 
-    accumulated is negative: bytes of what earlier batches left that are no longer held beside this one's own.
+    base, each: live bytes by kind (in the order of MEMORY_KINDS), linear in the batch. tile: live bytes of logit tiles. flops, moved: the
+    operator's FLOPs and bytes moved. accumulated bytes are negative: what earlier batches left and this batch has replaced.
     """
 
-    place: Place
+    position: StepPosition
     base: tuple[int, ...]
     each: tuple[float, ...]
     tile: float
-    flops: Pair = (0.0, 0.0)
-    moved: Pair = (0.0, 0.0)
+    flops: BatchLinear = _NOTHING
+    moved: BatchLinear = _NOTHING
+
+
+class HeadShape(NamedTuple):
+    """The kind of the loss, and the head's rows and width."""
+
+    kind: str
+    vocab_size: int
+    width: int
+
+    def count_tile_rows(self, batch: int, length: int) -> int:
+        """Count the rows of a logit tile; 0 without tiles."""
+        if self.kind == "logits":
+            return 0
+        return count_tile_rows(self.kind, count_loss_tokens(self.kind, batch, length), self.vocab_size, self.width)
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """One step of `batch` sequences: its events, and what does not depend on them.
+class RecordedStep:
+    """One recorded step.
 
-    layers: those that it was run with. of_layer: bytes at rest that a further layer adds, by kind. trained: trainable bytes of it, and of all.
+    layers: decoder layers that it was run with. layer_bytes: bytes at rest that a further layer adds, by kind. trainable_ratio: what trains in the whole
+    model over what trains in these layers. grad_dtype_ratio: bytes of a gradient's number over bytes of one that gradients are summed in.
     """
 
     batch: int
     length: int
     layers: int
-    events: list[Event]
-    of_layer: Mapping[str, int]
-    grows: float  # what trains in the whole model / in these layers
-    added: float  # width of a number of a gradient / of one that gradients are added up in
-    tokens_wide: tuple[str, int, int]  # the head: its kind, vocabulary, width
+    events: list[StepEvent]
+    layer_bytes: Mapping[str, int]
+    trainable_ratio: float
+    grad_dtype_ratio: float
+    head: HeadShape
 
     @property
-    def rows(self) -> int:
-        """Rows of a tile in this step."""
-        kind, vocabulary, width = self.tokens_wide
-        return rows(kind, tokens(kind, self.batch, self.length), vocabulary, width) if kind != "logits" else 1
+    def tile_rows(self) -> int:
+        """Rows of a logit tile in this step; 1 without tiles."""
+        return self.head.count_tile_rows(self.batch, self.length) or 1
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterCounts:
+    """A model's parameters: numbers of them, and bytes on a process."""
+
     total: int
     trainable: int
     embeddings: int
@@ -69,186 +124,256 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Line:
-    """bytes by kind = base + each * batch, and bytes of tiles for each row of one."""
+class MemoryLine:
+    """Live bytes after one operator.
+
+    By kind they are base + each * batch. tile: bytes of logit tiles for each row of a tile.
+    """
 
     base: tuple[float, ...]
     each: tuple[float, ...]
     tile: float
 
-    def at(self, batch: int, held_rows: int) -> float:
-        return sum(self.base) + sum(self.each) * batch + self.tile * held_rows
-
 
 @dataclass(frozen=True)
-class Work:
-    """Operators of one size: how many, FLOPs and bytes moved by each, both base + each * batch.
+class OperatorGroup:
+    """Operators of one size: their number, and the work of each.
 
-    once: they are the optimizer's, which works once a step on this process' part, however often batches accumulate.
+    once: these are the optimizer's operators. They run once a step on this process' part, whatever the gradient accumulation.
     """
 
     once: bool
     count: float
-    flops: tuple[float, float]
-    moved: tuple[float, float]
+    flops: BatchLinear
+    moved: BatchLinear
 
 
 @dataclass(frozen=True)
-class Cost:
-    """A step of a length on each of `shards` processes. adding: bytes that move where a batch's gradients are added to earlier ones'."""
+class StepCost:
+    """The cost of a step, on each of its processes.
+
+    length: tokens of a sequence. shards: processes that the model is split over. adding: bytes that move where a batch's gradients are added to those of earlier batches.
+    """
 
     length: int
     shards: int
-    parameters: Parameters
-    head: tuple[str, int, int]
-    lines: tuple[Line, ...]
-    work: tuple[Work, ...]
+    parameters: ParameterCounts
+    head: HeadShape
+    lines: tuple[MemoryLine, ...]
+    work: tuple[OperatorGroup, ...]
     adding: float
 
-    def memory(self, batch: int, shards: int | None = None, accumulates: bool = False) -> dict[str, float]:
-        """Bytes by kind where the peak is; `tile` apart. `shards`: over as many processes instead. accumulates: after other batches."""
-        held = self._rows(batch)
+    def get_peak_memory(self, batch: int, shards: int | None = None, accumulates: bool = False) -> dict[str, float]:
+        """Return the bytes by kind at the peak.
+
+        The kinds are MEMORY_KINDS and `tile`. shards: another number of processes than the simulated one. accumulates: whether gradients of earlier batches are there.
+        """
+        tile_rows = self.head.count_tile_rows(batch, self.length)
         share = self.shards / shards if shards else 1.0
-        best: dict[str, float] = {}
+        peak: dict[str, float] = {}
         for line in self.lines:
-            found = {kind: a + b * batch for kind, a, b in zip(KINDS, line.base, line.each, strict=True)}
+            by_kind = {kind: base + each * batch for kind, base, each in zip(MEMORY_KINDS, line.base, line.each, strict=True)}
             if self.shards > 1:
-                found |= {kind: found[kind] * share for kind in SHARDED}
-            found["accumulated"] *= accumulates
-            found["tile"] = line.tile * held
-            if sum(found.values()) > sum(best.values()):
-                best = found
-        return best
+                by_kind |= {kind: by_kind[kind] * share for kind in SHARDED_KINDS}
+            by_kind["accumulated"] *= accumulates
+            by_kind["tile"] = line.tile * tile_rows
+            if sum(by_kind.values()) > sum(peak.values()):
+                peak = by_kind
+        return peak
 
-    def flops(self, batch: int) -> float:
-        """FLOPs of a batch on a device."""
-        return sum(work.count * (work.flops[0] + work.flops[1] * batch) for work in self.work)
+    def count_flops(self, batch: int) -> float:
+        """Count the FLOPs of a batch on a device."""
+        return sum(group.count * group.flops.at_batch(batch) for group in self.work)
 
-    def seconds(self, batch: int, flops_per_second: float, bytes_per_second: float, accumulates: bool = False) -> tuple[float, float]:
-        """The roofline's, of a batch and of the optimizer: an operator takes as long as its arithmetic or its memory, whichever is longer."""
-        found = [self.adding / bytes_per_second if accumulates else 0.0, 0.0]
-        for work in self.work:
-            flops, moved = work.flops[0] + work.flops[1] * batch, work.moved[0] + work.moved[1] * batch
-            found[work.once] += work.count * max(flops / flops_per_second, moved / bytes_per_second)
-        return found[0], found[1]
+    def compute_seconds(self, batch: int, flops_per_second: float, bytes_per_second: float, accumulates: bool = False) -> RooflineSeconds:
+        """Compute the roofline's seconds of a batch and of the optimizer.
 
-    def _rows(self, batch: int) -> int:
-        kind, vocabulary, width = self.head
-        return rows(kind, tokens(kind, batch, self.length), vocabulary, width) if kind != "logits" else 0
+        An operator takes as long as its arithmetic or its memory traffic, whichever is longer.
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON."""
+        Args:
+            batch: Sequences on the device.
+            flops_per_second: The card's peak.
+            bytes_per_second: The peak of the card's memory.
+            accumulates: Whether gradients of earlier batches are added to.
+        """
+        of_batch, of_optimizer = self.adding / bytes_per_second if accumulates else 0.0, 0.0
+        for group in self.work:
+            flops, moved = group.flops.at_batch(batch), group.moved.at_batch(batch)
+            seconds = group.count * max(flops / flops_per_second, moved / bytes_per_second)
+            if group.once:
+                of_optimizer += seconds
+            else:
+                of_batch += seconds
+        return RooflineSeconds(of_batch, of_optimizer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to values that JSON has."""
         return asdict(self)
 
 
-def from_plain(data: Mapping[str, Any]) -> Cost:
-    """The same from JSON."""
-    return Cost(
+class RooflineSeconds(NamedTuple):
+    """Seconds at a card's peaks: of a batch, and of the optimizer."""
+
+    batch: float
+    optimizer: float
+
+
+def parse_step_cost(data: Mapping[str, Any]) -> StepCost:
+    """Convert back from JSON."""
+    return StepCost(
         length=data["length"],
         shards=data["shards"],
-        parameters=Parameters(**data["parameters"]),
-        head=tuple(data["head"]),
+        parameters=ParameterCounts(**data["parameters"]),
+        head=HeadShape(*data["head"]),
         adding=data["adding"],
-        lines=tuple(Line(tuple(line["base"]), tuple(line["each"]), line["tile"]) for line in data["lines"]),
-        work=tuple(Work(work["once"], work["count"], tuple(work["flops"]), tuple(work["moved"])) for work in data["work"]),
+        lines=tuple(MemoryLine(tuple(line["base"]), tuple(line["each"]), line["tile"]) for line in data["lines"]),
+        work=tuple(
+            OperatorGroup(group["once"], group["count"], BatchLinear(*group["flops"]), BatchLinear(*group["moved"]))
+            for group in data["work"]
+        ),
     )
 
 
-def cost(step: Recorded, layers: int, parameters: Parameters, shards: int) -> Cost:
-    """From a recorded step. `layers`: the model's own number of decoder layers."""
-    import numpy as np
+def compute_step_cost(recorded: RecordedStep, layers: int, parameters: ParameterCounts, shards: int) -> StepCost:
+    """Compute a step's cost at any batch from a recording.
 
-    base, each = _whole(step, layers)
-    tiles = np.array([event.tile for event in step.events], dtype=np.float64) / step.rows
-    kind, vocabulary, width = step.tokens_wide
-    grid = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
-    held_rows = np.array([rows(kind, tokens(kind, int(b), step.length), vocabulary, width) if kind != "logits" else 0 for b in grid])
-    total = base[:, :ACCUMULATED].sum(1)[:, None] + each.sum(1)[:, None] * grid + tiles[:, None] * held_rows
-    # Over fewer processes what is at rest weighs more, which can move the peak: the highest for an eighth and eight times as many count too
-    still = base[:, : len(SHARDED)].sum(1)[:, None]
-    shares = [(share - 1) * still for share in ((1.0, 8.0, 0.125) if shards > 1 else (1.0,))]
-    best = {int(i) for more in (0.0, base[:, ACCUMULATED, None]) for share in shares for i in (total + more + share).argmax(0)}
-    adding = float(base[0, ACCUMULATED]) * (2 + step.added)  # what is there is read and written, what is added is read
-    lines = tuple(Line(tuple(base[i].tolist()), tuple(each[i].tolist()), float(tiles[i])) for i in sorted(best))
-    return Cost(step.length, shards, parameters, step.tokens_wide, lines, _work(step, layers), adding)
-
-
-Held = list[float]
-
-
-def _whole(step: Recorded, layers: int) -> tuple[Any, Any]:
-    """Bytes by kind after each operator, base and each [operators, kinds], as they would be with all layers.
-
-    The layers that were left out stand before the last two: what they add at rest is everywhere, what they keep for the backward pass from
-    the last two on until their own backward, and their gradients from there on. What earlier batches left is there from the first operator
-    on, and none of it at the last.
+    Args:
+        recorded: The step, run with a few layers.
+        layers: Decoder layers of the whole model.
+        parameters: The whole model's parameters.
+        shards: Processes that the model was split over.
     """
     import numpy as np
 
-    base, each = (np.array(held, dtype=np.float64) for held in zip(*((event.base, event.each) for event in step.events), strict=True))
-    extra = layers - step.layers
-    if extra:
-        rest: list[Held] = [[float(step.of_layer.get(kind, 0)) for kind in KINDS], [0.0] * len(KINDS)]
-        more = np.array([rest, *(_sum(rest, added) for added in _of_layer(step.events))])
-        which = [_stage(event.place, step.layers - 1) for event in step.events]
-        base, each = base + extra * more[which, 0], each + extra * more[which, 1]
-        at_step = [event.place[0] == "step" for event in step.events]
-        base[at_step, TEMPORARY] = [event.base[TEMPORARY] * step.grows for event in step.events if event.place[0] == "step"]
-    base[:, ACCUMULATED] -= base[-1, ACCUMULATED]
+    base, each = _extend_to_all_layers(recorded, layers)
+    tiles = np.array([event.tile for event in recorded.events], dtype=np.float64) / recorded.tile_rows
+    batches = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
+    tile_rows = np.array([recorded.head.count_tile_rows(int(batch), recorded.length) for batch in batches])
+    total = base[:, _ONE_BATCH_COLUMNS].sum(1)[:, None] + each.sum(1)[:, None] * batches + tiles[:, None] * tile_rows
+    # With another number of processes, sharded bytes have another weight, which can move the peak: keep the peaks of 1/8 and 8 times as many
+    sharded = base[:, _SHARDED_COLUMNS].sum(1)[:, None]
+    shifts = [(share - 1) * sharded for share in ((1.0, 8.0, 0.125) if shards > 1 else (1.0,))]
+    peaks = {
+        int(i) for accumulated in (0.0, base[:, _ACCUMULATED, None]) for shift in shifts for i in (total + accumulated + shift).argmax(0)
+    }
+    adding = float(base[0, _ACCUMULATED]) * (2 + recorded.grad_dtype_ratio)  # the sum is read and written, the new gradient is read
+    lines = tuple(MemoryLine(tuple(base[i].tolist()), tuple(each[i].tolist()), float(tiles[i])) for i in sorted(peaks))
+    return StepCost(recorded.length, shards, parameters, recorded.head, lines, _group_operators(recorded, layers), adding)
+
+
+@dataclass(frozen=True)
+class _KindBytes:
+    """Bytes by kind, in the order of MEMORY_KINDS, linear in the batch."""
+
+    base: tuple[float, ...]
+    each: tuple[float, ...]
+
+    def __add__(self, other: _KindBytes) -> _KindBytes:
+        return _KindBytes(_add(self.base, other.base), _add(self.each, other.each))
+
+    def __sub__(self, other: _KindBytes) -> _KindBytes:
+        return _KindBytes(_subtract(self.base, other.base), _subtract(self.each, other.each))
+
+
+def _add(values: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip(values, others, strict=True))
+
+
+def _subtract(values: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(a - b) for a, b in zip(values, others, strict=True))
+
+
+_NO_BYTES = _KindBytes((0.0,) * len(MEMORY_KINDS), (0.0,) * len(MEMORY_KINDS))
+
+
+def _extend_to_all_layers(recorded: RecordedStep, layers: int) -> tuple[Any, Any]:
+    """Compute base and each [operators, kinds] for all layers.
+
+    The layers that were not run lie before the last two. Their bytes at rest are always there. What they keep for the backward pass is there
+    from the last two on until their own backward pass, and their gradients from then on. What earlier batches left is there from the first
+    operator on, and none of it at the last one.
+    """
+    import numpy as np
+
+    base, each = (
+        np.array(values, dtype=np.float64) for values in zip(*((event.base, event.each) for event in recorded.events), strict=True)
+    )
+    missing = layers - recorded.layers
+    if missing:
+        at_rest = _KindBytes(tuple(float(recorded.layer_bytes.get(kind, 0)) for kind in MEMORY_KINDS), _NO_BYTES.each)
+        by_progress = [at_rest, *(at_rest + layer for layer in _measure_middle_layer(recorded.events))]
+        layer_bytes = np.array([(layer.base, layer.each) for layer in by_progress])
+        progress = [_get_progress(event.position, recorded.layers - 1) for event in recorded.events]
+        base, each = base + missing * layer_bytes[progress, 0], each + missing * layer_bytes[progress, 1]
+        in_optimizer = [event.position.stage == "step" for event in recorded.events]
+        base[in_optimizer, _TEMPORARY] = [
+            event.base[_TEMPORARY] * recorded.trainable_ratio for event in recorded.events if event.position.stage == "step"
+        ]
+    base[:, _ACCUMULATED] -= base[-1, _ACCUMULATED]
     return base, each
 
 
-def _stage(place: Place, last: int) -> int:
-    """Of the layers left out: 0 before their forward pass, 1 after it, 2 before their backward pass, 3 after it."""
-    where, number = place
-    if where == "start" or (where == "forward" and number < last - 1):
-        return 0
-    if where in ("forward", "head"):
-        return 1
-    return 2 if where == "backward" and number >= last - 1 else 3
+def _get_progress(position: StepPosition, last_layer: int) -> int:
+    """Return how far the missing layers are.
 
-
-def _sum(one: Sequence[Held], other: Sequence[Held]) -> list[Held]:
-    return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(one, other, strict=True)]
-
-
-def _less(one: Sequence[Held], other: Sequence[Held]) -> list[Held]:
-    return [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(one, other, strict=True)]
-
-
-def _difference(one: Event, other: Event) -> list[Held]:
-    return [[float(a - b) for a, b in zip(x, y, strict=True)] for x, y in ((one.base, other.base), (one.each, other.each))]
-
-
-def _of_layer(events: Sequence[Event]) -> tuple[list[Held], list[Held], list[Held]]:
-    """What a layer in the middle keeps while the forward pass goes on, keeps for its backward pass, and leaves behind after it.
-
-    Each beyond what it had before. Autocast keeps weights in bfloat16 until the end of the forward pass, whoever may want them later.
+    0: before their forward pass, 1: after it, 2: before their backward pass, 3: after it.
     """
-    last = {event.place: event for event in events}
-    kept = _difference(last[("forward", 2)], last[("forward", 1)])
-    if ("backward", 2) not in last or ("backward", 3) not in last:
-        return kept, kept, [[0.0] * len(KINDS)] * 2
-    # The layer behind the second: at the end of the first FSDP gathers no further one
-    after = _sum(kept, _difference(last[("backward", 2)], last[("backward", 3)]))
-    until = [[value if kind == "activations" else 0.0 for kind, value in zip(KINDS, held, strict=True)] for held in after]
-    return kept, _less(kept, until), _less(after, until)
+    stage, layer = position
+    if stage == "start" or (stage == "forward" and layer < last_layer - 1):
+        return 0
+    if stage in ("forward", "head"):
+        return 1
+    return 2 if stage == "backward" and layer >= last_layer - 1 else 3
 
 
-def _work(step: Recorded, layers: int) -> tuple[Work, ...]:
-    """Operators of a size, and how many of them there are: a middle layer's stand for those of the layers left out."""
-    extra = layers - step.layers
-    counted: dict[tuple[bool, Pair, Pair], float] = {}
-    for event in step.events:
-        where, number = event.place
+class _MiddleLayer(NamedTuple):
+    """Bytes that a middle layer adds.
+
+    forward: until the forward pass ends. backward: until its backward pass. after: after its backward pass.
+    """
+
+    forward: _KindBytes
+    backward: _KindBytes
+    after: _KindBytes
+
+
+def _measure_middle_layer(events: Sequence[StepEvent]) -> _MiddleLayer:
+    """Measure what a middle layer adds to the live bytes.
+
+    Until the forward pass ends a layer may keep more than its backward pass needs: autocast keeps weights in bfloat16.
+    """
+    last = {event.position: event for event in events}
+
+    def difference(position: StepPosition, previous: StepPosition) -> _KindBytes:
+        one, other = last[position], last[previous]
+        return _KindBytes(_subtract(one.base, other.base), _subtract(one.each, other.each))
+
+    forward = difference(StepPosition("forward", 2), StepPosition("forward", 1))
+    if StepPosition("backward", 2) not in last or StepPosition("backward", 3) not in last:
+        return _MiddleLayer(forward, forward, _NO_BYTES)
+    # The second layer's backward pass, not the first's: at the end of the first one FSDP gathers no further layer
+    change = forward + difference(StepPosition("backward", 2), StepPosition("backward", 3))
+    activations = _KindBytes(*(_keep_activations(values) for values in (change.base, change.each)))
+    return _MiddleLayer(forward, forward - activations, change - activations)
+
+
+def _keep_activations(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(value if kind == "activations" else 0.0 for kind, value in zip(MEMORY_KINDS, values, strict=True))
+
+
+def _group_operators(recorded: RecordedStep, layers: int) -> tuple[OperatorGroup, ...]:
+    """Group operators of one size.
+
+    A middle layer's operators stand for those of the missing layers too.
+    """
+    missing = layers - recorded.layers
+    counts: dict[tuple[bool, BatchLinear, BatchLinear], float] = {}
+    for event in recorded.events:
         if not any((*event.flops, *event.moved)):
             continue
-        times = 1.0 + (extra if (where, number) in (("forward", 1), ("backward", 2)) else 0)
-        grow = step.grows if where == "step" and extra else 1.0
-        key = (where == "step", _grown(event.flops, grow), _grown(event.moved, grow))
-        counted[key] = counted.get(key, 0.0) + times
-    return tuple(Work(once, count, flops, moved) for (once, flops, moved), count in counted.items())
-
-
-def _grown(pair: Pair, by: float) -> Pair:
-    return pair[0] * by, pair[1] * by
+        in_optimizer = event.position.stage == "step"
+        count = 1.0 + (missing if event.position in (StepPosition("forward", 1), StepPosition("backward", 2)) else 0)
+        ratio = recorded.trainable_ratio if in_optimizer and missing else 1.0
+        key = (in_optimizer, event.flops.scale(ratio), event.moved.scale(ratio))
+        counts[key] = counts.get(key, 0.0) + count
+    return tuple(OperatorGroup(once, count, flops, moved) for (once, flops, moved), count in counts.items())

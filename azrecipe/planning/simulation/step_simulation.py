@@ -1,7 +1,7 @@
-"""Knows how to run the training step that a recipe asks for where tensors have shapes and no values.
+"""Running a training step on tensors that have shapes and no values.
 
-The model class, its adapter, what is frozen, FSDP 2, autocast, clipping and the optimizer are the real ones; no memory is taken for
-their tensors and no GPU is needed, for any number of processes. What cannot run so is stood in for (`kernel_stubs`).
+The model class, its adapter, frozen parameters, FSDP 2, autocast, clipping and the optimizer are the real ones. Their tensors need no memory
+and no GPU, for any number of processes. `kernel_stubs` replaces what cannot run so.
 """
 
 from __future__ import annotations
@@ -21,193 +21,223 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from azrecipe.modeling import lora as adapters
 from azrecipe.modeling import parameter_groups
-from azrecipe.modeling.dtypes import STORED
+from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.planning.simulation import gradient_accumulation, kernel_stubs
-from azrecipe.planning.simulation.memory_tracker import Tracker
-from azrecipe.planning.simulation.step_cost import Cost, Parameters, Recorded, cost
-from azrecipe.planning.simulation.step_spec import Asked, Shape
-from azrecipe.recipe.extras import BITSANDBYTES
+from azrecipe.planning.simulation.memory_tracker import MemoryTracker
+from azrecipe.planning.simulation.step_cost import HeadShape, ParameterCounts, RecordedStep, StepCost, StepPosition, compute_step_cost
+from azrecipe.planning.simulation.step_spec import BatchShape, StepSpec
+from azrecipe.recipe.extras import BITSANDBYTES_OPTIMIZERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UNMASKED = "azrecipe_unmasked"
-FEW = 4  # decoder layers: a first, a last, and two in between to see what one more adds
-BATCH = (
-    1_000_003  # a prime that no size of a model has in it: a size that it divides is a multiple of the batch; fake tensors cost no memory
-)
+UNMASKED_ATTENTION = "azrecipe_unmasked"
+SIMULATED_LAYERS = 4  # decoder layers: the first, the last, and two between them that show what one more layer adds
+# A prime that divides no size of a model: a size that it divides is a multiple of the batch. Fake tensors need no memory
+SIMULATED_BATCH = 1_000_003
 
 
-def skeleton(asked: Asked) -> Any:
-    """The model of a step on PyTorch's meta device: its adapter put on, what does not train frozen."""
+def build_meta_model(spec: StepSpec) -> Any:
+    """Build a step's model on the meta device.
+
+    Its adapter is applied, and its frozen parameters are frozen.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given = dict(asked.config)
-    config = AutoConfig.for_model(given.pop("model_type"), **given)
-    attention = "eager" if asked.attn_implementation == "eager" else "sdpa"
+    values = dict(spec.config)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    attention = "eager" if spec.attn_implementation == "eager" else "sdpa"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=_stored(asked), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=_get_param_dtype(spec), attn_implementation=attention)
     model.config.use_cache = False
-    if asked.lora is None:
-        parameter_groups.freeze(model, list(asked.trainable), range(asked.new_rows))
+    if spec.lora is None:
+        parameter_groups.set_trainable_parameters(model, list(spec.trainable), range(spec.new_rows))
         return model
     from peft import get_peft_model
 
-    config = adapters.lora_config(asked.lora, model, range(asked.new_rows) if asked.lora.train_new_tokens else ())
-    if asked.quantized:
-        kernel_stubs.quantize(model)
+    config = adapters.build_lora_config(spec.lora, model, range(spec.new_rows) if spec.lora.train_new_tokens else ())
+    if spec.quantized:
+        kernel_stubs.quantize_model(model)
     with torch.device("meta"):
         return get_peft_model(model, config)
 
 
-def _stored(asked: Asked) -> torch.dtype:
-    """What weights are in; beside those in 4 bits the others are in what is computed in (lora.Base.load_quantized)."""
-    return torch.bfloat16 if asked.quantized and asked.precision != "float32" else STORED[asked.precision]
+def _get_param_dtype(spec: StepSpec) -> torch.dtype:
+    """Return the dtype of the parameters.
+
+    In a quantized model, the other parameters have the dtype of the computation (lora.BaseModel.load_quantized).
+    """
+    return torch.bfloat16 if spec.quantized and spec.precision != "float32" else PARAM_DTYPES[spec.precision]
 
 
-def prepare(adapters: bool) -> None:
-    """Load what a step needs, ahead of the first; PEFT takes a second to load, and only `adapters` need it."""
+def import_libraries(with_adapters: bool) -> None:
+    """Import what a step needs.
+
+    PEFT takes a second, and only adapters need it.
+    """
     for name in ("accelerate.utils.fsdp_utils", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp"):
         importlib.import_module(name)
-    if adapters:
+    if with_adapters:
         importlib.import_module("peft")
 
 
-def measure(asked: Asked, length: int) -> Cost:
-    """What the step takes at any batch, by running it at one that can be told from every other size; where all layers are alike, with four.
+def measure_step(spec: StepSpec, length: int) -> StepCost:
+    """Measure a step's cost at any batch by simulating it.
 
-    Raises CommandError for what the model has not (patterns that match nothing, a configuration that cannot be built).
+    The step runs at a batch that divides no other size. Where all decoder layers are alike, it runs with four.
+    Raises CommandError for patterns that match no parameter and for a configuration that cannot be built.
     """
-    with _quiet():
-        model = skeleton(asked)
-    layers = decoder_layers(model)
-    few = FEW if len(layers) > FEW and _alike(layers, asked) else len(layers)
-    trained = _bytes(model, trained=True)
-    return cost(run(asked, Shape(BATCH, length), few, trained), len(layers), _parameters(model), asked.shards)
+    with _silence_libraries():
+        model = build_meta_model(spec)
+    layers = find_decoder_layers(model)
+    num_layers = SIMULATED_LAYERS if len(layers) > SIMULATED_LAYERS and _are_alike(layers, spec) else len(layers)
+    trainable_bytes = _count_bytes(model, trainable_only=True)
+    recorded = simulate_step(spec, BatchShape(SIMULATED_BATCH, length), num_layers, trainable_bytes)
+    return compute_step_cost(recorded, len(layers), _count_parameters(model), spec.shards)
 
 
-def _parameters(model: Any) -> Parameters:
-    every = list(model.parameters())
-    numbers = {id(p): p.numel() for p in every} | {
+def _count_parameters(model: Any) -> ParameterCounts:
+    parameters = list(model.parameters())
+    numbers = {id(p): p.numel() for p in parameters} | {
         id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear)
-    }
+    }  # a quantized matrix has fewer elements than numbers
     tables = {id(p): p.numel() for module in (model.get_input_embeddings(), model.get_output_embeddings()) for p in module.parameters()}
-    return Parameters(
-        sum(numbers.values()), sum(p.numel() for p in every if p.requires_grad), sum(tables.values()),
-        _bytes(model), _bytes(model, trained=True),
-    )  # fmt: skip
+    return ParameterCounts(
+        total=sum(numbers.values()),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        embeddings=sum(tables.values()),
+        bytes=_count_bytes(model),
+        trainable_bytes=_count_bytes(model, trainable_only=True),
+    )
 
 
-def _bytes(module: nn.Module, trained: bool = False) -> int:
-    """Bytes of a module's parameters, of those that train where asked; of sharded ones this process' part."""
-    return sum(_local(p) for p in module.parameters() if p.requires_grad or not trained)
+def _count_bytes(module: nn.Module, trainable_only: bool = False) -> int:
+    """Count the bytes of a module's parameters on this process."""
+    return sum(_count_local_bytes(p) for p in module.parameters() if p.requires_grad or not trainable_only)
 
 
-def _alike(layers: nn.ModuleList, asked: Asked) -> bool:
-    """Whether each layer has the same parameters, trains the same and sees the same."""
-    kinds = asked.config.get("layer_types") or []
-    seen = {tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()) for layer in layers}
-    return len(seen) == 1 and len(set(kinds)) < 2
+def _are_alike(layers: nn.ModuleList, spec: StepSpec) -> bool:
+    """Return whether layers have the same parameters, training and attention."""
+    layer_types = spec.config.get("layer_types") or []
+    signatures = {tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()) for layer in layers}
+    return len(signatures) == 1 and len(set(layer_types)) < 2
 
 
-def run(asked: Asked, shape: Shape, few: int, trained: int) -> Recorded:
-    """One step with `few` decoder layers, recorded. `trained`: bytes that train in the whole model."""
-    with _mesh(asked.shards) as mesh:
-        return _recorded(asked, shape, (few, trained), mesh)
+def simulate_step(spec: StepSpec, shape: BatchShape, num_layers: int, trainable_bytes: int) -> RecordedStep:
+    """Simulate one step with some of the decoder layers.
+
+    Args:
+        spec: The step.
+        shape: Its batch.
+        num_layers: Decoder layers that are run.
+        trainable_bytes: Bytes that train in the whole model.
+    """
+    with _open_mesh(spec.shards) as mesh:
+        return _record_step(spec, shape, num_layers=num_layers, trainable_bytes=trainable_bytes, mesh=mesh)
 
 
-def _recorded(asked: Asked, shape: Shape, sizes: tuple[int, int], mesh: Any) -> Recorded:
-    few, trained = sizes
-    config = {**asked.config, "num_hidden_layers": few}
+def _record_step(spec: StepSpec, shape: BatchShape, *, num_layers: int, trainable_bytes: int, mesh: Any) -> RecordedStep:
+    config = {**spec.config, "num_hidden_layers": num_layers}
     if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = config["layer_types"][:few]
-    asked = asked.with_config(config)
-    gc.collect()  # an earlier step's cycles must not end inside this one
-    tracker = Tracker(512 if asked.cuda else 1, BATCH if shape.batch == BATCH else 0)
-    tracker.logits = (int(config["vocab_size"]),)
-    with _quiet():
-        model = skeleton(asked)
-    grows = trained / max(_bytes(model, trained=True), 1)
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        _materialise(model)
-        base = model.get_base_model() if asked.lora is not None else model
-        _prepare(base, asked, tracker)
-        if asked.activation_checkpointing:
+        config["layer_types"] = config["layer_types"][:num_layers]
+    spec = spec.with_config(config)
+    gc.collect()  # else an earlier step's cycles could be freed inside this one
+    tracker = MemoryTracker(512 if spec.cuda else 1, SIMULATED_BATCH if shape.batch == SIMULATED_BATCH else 0)
+    tracker.logit_sizes = (int(config["vocab_size"]),)
+    with _silence_libraries():
+        model = build_meta_model(spec)
+    trainable_ratio = trainable_bytes / max(_count_bytes(model, trainable_only=True), 1)
+    with FakeTensorMode(allow_non_fake_inputs=True), _silence_libraries():
+        _make_fake(model)
+        base = model.get_base_model() if spec.lora is not None else model
+        _replace_kernels(base, spec, tracker)
+        if spec.activation_checkpointing:
             model.train()
             base.activation_checkpointing_enable()
-            if asked.lora is not None:
+            if spec.lora is not None:
                 model.enable_input_require_grads()
-        if asked.fsdp:
-            _shard(model, base, asked, mesh)
-        _autocast(model, asked)
-        optimizer = _optimizer(model, asked)
-        of_layer = _step(model, optimizer, (asked, shape), tracker)
-    output = base.get_output_embeddings().weight
-    wide = (_head(asked), int(output.shape[0]), int(output.shape[1]))
-    return Recorded(shape.batch, shape.length, few, tracker.events, of_layer, grows, gradient_accumulation.added(asked), wide)
+        if spec.uses_fsdp:
+            _apply_fsdp(model, base, spec, mesh)
+        _apply_autocast(model, spec)
+        optimizer = _build_optimizer(model, spec)
+        layer_bytes = _run_step(model, optimizer, spec, shape, tracker)
+    vocab_size, width = base.get_output_embeddings().weight.shape
+    return RecordedStep(
+        batch=shape.batch,
+        length=shape.length,
+        layers=num_layers,
+        events=tracker.events,
+        layer_bytes=layer_bytes,
+        trainable_ratio=trainable_ratio,
+        grad_dtype_ratio=gradient_accumulation.get_grad_dtype_ratio(spec),
+        head=HeadShape(_get_head_kind(spec), int(vocab_size), int(width)),
+    )
 
 
-def _head(asked: Asked) -> str:
-    return "accurate" if asked.head == "torch" and not asked.cuda and asked.precision != "float32" else asked.head
+def _get_head_kind(spec: StepSpec) -> str:
+    return "accurate" if spec.head == "torch" and not spec.cuda and spec.precision != "float32" else spec.head
 
 
-def _materialise(model: nn.Module) -> None:
-    """Give every parameter and buffer a fake tensor on the CPU; a shared one stays shared."""
-    made: dict[int, Any] = {}
+def _make_fake(model: nn.Module) -> None:
+    """Replace parameters and buffers by fake tensors; shared ones stay shared."""
+    fakes: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                if id(parameter) not in made:
+                if id(parameter) not in fakes:
                     fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[id(parameter)]
+                    fakes[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = fakes[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = made.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
+                module._buffers[name] = fakes.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _prepare(model: PreTrainedModel, asked: Asked, tracker: Tracker) -> None:
-    """Attention without a mask where there is none, and stand-ins for fused kernels."""
+def _replace_kernels(model: PreTrainedModel, spec: StepSpec, tracker: MemoryTracker) -> None:
+    """Replace fused kernels and unmasked attention for fake tensors."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if asked.attn_implementation != "eager" and not asked.masked:
-        # transformers makes a mask wherever it cannot look at values; it makes none for an attention that it knows no mask for
-        AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-        model.set_attn_implementation(UNMASKED)
-    kernel_stubs.fuse_layers(model, asked.kernels)
-    if asked.head != "logits":
-        kernel_stubs.fuse_head(model, kernel_stubs.Head(_head(asked), tracker, asked.cuda))
+    if spec.attn_implementation != "eager" and not spec.masked:
+        # transformers builds a mask wherever it cannot see values, but none for an attention that it has no mask function for
+        AttentionInterface.register(UNMASKED_ATTENTION, sdpa_attention_forward)
+        model.set_attn_implementation(UNMASKED_ATTENTION)
+    kernel_stubs.fuse_layers(model, spec.kernels)
+    if spec.head != "logits":
+        kernel_stubs.fuse_head(model, kernel_stubs.LossHead(_get_head_kind(spec), tracker, spec.cuda))
 
 
-def _shard(model: Any, base: Any, asked: Asked, mesh: Any) -> None:
-    """FSDP 2 as Accelerate puts it on (accelerate 1.15, utils/fsdp_utils.py, fsdp2_prepare_model)."""
+def _apply_fsdp(model: Any, base: Any, spec: StepSpec, mesh: Any) -> None:
+    """Apply FSDP 2 as Accelerate does (accelerate 1.15, utils/fsdp_utils.py, fsdp2_prepare_model)."""
     from accelerate.utils.fsdp_utils import _find_final_norm
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy()
-    if asked.precision == "bf16_mixed":
+    if spec.precision == "bf16_mixed":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for layer in decoder_layers(base):
-        fully_shard(layer, **options, reshard_after_forward=asked.reshard_after_forward)
+    for layer in find_decoder_layers(base):
+        fully_shard(layer, **options, reshard_after_forward=spec.reshard_after_forward)
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = embeddings.weight is head.weight
     if not tied:
-        fully_shard(embeddings, **options, reshard_after_forward=asked.reshard_after_forward)
+        fully_shard(embeddings, **options, reshard_after_forward=spec.reshard_after_forward)
     tail = [module for module in (_find_final_norm(model), *([embeddings] if tied else []), head) if module is not None]
     fully_shard(tail, **options, reshard_after_forward=False)
     fully_shard(model, **options)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The longest list of modules in a model."""
+def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return a model's decoder layers: its longest list of modules."""
     return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
-def _autocast(model: Any, asked: Asked) -> None:
-    """bf16_mixed as Accelerate does it (accelerator.py, prepare_model): autocast, and what comes out in float32; DeepSpeed's autocast alike."""
-    if asked.precision != "bf16_mixed":
+def _apply_autocast(model: Any, spec: StepSpec) -> None:
+    """Apply bf16_mixed as Accelerate does (accelerator.py, prepare_model).
+
+    That is autocast, with outputs in float32. DeepSpeed's autocast is alike.
+    """
+    if spec.precision != "bf16_mixed":
         return
     from accelerate.utils import convert_outputs_to_fp32
 
@@ -215,119 +245,132 @@ def _autocast(model: Any, asked: Asked) -> None:
     model.forward = convert_outputs_to_fp32(forward)
 
 
-def _optimizer(model: nn.Module, asked: Asked) -> torch.optim.Optimizer:
+def _build_optimizer(model: nn.Module, spec: StepSpec) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if asked.optim == "adafactor":
+    if spec.optim == "adafactor":
         from transformers.optimization import Adafactor
 
         adafactor: torch.optim.Optimizer = Adafactor(parameters, lr=1e-4, scale_parameter=False, relative_step=False)
         return adafactor
-    if asked.optim == "adamw_torch":  # on a GPU it works on all tensors at once, on a CPU on one after the other
-        return torch.optim.AdamW(parameters, lr=1e-4, foreach=asked.cuda, fused=False)
-    if asked.optim in BITSANDBYTES:
-        return kernel_stubs.Bitsandbytes(model, 1 if asked.optim.startswith("lion") else 2, 8 if asked.optim.endswith("8bit") else 32)
+    if spec.optim == "adamw_torch":  # on a GPU it works on all tensors at once, on a CPU on one after the other
+        return torch.optim.AdamW(parameters, lr=1e-4, foreach=spec.cuda, fused=False)
+    if spec.optim in BITSANDBYTES_OPTIMIZERS:
+        return kernel_stubs.BitsandbytesOptimizer(
+            model, 1 if spec.optim.startswith("lion") else 2, 8 if spec.optim.endswith("8bit") else 32
+        )
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, what: tuple[Asked, Shape], tracker: Tracker) -> dict[str, int]:
-    """Run it; returns the bytes at rest that a decoder layer has, by kind."""
-    asked, shape = what
+def _run_step(model: Any, optimizer: torch.optim.Optimizer, spec: StepSpec, shape: BatchShape, tracker: MemoryTracker) -> dict[str, int]:
+    """Run a step; return a decoder layer's bytes at rest."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    _make_state(optimizer, parameters, asked)
-    state = [value for held in optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor)]
-    inputs = _inputs(asked, shape)
+    _create_optimizer_state(optimizer, parameters, spec)
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)]
+    inputs = _build_inputs(spec, shape)
     for kind, tensors in {
         "weights": model.parameters(), "buffers": [*model.buffers(), *inputs.values()], "optimizer": state,
     }.items():  # fmt: skip
         tracker.label(kind, tensors)
     del state
-    copies = 2 if asked.reference else 1
-    if asked.reference:
-        tracker.base["weights"] += _bytes(model)
-    layer = decoder_layers(model)[-1]
-    states = [value for p in layer.parameters() for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor)]
-    of_layer = {"weights": copies * tracker.size(layer.parameters()), "optimizer": tracker.size(states)}
+    copies = 2 if spec.reference else 1
+    if spec.reference:
+        tracker.base["weights"] += _count_bytes(model)
+    layer = find_decoder_layers(model)[-1]
+    layer_state = [value for p in layer.parameters() for value in optimizer.state.get(p, {}).values() if isinstance(value, torch.Tensor)]
+    layer_bytes = {"weights": copies * tracker.count_bytes(layer.parameters()), "optimizer": tracker.count_bytes(layer_state)}
 
-    gradients, handles = gradient_accumulation.follow(model, asked, tracker), _places(model, tracker)
+    gradients, handles = gradient_accumulation.track_gradients(model, spec, tracker), _track_position(model, tracker)
     model.train()
-    with tracker.watching():
-        loss = model(**inputs)["loss"] if asked.head == "logits" else model(**inputs).loss
-        gradients.forwarded()
-        tracker.phase, tracker.place = "temporary", ("backward", len(decoder_layers(model)))
+    with tracker.record():
+        loss = model(**inputs)["loss"] if spec.head == "logits" else model(**inputs).loss
+        gradients.on_forward_end()
+        tracker.phase, tracker.position = "temporary", StepPosition("backward", len(find_decoder_layers(model)))
         loss.backward()
         del loss
         tracker.label("gradients", [parameter.grad for parameter in parameters])
-        tracker.phase, tracker.place = "temporary", ("step", 0)
-        _clip(parameters, asked)
+        tracker.phase, tracker.position = "temporary", StepPosition("step")
+        _clip_gradients(parameters, spec)
         optimizer.step()
-    gradients.end()
+    gradients.remove_hooks()
     for handle in handles:
         handle.remove()
-    return of_layer
+    return layer_bytes
 
 
-def _local(tensor: torch.Tensor) -> int:
-    own = getattr(tensor, "_local_tensor", tensor)
-    return own.numel() * own.element_size()
+def _count_local_bytes(tensor: torch.Tensor) -> int:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local.numel() * local.element_size()
 
 
-def _clip(parameters: list[nn.Parameter], asked: Asked) -> None:
-    if asked.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(parameters, asked.max_grad_norm, foreach=asked.cuda or None)
+def _clip_gradients(parameters: list[nn.Parameter], spec: StepSpec) -> None:
+    if spec.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm, foreach=spec.cuda or None)
 
 
-def _make_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], asked: Asked) -> None:
-    """A first step on gradients of zero, so that the optimizer has what it keeps and DTensor knows each operator's sharding."""
+def _create_optimizer_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], spec: StepSpec) -> None:
+    """Run a first step on zero gradients.
+
+    Then the optimizer has its state, and DTensor has cached the sharding of each operator.
+    """
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    _clip(parameters, asked)
+    _clip_gradients(parameters, spec)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _inputs(asked: Asked, shape: Shape) -> dict[str, torch.Tensor]:
+def _build_inputs(spec: StepSpec, shape: BatchShape) -> dict[str, torch.Tensor]:
     ids = torch.zeros(shape.batch, shape.length, dtype=torch.long)
     inputs = {"input_ids": ids, "labels": torch.zeros_like(ids), "position_ids": torch.zeros_like(ids)}
-    if asked.head != "trl":
+    if spec.head != "trl":
         inputs["num_items_in_batch"] = torch.zeros((), dtype=torch.long)
     return inputs
 
 
-def _places(model: nn.Module, tracker: Tracker) -> list[Any]:
-    """Tell the tracker in which decoder layer the step is; a layer's backward begins where the gradient of its output is known."""
+def _track_position(model: nn.Module, tracker: MemoryTracker) -> list[Any]:
+    """Keep the tracker's position up to date with hooks.
+
+    A layer's backward pass begins when the gradient of its output is there.
+    """
     handles = []
 
-    def entered(number: int) -> Callable[..., None]:
+    def on_enter(number: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             if tracker.phase == "activations":
-                tracker.place = ("forward", number)
+                tracker.position = StepPosition("forward", number)
 
         return hook
 
-    def left(number: int, last: bool) -> Callable[..., None]:
+    def on_exit(number: int, last: bool) -> Callable[..., None]:
         def begin(_gradient: torch.Tensor) -> None:
-            tracker.place = ("backward", number)
+            tracker.position = StepPosition("backward", number)
 
-        def hook(_module: Any, _given: Any, out: Any) -> None:
+        def hook(_module: Any, _inputs: Any, out: Any) -> None:
             hidden = out[0] if isinstance(out, tuple) else out
             if tracker.phase != "activations":
                 return
             if hidden.requires_grad:
                 hidden.register_hook(begin)
             if last:
-                tracker.place = ("head", 0)
+                tracker.position = StepPosition("head")
 
         return hook
 
-    layers = decoder_layers(model)
+    layers = find_decoder_layers(model)
     for number, layer in enumerate(layers):
-        handles += [layer.register_forward_pre_hook(entered(number)), layer.register_forward_hook(left(number, number + 1 == len(layers)))]
+        handles += [
+            layer.register_forward_pre_hook(on_enter(number)),
+            layer.register_forward_hook(on_exit(number, number + 1 == len(layers))),
+        ]
     return handles
 
 
 @contextlib.contextmanager
-def _mesh(shards: int) -> Iterator[Any]:
-    """A process group of any size that sends nothing (PyTorch's own, for tests), and a mesh over it; gone afterwards, as others ask whether there is one."""
+def _open_mesh(shards: int) -> Iterator[Any]:
+    """Open a mesh over a fake process group.
+
+    The group is PyTorch's for tests and sends nothing. It is destroyed afterwards: libraries ask whether there is one.
+    """
     if shards == 1:
         yield None
         return
@@ -342,13 +385,13 @@ def _mesh(shards: int) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what libraries tell each other of their futures."""
-    before = logging.root.manager.disable
+def _silence_libraries() -> Iterator[None]:
+    """Silence the warnings of libraries."""
+    previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logging.disable(before)
+        logging.disable(previous)

@@ -1,4 +1,4 @@
-"""Knows what decides how much memory and arithmetic a training step takes: of the recipe, of the launch, of the machine. No torch."""
+"""A training step's description: all that decides its cost. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from azrecipe.recipe.types import Lora
 
-SOURCES = (
+SOURCE_MODULES = (
     "azrecipe.planning.simulation.step_simulation",
     "azrecipe.planning.simulation.memory_tracker",
     "azrecipe.planning.simulation.gradient_accumulation",
@@ -23,24 +23,33 @@ SOURCES = (
     "azrecipe.planning.simulation.loss_tiles",
     "azrecipe.modeling.parameter_groups",
     "azrecipe.modeling.lora",
-)  # the modules that an answer comes from
+)  # the modules that compute a cost
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sequences on a device at once, and tokens in each."""
+class BatchShape:
+    """Sequences on a device at once, and the tokens of each."""
 
     batch: int
     length: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A training step but for its batch.
+class StepSpec:
+    """A training step, without its batch.
 
-    config: transformers' own, with model_type and the vocab_size trained with. trainable: groups and patterns, without an adapter.
-    kernels: Liger's that are in use. head: how the loss is computed: logits (all of them), liger, torch or trl (a tile at a time).
-    reference: a second copy of the weights is held, to compare with. masked: packed documents are kept apart by a mask [length, length]. shards: processes that the model is split over (1: whole).
+    Attributes:
+        config: transformers' configuration, with model_type and the trained vocab_size.
+        trainable: Parameter groups and patterns that train; without an adapter.
+        new_rows: Rows of the embeddings that the base model lacks.
+        quantized: Whether the base model's weights are in 4 bits.
+        reference: Whether a second copy of the weights is there (DPO).
+        masked: Whether a mask [length, length] separates packed documents.
+        kernels: Liger's kernels that are on.
+        head: How the loss is computed: logits (all at once), or liger, torch, trl (a tile at a time).
+        accumulates: Whether an optimizer step has several batches.
+        shards: Processes that the model is split over; 1: it is not.
+        cuda: Whether the step runs on a GPU.
     """
 
     config: Mapping[str, Any]
@@ -58,55 +67,59 @@ class Asked:
     max_grad_norm: float = 1.0
     activation_checkpointing: bool = False
     accumulates: bool = False
-    kind: str = "single"
+    strategy: str = "single"
     shards: int = 1
     reshard_after_forward: bool = True
     cuda: bool = True
 
     @property
-    def fsdp(self) -> bool:
-        """Whether the step is run under FSDP 2; ZeRO 3 is planned as it."""
+    def uses_fsdp(self) -> bool:
+        """Whether the step is simulated under FSDP 2; ZeRO 3 is too."""
         return self.shards > 1
 
     @property
-    def zero(self) -> bool:
-        return self.kind.startswith("zero")
+    def uses_deepspeed(self) -> bool:
+        return self.strategy.startswith("zero")
 
     @property
-    def adds_up(self) -> bool:
-        """Whether a batch finds gradients that earlier ones left as they were computed; DeepSpeed divides them after every batch."""
-        return self.accumulates and not self.zero
+    def keeps_gradients(self) -> bool:
+        """Whether gradients of earlier batches are there while a batch runs.
 
-    def with_config(self, config: Mapping[str, Any]) -> Asked:
+        DeepSpeed's are not: it partitions them after every batch.
+        """
+        return self.accumulates and not self.uses_deepspeed
+
+    def with_config(self, config: Mapping[str, Any]) -> StepSpec:
         return replace(self, config=dict(config))
 
-    def run_as(self, shards: int) -> Asked:
-        """The step that stands for this one: every backend that splits the model is run as FSDP 2 over `shards`, every other as one process.
+    def to_simulated(self, shards: int) -> StepSpec:
+        """Return the step that is simulated for this one.
 
-        One batch is run, whether others come before it or not: its cost tells of both.
+        Sharded strategies are simulated as FSDP 2 over `shards` processes, all others as one process. One batch is simulated: its cost holds
+        for a first batch and for later ones.
         """
-        kind, split = ("fsdp2", shards) if self.fsdp else ("single", 1)
-        return replace(self, kind=kind, shards=split, accumulates=False)
+        strategy, split = ("fsdp2", shards) if self.uses_fsdp else ("single", 1)
+        return replace(self, strategy=strategy, shards=split, accumulates=False)
 
-    def key(self, length: int) -> str:
-        """Names what a step of this length takes, on disk: the same question, and the same libraries that answer it."""
-        text = json.dumps([_own(), asdict(self), length, _libraries()], sort_keys=True)
+    def get_cache_key(self, length: int) -> str:
+        """Hash the step, its length, the code and the libraries."""
+        text = json.dumps([_hash_sources(), asdict(self), length, _list_versions()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @cache
-def _libraries() -> list[str]:
+def _list_versions() -> list[str]:
     return [version(name) for name in ("torch", "transformers", "peft", "accelerate")]
 
 
 @cache
-def _own() -> str:
-    """A hash of the modules that an answer comes from: another one is asked for again."""
-    return hashlib.sha256(b"".join(_read_source(module) for module in SOURCES)).hexdigest()
+def _hash_sources() -> str:
+    """Hash the modules that compute a cost, to notice a change."""
+    return hashlib.sha256(b"".join(_read_source(module) for module in SOURCE_MODULES)).hexdigest()
 
 
 def _read_source(module: str) -> bytes:
-    """The source of a module, which is not imported for it: most of them load torch."""
+    """Read a module's source without importing it: most load torch."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"there is no {module}")

@@ -1,1 +1,1 @@
-"""What a schema cannot say of a recipe, by stage."""
+"""Rules that a schema cannot express, by stage."""

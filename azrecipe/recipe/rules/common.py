@@ -1,4 +1,4 @@
-"""What a schema cannot say: the few rules that look at two values, or at another file."""
+"""Rules of every stage that read two values or another file."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from azrecipe.errors import Place, Problem, did_you_mean, hint
+from azrecipe.errors import Problem, SourceLocation, did_you_mean, suggest_choices
 from azrecipe.recipe import parameter_groups, schema
 from azrecipe.recipe.rules import evaluate, optimizer, sft
-from azrecipe.recipe.yaml_tree import Node
+from azrecipe.recipe.yaml_tree import YamlNode
 
-# Fields of TrainingArguments that follow from the recipe, the launcher or the run directory.
-OWNED = {
+# Fields of TrainingArguments that the recipe, the launcher or the run directory determines.
+RESERVED_TRAINER_ARGUMENTS = {
     "output_dir", "num_train_epochs", "max_steps", "learning_rate", "gradient_accumulation_steps", "warmup_steps", "bf16", "fp16", "seed",
     "data_seed", "use_cpu", "save_strategy", "eval_strategy", "logging_strategy", "train_sampling_strategy", "remove_unused_columns",
     "label_names", "fsdp", "fsdp_config", "deepspeed", "enable_jit_checkpoint", "load_best_model_at_end", "do_train", "do_eval", "run_name",
@@ -26,137 +26,145 @@ OWNED = {
 }  # fmt: skip
 
 
-def check(root: Node, stage: str) -> list[Problem]:
-    """Problems of a merged tree, which may have failed its schema: only what still makes sense is said."""
-    found: list[Problem] = []
-    found += _recipes_exist(root, schema.document(stage))
-    found += _apostrophes(root, schema.document(stage))
-    found += _filters(root)
+def check_rules(root: YamlNode, stage: str) -> list[Problem]:
+    """Return the problems of a merged tree.
+
+    The tree may have failed its schema, so each rule checks the types that it needs.
+    """
+    problems: list[Problem] = []
+    problems += _check_recipe_files(root, schema.load_schema(stage))
+    problems += _check_apostrophes(root, schema.load_schema(stage))
+    problems += _check_filters(root)
     if stage == "pretrain":
-        found += _phases(root)
-        found += _tokenizer_source(root)
-        found += _temperature(root)
-        found += _ignored(root)
+        problems += _check_phases(root)
+        problems += _check_tokenizer_source(root)
+        problems += _check_temperature(root)
+        problems += _check_unread_data_keys(root)
     if stage == "sft":
-        found += sft.check(root)
+        problems += sft.check_sft(root)
     if stage in ("pretrain", "sft"):
-        found += _trainer_arguments(root)
-        found += _kernels(root, stage)
-        found += optimizer.check(root, stage)
+        problems += _check_trainer_arguments(root)
+        problems += _check_kernels(root, stage)
+        problems += optimizer.check_optimizer(root, stage)
     if stage == "tokenizer":
-        found += _candidates(root)
+        problems += _check_candidates(root)
     if stage == "evaluate":
-        found += evaluate.check(root)
+        problems += evaluate.check_evaluate(root)
     if stage == "pipeline":
-        found += _compare(root)
-    return found
+        problems += _check_compare(root)
+    return problems
 
 
-def _recipes_exist(node: Node, definition: schema.Schema) -> Iterator[Problem]:
-    """Every path of a recipe (`output_of`, `continue_from`, a pipeline's steps) is there."""
-    definition = schema.follow(definition)
+def _check_recipe_files(node: YamlNode, definition: schema.Schema) -> Iterator[Problem]:
+    """Check that the files of `output_of`, `continue_from` and `steps` exist."""
+    definition = schema.resolve_ref(definition)
     if isinstance(node.value, dict):
         for key, value in node.value.items():
-            if (inner := schema.below(definition, key)) is not None:
-                yield from _recipes_exist(value, inner)
+            if (child := schema.subschema(definition, key)) is not None:
+                yield from _check_recipe_files(value, child)
     elif isinstance(node.value, list):
-        if (inner := schema.below(definition, 0)) is not None:
+        if (child := schema.subschema(definition, 0)) is not None:
             for item in node.value:
-                yield from _recipes_exist(item, inner)
-    elif definition.get("x-path") == "recipe" and isinstance(node.value, str) and node.place.line:
-        file = Path(os.path.dirname(node.place.file), node.value)
+                yield from _check_recipe_files(item, child)
+    elif definition.get("x-path") == "recipe" and isinstance(node.value, str) and node.location.line:
+        file = Path(os.path.dirname(node.location.file), node.value)
         if not file.is_file():
-            near = did_you_mean(file.name, (p.name for p in file.parent.glob("*.y*ml"))) if file.parent.is_dir() else ""
-            yield Problem(node.place, f"no such recipe: {os.path.normpath(file)}{near}")
+            suggestion = did_you_mean(file.name, (p.name for p in file.parent.glob("*.y*ml"))) if file.parent.is_dir() else ""
+            yield Problem(node.location, f"no such recipe: {os.path.normpath(file)}{suggestion}")
 
 
-def _apostrophes(node: Node, definition: schema.Schema) -> Iterator[Problem]:
-    """The two ways to write an apostrophe exclude each other in one source's `normalize`."""
-    definition = schema.follow(definition)
-    inside = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
-    for key, inner in inside:
-        below = schema.below(definition, key)
-        if below is None:
+def _check_apostrophes(node: YamlNode, definition: schema.Schema) -> Iterator[Problem]:
+    """Check that each `normalize` has at most one step for apostrophes."""
+    definition = schema.resolve_ref(definition)
+    children = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
+    for key, child in children:
+        child_schema = schema.subschema(definition, key)
+        if child_schema is None:
             continue
-        yield from _apostrophes(inner, below)
-        if key == "normalize" and isinstance(inner.value, list):
-            named = [item for item in inner.value if item.value in ("apostrophes", "uzbek_apostrophes")]
-            if len({item.value for item in named}) == 2:
+        yield from _check_apostrophes(child, child_schema)
+        if key == "normalize" and isinstance(child.value, list):
+            apostrophe_steps = [item for item in child.value if item.value in ("apostrophes", "uzbek_apostrophes")]
+            if len({item.value for item in apostrophe_steps}) == 2:
                 message = "normalize: apostrophes and uzbek_apostrophes write the same mark in two ways; name one of them"
-                yield Problem(named[-1].place, message)
+                yield Problem(apostrophe_steps[-1].location, message)
 
 
-def _phases(root: Node) -> Iterator[Problem]:
+def _check_phases(root: YamlNode) -> Iterator[Problem]:
     phases = root.get("phases")
-    names: dict[object, Place] = {}
+    names: dict[object, SourceLocation] = {}
     for phase in phases.value if phases and isinstance(phases.value, list) else []:
         name = phase.get("name")
         if name and isinstance(name.value, str):
             if name.value in names:
-                yield Problem(name.place, f"two phases are called '{name.value}'; the other stands at {names[name.value]}")
-            names.setdefault(name.value, name.place)
+                yield Problem(name.location, f"two phases are called '{name.value}'; the other is at {names[name.value]}")
+            names.setdefault(name.value, name.location)
         patterns = phase.get("trainable_parameters")
         for pattern in patterns.value if patterns and isinstance(patterns.value, list) else []:
-            if isinstance(pattern.value, str) and (wrong := parameter_groups.problem(pattern.value)):
-                yield Problem(pattern.place, wrong)
+            if isinstance(pattern.value, str) and (problem := parameter_groups.find_pattern_problem(pattern.value)):
+                yield Problem(pattern.location, problem)
 
 
-def _tokenizer_source(root: Node) -> Iterator[Problem]:
+def _check_tokenizer_source(root: YamlNode) -> Iterator[Problem]:
     tokenizer, model = root.get("tokenizer"), root.get("model")
     if tokenizer is None or not isinstance(tokenizer.value, dict):
         if model and model.get("config"):
             yield Problem(
-                model.at,
+                model.entry_location,
                 "a model built from `config` has no tokenizer of its own: say `tokenizer:` (name_or_path, output_of, or family and vocab_size)",
             )
         return
     sources = [key for key in ("name_or_path", "output_of", "family") if key in tokenizer.value]
     if len(sources) > 1:
-        yield Problem(tokenizer.at, f"give at most one of name_or_path, output_of, family: there are {', '.join(sources)}")
+        yield Problem(tokenizer.entry_location, f"give at most one of name_or_path, output_of, family: there are {', '.join(sources)}")
     if not sources and model and model.get("config"):
         yield Problem(
-            tokenizer.at, "a model built from `config` has no tokenizer of its own: give name_or_path, output_of, or family and vocab_size"
+            tokenizer.entry_location,
+            "a model built from `config` has no tokenizer of its own: give name_or_path, output_of, or family and vocab_size",
         )
     if "candidate" in tokenizer.value and "output_of" not in tokenizer.value:
-        yield Problem(tokenizer.value["candidate"].at, "candidate is one of a tokenizer recipe's: it goes with output_of")
+        yield Problem(tokenizer.value["candidate"].entry_location, "candidate is one of a tokenizer recipe's: it goes with output_of")
     if ("family" in tokenizer.value) != ("vocab_size" in tokenizer.value):
-        yield Problem(tokenizer.at, "family and vocab_size go together: they ask for a new tokenizer")
+        yield Problem(tokenizer.entry_location, "family and vocab_size go together: they ask for a new tokenizer")
 
 
-def _temperature(root: Node) -> Iterator[Problem]:
-    """Weights and a temperature are two answers to one question."""
+def _check_temperature(root: YamlNode) -> Iterator[Problem]:
+    """Check that weights and a sampling temperature are not both set."""
     datasets = root.get("data", "datasets")
     if root.get("data", "sampling_temperature") is None or datasets is None or not isinstance(datasets.value, list):
         return
     for source in datasets.value:
         if (weight := source.get("weight")) is not None:
-            yield Problem(weight.at, "weight and data.sampling_temperature both say how much is read of a source: take one of them away")
+            message = "weight and data.sampling_temperature both determine how much of a source is read: remove one of them"
+            yield Problem(weight.entry_location, message)
 
 
-def _ignored(root: Node) -> Iterator[Problem]:
-    """Keys of `data` that nothing reads beside what else is there."""
+def _check_unread_data_keys(root: YamlNode) -> Iterator[Problem]:
+    """Find keys of `data` that have no effect beside the other keys."""
     packing, strategy = root.get("data", "packing"), root.get("data", "packing_strategy")
     if packing and packing.value is False and strategy and strategy.value != "wrapped":
-        yield Problem(strategy.at, "packing: false packs nothing: packing_strategy says nothing then, take one of them away")
+        yield Problem(strategy.entry_location, "packing_strategy has no effect with packing: false: remove one of them")
     method = root.get("data", "deduplication", "method")
     if method and method.value == "exact":
-        default = (schema.below(schema.below(schema.document("pretrain"), "data") or {}, "deduplication") or {}).get("properties", {})
+        data = schema.subschema(schema.load_schema("pretrain"), "data") or {}
+        properties = (schema.subschema(data, "deduplication") or {}).get("properties", {})
         for key in ("threshold", "ngram_size", "num_perm"):
             node = root.get("data", "deduplication", key)
-            if node and node.value != default[key]["default"]:
-                yield Problem(node.at, f"{key} is minhash's, and method is exact")
+            if node and node.value != properties[key]["default"]:
+                yield Problem(node.entry_location, f"{key} is a key of method: minhash, and method is exact")
 
 
-def _filters(root: Node) -> Iterator[Problem]:
-    """Limits that no document can keep."""
+def _check_filters(root: YamlNode) -> Iterator[Problem]:
+    """Find limits that no document can meet."""
     datasets = root.get("data", "datasets")
     for source in datasets.value if datasets and isinstance(datasets.value, list) else []:
         low, high = source.get("filters", "min_characters"), source.get("filters", "max_characters")
         if low and high and isinstance(low.value, int) and isinstance(high.value, int) and low.value > high.value:
-            yield Problem(low.at, f"min_characters = {low.value:,} is more than max_characters = {high.value:,}: no document is left")
+            yield Problem(
+                low.entry_location, f"min_characters = {low.value:,} is more than max_characters = {high.value:,}: no document is left"
+            )
 
 
-def _candidates(root: Node) -> Iterator[Problem]:
+def _check_candidates(root: YamlNode) -> Iterator[Problem]:
     candidates, select = root.get("candidates"), root.get("select")
     entries = candidates.value if candidates and isinstance(candidates.value, dict) else {}
     needs = {"baseline": (set(), set()), "custom": ({"vocab_size"}, {"pre_tokenizer"}), "extension": ({"new_tokens"}, {"protect"})}
@@ -166,68 +174,71 @@ def _candidates(root: Node) -> Iterator[Problem]:
             continue
         required, optional = needs[kind.value]
         for key in sorted(required - candidate.value.keys()):
-            yield Problem(candidate.at, f"candidate '{name}': kind {kind.value} needs {key}")
+            yield Problem(candidate.entry_location, f"candidate '{name}': kind {kind.value} needs {key}")
         for key in sorted(candidate.value.keys() - required - optional - {"kind"}):
             if key in ("vocab_size", "new_tokens", "protect", "pre_tokenizer"):
-                yield Problem(candidate.value[key].at, f"candidate '{name}': kind {kind.value} takes no {key}")
+                yield Problem(candidate.value[key].entry_location, f"candidate '{name}': kind {kind.value} takes no {key}")
     if select and isinstance(select.value, str) and entries and select.value not in entries and select.value != "lowest_fertility":
-        known = [*entries, "lowest_fertility"]
-        yield Problem(select.place, f"select names no candidate: '{select.value}'{hint(select.value, known, 'Candidates')}")
+        names = [*entries, "lowest_fertility"]
+        yield Problem(select.location, f"select names no candidate: '{select.value}'{suggest_choices(select.value, names, 'Candidates')}")
 
 
-def _compare(root: Node) -> Iterator[Problem]:
+def _check_compare(root: YamlNode) -> Iterator[Problem]:
     compare, matrix = root.get("compare"), root.get("matrix")
     if compare is not None and (matrix is None or not matrix.value):
-        yield Problem(compare.at, "compare ranks the cells of a matrix, and there is none: say `matrix:`")
+        yield Problem(compare.entry_location, "compare ranks the cells of a matrix, and there is none: say `matrix:`")
 
 
-def _kernels(root: Node, stage: str) -> Iterator[Problem]:
-    """Kernels that exclude each other, or that nothing would put in."""
+def _check_kernels(root: YamlNode, stage: str) -> Iterator[Problem]:
+    """Find kernels that exclude each other or that are not enabled."""
 
-    def said(*keys: str) -> Node | None:
+    def get_enabled(*keys: str) -> YamlNode | None:
         node = root.get("training", *keys)
         return node if node is not None and node.value not in (None, False) else None
 
-    chosen, loss = said("liger_kernel_config"), said("fused_linear_cross_entropy")
-    if said("use_liger_kernel") is None:
-        if chosen is not None:
-            yield Problem(chosen.at, "liger_kernel_config chooses among Liger's kernels, and use_liger_kernel is not true")
+    config, loss = get_enabled("liger_kernel_config"), get_enabled("fused_linear_cross_entropy")
+    if get_enabled("use_liger_kernel") is None:
+        if config is not None:
+            yield Problem(config.entry_location, "liger_kernel_config chooses among Liger's kernels, and use_liger_kernel is not true")
         if loss is not None and loss.value == "liger":
             message = "fused_linear_cross_entropy: liger is one of Liger's kernels, and use_liger_kernel is not true. PyTorch's own: torch"
-            yield Problem(loss.at, message)
+            yield Problem(loss.entry_location, message)
         return
-    whole, fused = (said("liger_kernel_config", name) for name in ("cross_entropy", "fused_linear_cross_entropy"))
-    if whole is not None and fused is not None:
-        yield Problem(fused.at, "cross_entropy and fused_linear_cross_entropy are two ways to one loss; name one of them")
+    unfused, fused = (get_enabled("liger_kernel_config", name) for name in ("cross_entropy", "fused_linear_cross_entropy"))
+    if unfused is not None and fused is not None:
+        yield Problem(fused.entry_location, "cross_entropy and fused_linear_cross_entropy compute the same loss; name one of them")
     elif fused is not None and stage == "sft":
         message = "sft has no use for Liger's fused_linear_cross_entropy: TRL's SFTTrainer takes the loss a chunk at a time by itself"
-        yield Problem(fused.at, message)
-    elif loss is not None and (other := whole or (fused if loss.value == "torch" else None)) is not None:
-        yield Problem(other.at, f"training.fused_linear_cross_entropy: {loss.value} takes the loss; leave this kernel out")
-    off = root.get("training", "liger_kernel_config", "fused_linear_cross_entropy")
-    if loss is not None and loss.value == "liger" and off is not None and off.value is False:
-        yield Problem(off.at, "training.fused_linear_cross_entropy: liger asks for this kernel, and here it is left out")
+        yield Problem(fused.entry_location, message)
+    elif loss is not None and (other := unfused or (fused if loss.value == "torch" else None)) is not None:
+        yield Problem(other.entry_location, f"training.fused_linear_cross_entropy: {loss.value} takes the loss; leave this kernel out")
+    fused_node = root.get("training", "liger_kernel_config", "fused_linear_cross_entropy")
+    if loss is not None and loss.value == "liger" and fused_node is not None and fused_node.value is False:
+        yield Problem(fused_node.entry_location, "training.fused_linear_cross_entropy: liger asks for this kernel, and here it is left out")
 
 
-def _trainer_arguments(root: Node) -> Iterator[Problem]:
-    given = root.get("training", "trainer_arguments")
-    if given is None or not isinstance(given.value, dict) or not given.value:
+def _check_trainer_arguments(root: YamlNode) -> Iterator[Problem]:
+    arguments = root.get("training", "trainer_arguments")
+    if arguments is None or not isinstance(arguments.value, dict) or not arguments.value:
         return
-    own = schema.below(schema.document(str(root.plain()["stage"])), "training") or {}
-    ours = set(own.get("properties", {})) - {"trainer_arguments"}
-    known = _training_arguments_fields()
-    for key, node in given.value.items():
-        if key in ours:
-            yield Problem(node.at, f"'{key}' is a key of training itself: write training.{key}")
-        elif key in OWNED:
-            yield Problem(node.at, f"'{key}' follows from the recipe, the launcher or the run directory and cannot be set")
-        elif known and key not in known:
-            yield Problem(node.at, f"transformers.TrainingArguments has no field '{key}'{did_you_mean(key, known)}")
+    training = schema.subschema(schema.load_schema(str(root.to_plain()["stage"])), "training") or {}
+    recipe_keys = set(training.get("properties", {})) - {"trainer_arguments"}
+    known_fields = _read_training_arguments_fields()
+    for key, node in arguments.value.items():
+        if key in recipe_keys:
+            yield Problem(node.entry_location, f"'{key}' is a key of training itself: write training.{key}")
+        elif key in RESERVED_TRAINER_ARGUMENTS:
+            yield Problem(node.entry_location, f"'{key}' follows from the recipe, the launcher or the run directory and cannot be set")
+        elif known_fields and key not in known_fields:
+            yield Problem(node.entry_location, f"transformers.TrainingArguments has no field '{key}'{did_you_mean(key, known_fields)}")
 
 
 @cache
-def _training_arguments_fields() -> frozenset[str]:
-    """Field names of the installed TrainingArguments, read from its source: importing it would pull torch in."""
+def _read_training_arguments_fields() -> frozenset[str]:
+    """Return the fields of the installed TrainingArguments.
+
+    They are read from its source, as an import would load torch.
+    """
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         return frozenset()

@@ -1,13 +1,13 @@
-"""Rules of `stage: evaluate` that a schema cannot say: which languages there are, and names that must be there, or once only."""
+"""Rules of `stage: evaluate`: languages and names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from azrecipe.errors import Problem, did_you_mean, hint
-from azrecipe.recipe.yaml_tree import Node
+from azrecipe.errors import Problem, did_you_mean, suggest_choices
+from azrecipe.recipe.yaml_tree import YamlNode
 
-# What lingua tells apart, by ISO 639-1 code (a test holds this equal to the library's own list).
+# The languages that lingua detects, by ISO 639-1 code (a test compares them with the library's list).
 LANGUAGES = {
     "af": "Afrikaans", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali", "bs": "Bosnian",
     "ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German", "el": "Greek", "en": "English", "eo": "Esperanto",
@@ -22,45 +22,50 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-def check(root: Node) -> list[Problem]:
-    """Problems of an evaluate recipe's tree, which may have failed its schema."""
-    return [*_baseline(root), *_languages(root), *_tasks(root)]
+def check_evaluate(root: YamlNode) -> list[Problem]:
+    """Return the problems of a tree, which may have failed its schema."""
+    return [*_check_baseline(root), *_check_languages(root), *_check_tasks(root)]
 
 
-def _baseline(root: Node) -> Iterator[Problem]:
+def _check_baseline(root: YamlNode) -> Iterator[Problem]:
     baseline, models = root.get("baseline"), root.get("models")
     if baseline and models and isinstance(baseline.value, str) and isinstance(models.value, dict) and baseline.value not in models.value:
-        yield Problem(baseline.place, f"baseline names no model: '{baseline.value}'{hint(baseline.value, models.value, 'Models')}")
+        advice = suggest_choices(baseline.value, models.value, "Models")
+        yield Problem(baseline.location, f"baseline names no model: '{baseline.value}'{advice}")
 
 
-def _languages(root: Node) -> Iterator[Problem]:
-    listed = root.get("languages")
-    asked = [root.get("language"), *(listed.value if listed and isinstance(listed.value, list) else [])]
-    asked += [prompt.get("language") for prompt in _items(root.get("prompts"))]
-    for node in asked:
+def _check_languages(root: YamlNode) -> Iterator[Problem]:
+    languages = [root.get("language"), *_get_items(root.get("languages"))]
+    languages += [prompt.get("language") for prompt in _get_items(root.get("prompts"))]
+    for node in languages:
         if node is not None and isinstance(node.value, str) and node.value not in LANGUAGES:
-            yield Problem(node.place, f"lingua knows no language '{node.value}'{_nearest(node.value)} Languages: {', '.join(LANGUAGES)}")
+            suggestion = _suggest_language(node.value)
+            yield Problem(node.location, f"lingua knows no language '{node.value}'{suggestion} Languages: {', '.join(LANGUAGES)}")
 
 
-def _nearest(word: str) -> str:
-    """`; did you mean 'az' (Azerbaijani)?`, for a code, a name or a longer code that is near one."""
-    names = {name.lower(): code for code, name in LANGUAGES.items()}
-    near = did_you_mean(word.lower(), [*LANGUAGES, *names])
-    found = near.split("'")[1] if near else ""
-    code = names.get(found, found)
+def _suggest_language(word: str) -> str:
+    """Return `; did you mean 'az' (Azerbaijani)?`.
+
+    It names a language with a similar code or name; "." where there is none.
+    """
+    codes = {name.lower(): code for code, name in LANGUAGES.items()}
+    suggestion = did_you_mean(word.lower(), [*LANGUAGES, *codes])
+    match = suggestion.split("'")[1] if suggestion else ""
+    code = codes.get(match, match)
     return f"; did you mean '{code}' ({LANGUAGES[code]})?" if code else "."
 
 
-def _tasks(root: Node) -> Iterator[Problem]:
-    seen: dict[str, Node] = {}
-    for item in _items(root.get("tasks")):
+def _check_tasks(root: YamlNode) -> Iterator[Problem]:
+    first_nodes: dict[str, YamlNode] = {}
+    for item in _get_items(root.get("tasks")):
         node = item if isinstance(item.value, str) else item.get("task")
         if node is None or not isinstance(node.value, str):
             continue
-        if node.value in seen:
-            yield Problem(node.place, f"the task {node.value} stands already at {seen[node.value].place}: its results would have one name")
-        seen.setdefault(node.value, node)
+        if node.value in first_nodes:
+            message = f"the task {node.value} is already at {first_nodes[node.value].location}: both results would have the same name"
+            yield Problem(node.location, message)
+        first_nodes.setdefault(node.value, node)
 
 
-def _items(node: Node | None) -> list[Node]:
+def _get_items(node: YamlNode | None) -> list[YamlNode]:
     return node.value if node is not None and isinstance(node.value, list) else []

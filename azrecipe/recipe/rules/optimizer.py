@@ -1,4 +1,4 @@
-"""Knows which keys of an optimizer and of a learning rate's schedule are read together; one that nothing reads is refused."""
+"""Rules of optimizers and schedules: a key without effect is an error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from azrecipe.errors import Problem
 from azrecipe.recipe import schema
-from azrecipe.recipe.yaml_tree import Node
+from azrecipe.recipe.yaml_tree import YamlNode
 
-# A key, the key whose value decides whether it is read, and the values that read it.
-READ_BY: Mapping[str, tuple[str, tuple[str, ...]]] = {
+# A key: the key whose value decides whether it has an effect, and the values with which it has one.
+KEY_READERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "decay_ratio": ("lr_scheduler_type", ("warmup_stable_decay",)),
     "min_lr_ratio": ("lr_scheduler_type", ("cosine", "warmup_stable_decay")),
     "warmup_ratio": ("lr_scheduler_type", ("cosine", "linear", "constant_with_warmup", "warmup_stable_decay")),
@@ -20,56 +20,59 @@ READ_BY: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def check(root: Node, stage: str) -> Iterator[Problem]:
-    """Keys of `training` and of the phases that their optimizer or schedule does not read.
+def check_optimizer(root: YamlNode, stage: str) -> Iterator[Problem]:
+    """Find keys that their optimizer or schedule does not read.
 
-    In `training` a key that holds its default says nothing, and one that some phase reads is needed.
+    They are keys of `training` and of the phases. In `training`, a key with its default is allowed, and so is one that some
+    phase reads.
     """
-    training, defaults = root.get("training"), _defaults(stage)
+    training, defaults = root.get("training"), _read_defaults(stage)
     phases = root.get("phases")
     loops = [phase for phase in phases.value if isinstance(phase.value, dict)] if phases and isinstance(phases.value, list) else []
     if stage != "pretrain":
-        loops = [Node({}, root.place)]
-    for key, (by, readers) in READ_BY.items():
-        chosen = [_value(by, loop, training, defaults) for loop in loops]
-        if not all(choice in schema.document("common")["$defs"][by]["enum"] for choice in chosen):
-            continue  # the schema says so
-        for loop, choice in zip(loops, chosen, strict=True):
-            own = loop.get(key)
-            if own is not None and own.value is not None and choice not in readers:
-                yield Problem(own.at, _unread(key, by, choice, readers))
+        loops = [YamlNode({}, root.location)]
+    for key, (selector, readers) in KEY_READERS.items():
+        choices = [_resolve_value(selector, loop, training, defaults) for loop in loops]
+        if not all(choice in schema.load_schema("common")["$defs"][selector]["enum"] for choice in choices):
+            continue  # the schema reports it
+        for loop, choice in zip(loops, choices, strict=True):
+            phase_value = loop.get(key)
+            if phase_value is not None and phase_value.value is not None and choice not in readers:
+                yield Problem(phase_value.entry_location, _describe_unread(key, selector, choice, readers))
         shared = training.get(key) if training else None
-        said = shared is not None and shared.value is not None and shared.value != defaults.get(key)
-        if said and shared is not None and chosen and not any(choice in readers for choice in chosen):
-            yield Problem(shared.at, _unread(key, by, chosen[0], readers))
+        is_set = shared is not None and shared.value is not None and shared.value != defaults.get(key)
+        if is_set and shared is not None and choices and not any(choice in readers for choice in choices):
+            yield Problem(shared.entry_location, _describe_unread(key, selector, choices[0], readers))
     for loop in loops:
-        yield from _room(loop, training, defaults)
+        yield from _check_ratios(loop, training, defaults)
 
 
-def _room(loop: Node, training: Node | None, defaults: Mapping[str, Any]) -> Iterator[Problem]:
-    """A warm-up and a decay that both fit into one phase."""
-    if _value("lr_scheduler_type", loop, training, defaults) != "warmup_stable_decay":
+def _check_ratios(loop: YamlNode, training: YamlNode | None, defaults: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check that warm-up and decay together fit into a phase."""
+    if _resolve_value("lr_scheduler_type", loop, training, defaults) != "warmup_stable_decay":
         return
-    shares = [_value(key, loop, training, defaults) for key in ("warmup_ratio", "decay_ratio")]
-    if all(isinstance(share, int | float) for share in shares) and sum(shares) > 1:
-        at = next(
-            (node for where in (loop, training) if where for key in ("decay_ratio", "warmup_ratio") if (node := where.get(key))), loop
-        )
-        yield Problem(at.at, f"warmup_ratio and decay_ratio are {sum(shares):g} together: more than the whole phase")
+    ratios = [_resolve_value(key, loop, training, defaults) for key in ("warmup_ratio", "decay_ratio")]
+    if all(isinstance(ratio, int | float) for ratio in ratios) and sum(ratios) > 1:
+        parents = [parent for parent in (loop, training) if parent]
+        node = next((node for parent in parents for key in ("decay_ratio", "warmup_ratio") if (node := parent.get(key))), loop)
+        yield Problem(node.entry_location, f"warmup_ratio and decay_ratio are {sum(ratios):g} together: more than the whole phase")
 
 
-def _unread(key: str, by: str, choice: Any, readers: tuple[str, ...]) -> str:
-    return f"{by}: {choice} reads no {key}. What reads it: {', '.join(readers)}"
+def _describe_unread(key: str, selector: str, choice: Any, readers: tuple[str, ...]) -> str:
+    return f"{selector}: {choice} reads no {key}. What reads it: {', '.join(readers)}"
 
 
-def _value(key: str, loop: Node, training: Node | None, defaults: Mapping[str, Any]) -> Any:
-    """What a key holds in one loop: the phase's own value, training's, or the default."""
+def _resolve_value(key: str, loop: YamlNode, training: YamlNode | None, defaults: Mapping[str, Any]) -> Any:
+    """Return a key's value in one phase.
+
+    It is the value of the phase, of `training`, or the default.
+    """
     for node in (loop.get(key), training.get(key) if training else None):
         if node is not None and node.value is not None:
             return node.value
     return defaults.get(key)
 
 
-def _defaults(stage: str) -> dict[str, Any]:
-    own = schema.below(schema.document(stage), "training") or {}
-    return {key: schema.follow(definition).get("default") for key, definition in own.get("properties", {}).items()}
+def _read_defaults(stage: str) -> dict[str, Any]:
+    training = schema.subschema(schema.load_schema(stage), "training") or {}
+    return {key: schema.resolve_ref(definition).get("default") for key, definition in training.get("properties", {}).items()}

@@ -1,0 +1,24 @@
+"""Types for argparse: numbers within bounds."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def build_number_type(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """Build a type for argparse: a number from `low` to `high`."""
+
+    def parse_number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, not '{text}'") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be at least {low:g}" if high == float("inf") else f"must be from {low:g} to {high:g}")
+        return value
+
+    return parse_number
+
+
+parse_positive_int = build_number_type(int, 1, float("inf"))

@@ -1,0 +1,108 @@
+"""serve: the server's command line, and what is refused before it starts; the server itself where its packages are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from azrecipe.errors import CannotRun, CommandError
+from azrecipe.inference import serve
+from azrecipe.runs import finished_model
+from tests.conftest import ROOT, Done
+
+INSTALLED = all(importlib.util.find_spec(name) for name in serve.REQUIRED_MODULES["transformers"])
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def asked(command: str) -> tuple[str, Any]:
+    """The address and the body of a curl command."""
+    words = shlex.split(command)
+    assert words[0] == "curl"
+    return words[1], json.loads(words[words.index("-d") + 1])
+
+
+def test_the_servers_are_started_with_the_models_folder(llama: Path) -> None:
+    model = finished_model.resolve_model(str(llama))
+    command = serve.build_server_command(model, "transformers", "0.0.0.0", 8123)
+    assert command == [sys.executable, "-m", "transformers.cli.transformers", "serve", str(llama), "--host", "0.0.0.0", "--port", "8123"]
+    command = serve.build_server_command(model, "vllm", "localhost", 8123)
+    assert command[command.index("serve") + 1] == str(llama) and command[-2:] == ["--served-model-name", "llama"]
+
+
+def test_the_line_to_try_asks_what_the_model_can_answer(llama: Path) -> None:
+    address, body = asked(serve.build_curl_command(finished_model.resolve_model(str(llama)), "transformers", "0.0.0.0", 8123))
+    assert address == "http://localhost:8123/v1/completions"  # it has no chat template
+    assert body["model"] == str(llama) and body["prompt"]
+    address, body = asked(serve.build_curl_command(finished_model.FinishedModel("meta/model"), "vllm", "::1", 80))
+    assert address == "http://[::1]:80/v1/chat/completions" and body["messages"][0]["role"] == "user"
+
+
+def test_a_folder_that_transformers_serve_would_take_apart_is_refused(llama: Path, tmp_path: Path) -> None:
+    model = finished_model.resolve_model(str(shutil.copytree(llama, tmp_path / "model@2")))
+    with pytest.raises(CommandError, match="revision"):
+        serve.build_server_command(model, "transformers", "localhost", 8000)
+    assert str(tmp_path / "model@2") in serve.build_server_command(model, "vllm", "localhost", 8000)
+
+
+def test_an_address_that_is_taken_is_refused_before_a_model_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(CannotRun, match="--port"):
+            serve._check_port("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(CannotRun, match="--host"):
+        serve._check_port("no.such.host.invalid", 8000)
+
+
+@pytest.mark.skipif(INSTALLED, reason="the packages of transformers serve are installed")
+def test_without_its_packages_the_pip_line_is_given(cli: Callable[..., Done], llama: Path) -> None:
+    done = cli("serve", llama)
+    assert done.code == 3 and "pip install 'azrecipe[serve]'" in done.err and "openai" in done.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_pip_line_is_given(cli: Callable[..., Done], llama: Path) -> None:
+    done = cli("serve", llama, "--engine", "vllm")
+    assert done.code == 3 and "pip install vllm" in done.err
+
+
+@pytest.mark.skipif(not INSTALLED, reason="needs the packages of transformers serve: pip install 'azrecipe[serve]'")
+def test_the_server_answers_over_http_and_ends_with_its_signal(llama: Path, tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "azrecipe", "serve", str(llama), "--port", str(port)]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until and "running on" not in (tmp_path / "log").read_text():
+            time.sleep(0.1)
+        text = (tmp_path / "log").read_text()
+        address, body = asked(next(line.strip() for line in text.splitlines() if line.strip().startswith("curl")))
+        request = urllib.request.Request(address, json.dumps({**body, "max_tokens": 4}).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        assert answer["usage"]["completion_tokens"] <= 4 and answer["choices"]
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    finally:
+        process.kill()
+        log.close()

@@ -1,0 +1,234 @@
+"""What the planner makes of few layers and of stand-ins: the same as with all layers, and as the libraries' own."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from azrecipe.planning.simulation import gradient_accumulation, kernel_stubs, loss_tiles, step_simulation
+from azrecipe.planning.simulation.memory_tracker import MemoryTracker
+from azrecipe.planning.simulation.step_cost import StepCost
+from azrecipe.planning.simulation.step_spec import BatchShape, StepSpec
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": True,
+}  # fmt: skip
+PLAIN = StepSpec(config=LLAMA, precision="bf16_pure", cuda=True)
+LIGER = ("rms_norm", "swiglu")
+
+
+@pytest.fixture(autouse=True)
+def _no_group() -> Iterator[None]:
+    """No process group stays behind."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def whole(asked: StepSpec, length: int, monkeypatch: pytest.MonkeyPatch) -> StepCost:
+    """With all layers run."""
+    with monkeypatch.context() as patched:
+        patched.setattr(step_simulation, "SIMULATED_LAYERS", 1000)
+        return step_simulation.measure_step(asked, length)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        PLAIN,
+        replace(PLAIN, activation_checkpointing=True, kernels=LIGER, head="liger", optim="adamw_torch"),
+        replace(PLAIN, precision="bf16_mixed", shards=8, strategy="fsdp2"),
+        replace(PLAIN, shards=8, strategy="fsdp2", activation_checkpointing=True),
+        replace(PLAIN, precision="bf16_mixed", activation_checkpointing=True, head="torch"),
+    ],
+    ids=["plain", "checkpointing and Liger", "FSDP mixed", "FSDP and checkpointing", "autocast and checkpointing"],
+)
+def test_four_layers_tell_what_six_take(asked: StepSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, all_ = step_simulation.measure_step(asked, 128), whole(asked, 128, monkeypatch)
+    for batch in (1, 3, 8):
+        for after_others in (False, True):
+            memory = [sum(cost.get_peak_memory(batch, accumulates=after_others).values()) for cost in (few, all_)]
+            assert memory[0] == pytest.approx(memory[1], rel=1e-3)
+        assert few.count_flops(batch) == pytest.approx(all_.count_flops(batch), rel=1e-12)
+        moved = [sum(work.count * (work.moved[0] + work.moved[1] * batch) for work in cost.work) for cost in (few, all_)]
+        assert moved[0] == pytest.approx(moved[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        replace(PLAIN, precision="bf16_mixed"),
+        replace(PLAIN, shards=2, strategy="fsdp2", activation_checkpointing=True),
+        replace(PLAIN, precision="bf16_mixed", shards=2, strategy="fsdp2"),
+        replace(PLAIN, precision="bf16_mixed", shards=8, strategy="fsdp2", trainable=("embeddings",)),
+    ],
+    ids=["whole", "FSDP, one type", "FSDP, two types", "FSDP, little trains"],
+)
+def test_a_batch_tells_what_it_would_take_after_another_one(asked: StepSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asked.with_config({**asked.config, "num_hidden_layers": 2})
+    alone = step_simulation.measure_step(asked, 128)
+    real = gradient_accumulation.track_gradients
+
+    def after_another(model: Any, asked: StepSpec, tracker: MemoryTracker) -> Any:
+        if asked.uses_fsdp:
+            model.set_requires_gradient_sync(False)
+        with tracker.record():
+            model(**step_simulation._build_inputs(asked, BatchShape(step_simulation.SIMULATED_BATCH, 128)))["loss"].backward()
+        if asked.uses_fsdp:
+            model.set_requires_gradient_sync(True)
+        tracker.events.clear()
+        return real(model, asked, tracker)
+
+    monkeypatch.setattr(gradient_accumulation, "track_gradients", after_another)
+    second = step_simulation.measure_step(asked, 128)
+    for batch in (1, 3, 8):
+        memory = alone.get_peak_memory(batch, accumulates=True)
+        assert sum(memory.values()) == pytest.approx(sum(second.get_peak_memory(batch).values()), rel=1e-4)
+        if not asked.uses_fsdp or asked.trainable == ("all",):
+            assert sum(memory.values()) > 1.02 * sum(alone.get_peak_memory(batch).values())
+        seconds = [alone.compute_seconds(batch, 1e15, 1e12, True)[0], second.compute_seconds(batch, 1e15, 1e12)[0]]
+        assert seconds[0] == pytest.approx(seconds[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        replace(PLAIN, trainable=("layers[2:]",)),
+        replace(PLAIN, config={**LLAMA, "model_type": "qwen3", "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 3}),
+    ],
+    ids=["some layers train", "layers of two kinds"],
+)
+def test_a_model_whose_layers_differ_is_run_with_all_of_them(asked: StepSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    real = step_simulation.simulate_step
+
+    def run(asked: StepSpec, shape: Any, few: int, trained: int) -> Any:
+        ran.append(few)
+        return real(asked, shape, few, trained)
+
+    monkeypatch.setattr(step_simulation, "simulate_step", run)
+    step_simulation.measure_step(asked, 16)
+    assert ran == [6]
+
+
+SIZES = [(tokens, vocabulary, width) for tokens in (7, 4096, 20_480) for vocabulary, width in ((1000, 64), (128_256, 2048), (500, 768))]
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), SIZES)
+def test_tiles_have_the_rows_that_pytorch_chooses(tokens: int, vocabulary: int, width: int) -> None:
+    options = torch.nn.LinearCrossEntropyOptions()
+    for kind, dtype, device in (("torch", torch.float32, "cpu"), ("accurate", torch.bfloat16, "cpu")):
+        chosen = options._adjust(tokens, width, vocabulary, dtype, torch.device(device))
+        assert loss_tiles.count_tile_rows(kind, tokens, vocabulary, width) == chosen.batch_chunk_size
+    from torch.nn.modules.linear_cross_entropy_options import _AUTO_DEFAULTS
+
+    assert tuple(_AUTO_DEFAULTS["cuda", torch.bfloat16]) == ("compact", "aspect_ratio:2")  # float32's, which is looked at above
+
+
+def constants(module: str) -> dict[str, Any]:
+    """The plain constants of an installed module, which is not imported."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    assert spec is not None and spec.origin is not None
+    file = Path(spec.origin).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    return {
+        node.targets[0].id: node.value.value
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+    }
+
+
+def test_tiles_have_the_rows_and_columns_that_trl_chooses() -> None:
+    assert constants("trl.kernels.chunked_logprob")["TOKEN_CHUNK_SIZE"] == loss_tiles.TRL_ROWS
+    assert constants("trl.trainer.utils")["_CHUNKED_LOGPROB_CHUNK_SIZE"] == loss_tiles.TRL_COLUMNS
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), SIZES)
+def test_tiles_have_the_rows_that_liger_chooses(tokens: int, vocabulary: int, width: int) -> None:
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.ops import fused_linear_cross_entropy as liger
+
+    source = inspect.getsource(liger.fused_linear_cross_entropy_forward)
+    lines = [line.partition("#")[0].strip() for line in source.splitlines()]
+    names = {"triton": triton, "BT": tokens, "V": vocabulary, "H": width, "chunk_mem_const": liger._CHUNK_MEM_CONST}
+    for line in [line for line in lines if line.startswith(("inc_factor =", "chunk_size ="))]:
+        exec(line, {}, names)  # Liger's own lines
+    assert loss_tiles.count_tile_rows("liger", tokens, vocabulary, width) == names["chunk_size"]
+
+
+def kept(function: Any, *given: torch.Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes of what a stand-in keeps for its backward pass."""
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        function.apply(*given)
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in saved]
+
+
+def saves(module: str, function: str) -> set[str]:
+    """Names of what one of Liger's autograd functions hands to save_for_backward."""
+    pytest.importorskip("liger_kernel")
+    import importlib
+
+    tree = ast.parse(inspect.getsource(getattr(importlib.import_module(f"liger_kernel.ops.{module}"), function)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "save_for_backward"]
+    return {argument.id for call in calls for argument in call.args if isinstance(argument, ast.Name)}
+
+
+def test_stand_ins_keep_what_ligers_kernels_keep() -> None:
+    x, weight = torch.zeros(2, 5, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    row, floats = (2, 5), torch.float32
+    assert kept(kernel_stubs._RMSNorm, x, weight) == [((*row, 8), floats), ((8,), floats), (row, floats)]
+    assert {"X", "W", "RSTD"} <= saves("rms_norm", "LigerRMSNormFunction")
+    assert kept(kernel_stubs._GatedProduct, x, x) == [((*row, 8), floats)] * 2
+    assert saves("swiglu", "LigerSiLUMulFunction") == {"a", "b", "a_local", "b_local"}  # the last two beside a DTensor
+    assert saves("geglu", "LigerGELUMulFunction") == {"a", "b"}
+    assert kept(kernel_stubs._LayerNorm, x, weight) == [((*row, 8), floats), ((8,), floats), ((2, *row), floats)]
+    assert {"X", "W", "Mean", "RSTD"} <= saves("layer_norm", "LigerLayerNormFunction")
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("liger", 300), ("torch", 300), ("trl", 9000)])
+def test_a_loss_by_tiles_does_the_whole_of_its_products(kind: str, tokens: int) -> None:
+    """Logits and both gradients; logits twice where the backward pass makes them again."""
+    x = torch.zeros(tokens, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(40_000 if kind == "trl" else 900, 16, dtype=torch.bfloat16, requires_grad=True)
+    function = {"liger": kernel_stubs._Liger, "torch": kernel_stubs._Torch, "trl": kernel_stubs._TRL}[kind]
+    tracker = MemoryTracker()
+    with step_simulation.FakeTensorMode(allow_non_fake_inputs=True), tracker.record():
+        function.apply(x, weight, kernel_stubs.LossHead(kind, tracker, cuda=True)).sum().backward()
+    one = 2 * tokens * 16 * weight.shape[0]
+    assert sum(sum(event.flops) for event in tracker.events) == pytest.approx(one * (3 if kind == "liger" else 4))
+
+
+@pytest.mark.parametrize(
+    ("optim", "moments", "each"), [("adamw_8bit", 2, 1 + 4 / 256), ("lion_8bit", 1, 1 + 4 / 256), ("lion_32bit", 1, 4)]
+)
+def test_the_state_of_bitsandbytes_optimizers_is_counted(optim: str, moments: int, each: float) -> None:
+    """Embeddings are not in 8 bits, nor are norms."""
+    cost = step_simulation.measure_step(replace(PLAIN, config={**LLAMA, "num_key_value_heads": 4}, optim=optim, cuda=False), 16)
+    exact = cost.parameters.embeddings + 13 * 64
+    expected = moments * (4 * exact + each * (cost.parameters.total - exact))
+    assert cost.get_peak_memory(1)["optimizer"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_base_in_four_bits_is_held_so_and_nothing_of_it_is_kept_unpacked() -> None:
+    from azrecipe.recipe.types import Lora
+
+    lora = Lora(8, 16, 0.0, "all-linear", use_rslora=False, use_dora=False, modules_to_save=[], train_new_tokens=False)
+    whole = replace(PLAIN, lora=lora, head="trl", config={**LLAMA, "vocab_size": 200}, cuda=False)
+    plain, packed = (step_simulation.measure_step(replace(whole, quantized=quantized), 64) for quantized in (False, True))
+    assert packed.parameters.total == plain.parameters.total
+    linear = plain.parameters.total - plain.parameters.trainable - plain.parameters.embeddings - 13 * 64
+    saved = plain.get_peak_memory(4)["weights"] - packed.get_peak_memory(4)["weights"]
+    assert saved == pytest.approx(linear * (2 - 0.5 - (0.127 / 8)), rel=0.01)
+    assert packed.get_peak_memory(4)["activations"] == pytest.approx(plain.get_peak_memory(4)["activations"], rel=0.02)
+    assert packed.count_flops(4) == plain.count_flops(4)
