@@ -129,6 +129,12 @@ def list_choices(choices: Iterable[str]) -> str:
     return ", ".join(sorted(choices))
 
 
+def get_first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its class name."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def explain_error(error: BaseException) -> AzrecipeError | None:
     """Return the failure as an error for users.
 

@@ -275,9 +275,9 @@ REFUSED_BY_THE_STAGE = [
     Case("Liger without a GPU", PRETRAIN.replace("float32}", "float32, use_liger_kernel: true}"), ("use_liger_kernel: true needs a GPU", "--set training.use_liger_kernel=false"), code=3, needs_gpu_absent=True),
     Case("Liger and bf16 without a GPU", PRETRAIN.replace("float32}", "bf16_pure, use_liger_kernel: true}"), ("--set training.use_liger_kernel=false --set training.precision=float32",), code=3, needs_gpu_absent=True),
     # conversations
-    Case("no chat template", SFT.replace("llama3", "keep"), ("the model's tokenizer has no chat template (a base model has none): say chat_template: llama3",)),
+    Case("no chat template", SFT.replace("llama3", "keep"), ("chat_template: keep needs a chat template in the model's tokenizer, which has none (a base model has none): use chat_template: llama3",)),
     Case("template that refuses", SFT.replace("llama3", "keep").replace("./llama", "./strict"), ("the chat template refuses the conversation that begins with 'Bu neçədir: ", "only poems")),
-    Case("template without marks", SFT.replace("llama3", "keep").replace("./llama", "./chatty"), ("does not mark what the assistant says ({% generation %}", "training.assistant_only_loss: false")),
+    Case("template without marks", SFT.replace("llama3", "keep").replace("./llama", "./chatty"), ("does not mark the assistant's text ({% generation %}", "training.assistant_only_loss: false")),
     Case("no such template", SFT.replace("llama3", "lama3"), ("there is no chat template 'lama3'; did you mean 'llama3'?", "or the path of a .jinja file")),
     Case("no template file", SFT.replace("llama3", "./mine.jinja"), ("no such file: ./mine.jinja; did you mean 'mina.jinja'?",), files={"mina.jinja": ""}),
     Case("an adapter for a model", SFT.replace("./llama", "./adapter"), ("./adapter is an adapter, and no model by itself",), files={"adapter/adapter_config.json": "{}"}),

@@ -181,7 +181,7 @@ def _raise_if_nothing_fits(estimates: Sequence[Sequence[dict[str, Any]]], refusa
             if fitting:
                 change = min(fitting, key=lambda line: ("vocab" in line["how"] or "max_length" in line["how"], abs(line["difference"])))
                 option = f" --set training.per_device_train_batch_size={change['best_batch']}"
-                messages.append(f"{name} does not fit at any batch as it stands; with {change['change']} it does: {change['how']}{option}")
+                messages.append(f"{name} fits at no batch; with {change['change']} it does: {change['how']}{option}")
             else:
                 messages.append(f"{name} fits at no batch, and no single change makes it: more cards (--nodes), larger ones, or an adapter")
     if messages:

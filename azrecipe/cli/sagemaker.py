@@ -37,8 +37,8 @@ def add_sagemaker_verbs(verbs: Any) -> None:
     status.add_argument("--json", action="store_true", help="as JSON")
     logs = inner.add_parser("logs", help="what a job's machines have written")
     logs.add_argument("job", help="its name")
-    logs.add_argument("--follow", action="store_true", help="go on until the job has ended")
-    stop = inner.add_parser("stop", help="stop a job; it saves a checkpoint first, and the same submit goes on from it")
+    logs.add_argument("--follow", action="store_true", help="print new lines until the job has ended")
+    stop = inner.add_parser("stop", help="stop a job; it saves a checkpoint first, and the same submit resumes from it")
     stop.add_argument("job", help="its name")
     fetch = inner.add_parser("fetch", help="bring a job's run directory here, finished or not, for azrecipe report")
     fetch.add_argument("job", help="its name")
@@ -100,9 +100,7 @@ def _format_dry_run(request: dict[str, Any]) -> str:
     lines.append(f"  as one file to {code['uri']}; nothing else leaves this machine: no .git, no caches, no runs, no credentials")
     lines.append(request["cost"])
     if not request["account"]:
-        lines.append(
-            "no AWS credentials: the account stands as 000000000000, and whether role, bucket and quota are there was not looked at"
-        )
+        lines.append("no AWS credentials: 000000000000 replaces the account, and role, bucket and quota were not checked")
     lines.append("Nothing was sent.")
     return "\n".join(lines)
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from azrecipe.data.mixture import BYTE_COLUMN, TOKEN_COLUMN, Ints, Mixture, TextCounts
+from azrecipe.data.mixture import BYTE_COLUMN, TOKEN_COLUMN, Mixture, TextCounts
 from azrecipe.utils.atomic_files import hold_lock, read_json, write_json
+from azrecipe.utils.bootstrap import IntArray
 
 LAYOUT_FORMAT = 1
 WINDOW_SEQUENCES = 1024
@@ -45,7 +46,7 @@ class DocumentSpan:
 
 
 class WindowCounts(NamedTuple):
-    """What stands before a window: documents, sequences, tokens and bytes of text."""
+    """The documents, sequences, tokens and bytes of text before a window."""
 
     documents: int
     sequences: int
@@ -68,13 +69,15 @@ class PackedWindow:
         running_counts: [sequences + 1, 2], tokens and bytes before each sequence of the window, and in all.
     """
 
-    spans: Ints
-    offsets: Ints
-    running_counts: Ints
+    spans: IntArray
+    offsets: IntArray
+    running_counts: IntArray
 
 
-def pack_best_fit(lengths: Ints, capacity: int) -> Ints:
-    """Pack pieces into bins by best-fit decreasing (Johnson 1973), in O(n log n).
+def pack_best_fit(lengths: IntArray, capacity: int) -> IntArray:
+    """Pack pieces into bins by best-fit decreasing, in O(n log n).
+
+    The method is that of Johnson 1973.
 
     Pieces go in longest first, each into the fullest bin that it fits into. Of equal pieces, and of equally full bins,
     the first comes first.
@@ -104,7 +107,7 @@ def pack_best_fit(lengths: Ints, capacity: int) -> Ints:
 
 
 class BestFitLayout:
-    """Sequences of at most `max_length` tokens, packed by best fit or one piece each.
+    """Sequences packed by best fit, or with one piece each.
 
     Args:
         mix: The documents in their order.
@@ -123,7 +126,10 @@ class BestFitLayout:
 
     @property
     def fingerprint(self) -> str:
-        """A name for these sequences; equal for runs that can continue one another."""
+        """A name for these sequences.
+
+        It is equal for runs that can continue one another.
+        """
         settings = [LAYOUT_FORMAT, self.mix.fingerprint, "bfd" if self.packed else "unpacked", self.max_length, self.window_tokens]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
@@ -156,7 +162,7 @@ class BestFitLayout:
         return end - begin
 
     def _find_sequence(self, column: int, target: int) -> int:
-        """Find the first sequence with at least `target` tokens or bytes before it."""
+        """Find the first sequence after `target` tokens or bytes of text."""
         self._plan_until(lambda counts: counts.text[column] >= target)
         number = bisect_left(self.window_counts, target, key=lambda counts: counts.text[column]) - 1
         if number + 1 >= len(self.window_counts):
@@ -172,7 +178,7 @@ class BestFitLayout:
         self._plan_until(lambda counts: counts.sequences >= self.start + limit)
         return min(limit, self.window_counts[-1].sequences - self.start)
 
-    def find_started_documents(self, sequences: int) -> tuple[int, Ints]:
+    def find_started_documents(self, sequences: int) -> tuple[int, IntArray]:
         """Find the documents that begin in or before the first `sequences` sequences.
 
         Returns:
@@ -217,7 +223,7 @@ class BestFitLayout:
                 write_json(file, self.window_counts)
 
     def _count_through(self, number: int) -> WindowCounts:
-        """Count what stands before the end of a window."""
+        """Count what comes before the end of a window."""
         window, before = self._get_window(number), self.window_counts[-1]
         tokens, size = (int(window.running_counts[-1, column]) for column in (TOKEN_COLUMN, BYTE_COLUMN))
         sequences = before.sequences + len(window.offsets) - 1
@@ -229,7 +235,10 @@ class BestFitLayout:
         return self.mix.ended and self.window_counts[-1].documents == len(self.mix.build_order())
 
     def _find_first_document(self, number: int) -> int:
-        """Find a window's first document, or the number of documents where the text ends before it."""
+        """Find a window's first document.
+
+        This is the number of documents where the text ends before the window.
+        """
         token = number * self.window_tokens
         order = self.mix.build_order(tokens=token + 1)
         return 0 if number == 0 else min(len(order), order.find_document(TOKEN_COLUMN, token) + 1)
@@ -242,7 +251,7 @@ class BestFitLayout:
         return self._windows[number]
 
     def _plan_window(self, number: int) -> PackedWindow:
-        """Cut the documents of a window into pieces and lay them into sequences."""
+        """Cut a window's documents into pieces, and pack them."""
         begin, end = self._find_first_document(number), self._find_first_document(number + 1)
         counts = self.mix.build_order().read_counts(begin, end)
         lengths, sizes = counts[:, TOKEN_COLUMN], counts[:, BYTE_COLUMN]

@@ -194,7 +194,7 @@ class TextCleaner:
             report.record_drop(cleaned, filtered)
         return filtered.text
 
-    def _normalize(self, text: str, tally: CleaningReport) -> str:
+    def _normalize(self, text: str, report: CleaningReport) -> str:
         """Run all steps until none changes the text.
 
         A new letter may compose with the mark after it.
@@ -203,7 +203,7 @@ class TextCleaner:
             before = text
             for name, step in self.steps:
                 if edits := list(step(text)):
-                    tally.record_edits(name, text, edits)
+                    report.record_edits(name, text, edits)
                     text = apply_edits(text, edits)
             if text == before:
                 return text

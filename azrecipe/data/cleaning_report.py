@@ -167,8 +167,8 @@ def _excerpt(dropped: str) -> dict[str, Any]:
     return {"text": dropped[:EXCERPT_CHARACTERS], "scripts": unicode_scripts.compute_script_shares(dropped)}
 
 
-def explain_missing_text(tally: CleaningReport) -> str:
+def explain_missing_text(report: CleaningReport) -> str:
     """Explain at the end of an error why no text is left."""
-    dropped = tally.dropped_documents + sum(tally.filtered.values())
-    who = "filters drop" if tally.filtered and not tally.dropped_documents else "clean-up drops"
-    return f" (its {who} {dropped} of {tally.documents} documents)" if dropped else ""
+    dropped = report.dropped_documents + sum(report.filtered.values())
+    who = "filters drop" if report.filtered and not report.dropped_documents else "clean-up drops"
+    return f" (its {who} {dropped} of {report.documents} documents)" if dropped else ""

@@ -196,7 +196,7 @@ def hash_row(row: Messages | PreferencePair) -> bytes:
 
 
 class HeldOutSplit(NamedTuple):
-    """Conversations to train on, held-out ones, and the number of duplicates that were left out."""
+    """The sides of a split, and the number of dropped duplicates."""
 
     train: list[Messages]
     held_out: list[Messages]
@@ -204,7 +204,10 @@ class HeldOutSplit(NamedTuple):
 
 
 def split_held_out(conversations: Sequence[Messages], fraction: float) -> HeldOutSplit:
-    """Split conversations by a hash of their content, so that none changes sides."""
+    """Split conversations by a hash of their content.
+
+    So a conversation never changes sides.
+    """
     unique = {hash_row(messages): messages for messages in conversations}
     train: list[Messages] = []
     held_out: list[Messages] = []

@@ -18,6 +18,7 @@ from azrecipe.data.token_store import TokenStore
 from azrecipe.errors import Problem, RecipeError
 from azrecipe.recipe.types import Deduplication
 from azrecipe.utils.atomic_files import atomic_folder, hold_lock, read_json, write_json
+from azrecipe.utils.bootstrap import IntArray
 
 RULES_VERSION = 1  # of the rules below; the cache does not mix versions
 HASH_SEED = 1
@@ -26,7 +27,6 @@ MAX_PREDECESSORS = 8  # how many of the documents with an equal band one is comp
 MAX_SAMPLES = 5
 COMPARISON_ROWS = 50_000
 
-Ints = npt.NDArray[np.int64]
 Signatures = npt.NDArray[np.uint32]
 NO_DOCUMENT = -1
 
@@ -66,7 +66,7 @@ def _split_ngrams(text: str, size: int) -> list[str]:
 def remove_duplicates(
     stores: Sequence[TokenStore], sources: Sequence[DataSource], held_out: Sequence[str], settings: Deduplication, cache: Path
 ) -> list[TokenStore]:
-    """Remove the documents that repeat an earlier one, of the same source or another.
+    """Remove the documents that repeat an earlier one of any source.
 
     A near duplicate is a document whose signature agrees with that of an earlier document, or of a held-out one, in a share
     of at least `settings.threshold`. This share estimates the Jaccard similarity of their n-grams. The result is cached.
@@ -114,7 +114,7 @@ def remove_duplicates(
 def _find_duplicates(
     stores: Sequence[TokenStore], held_out: Signatures | None, settings: Deduplication
 ) -> tuple[list[npt.NDArray[np.bool_]], list[dict[str, Any]]]:
-    """Find the documents that stay, [documents] for each store, and summarise the others.
+    """Find the documents of each store that stay, and summarise the others.
 
     Documents are numbered through all stores.
     """
@@ -129,33 +129,39 @@ def _find_duplicates(
     if held_out is not None:
         numbers = np.flatnonzero(is_first)
         rows = np.concatenate(
-            [held_out, *(np.asarray(s.signatures)[is_first[a:b]] for s, a, b in zip(stores, starts, starts[1:], strict=False))]
+            [held_out, *(np.asarray(s.signatures)[is_first[start:end]] for s, start, end in zip(stores, starts, starts[1:], strict=False))]
         )
         matches, by_held_out = find_near_duplicates(rows, len(held_out), settings.threshold)
         matches, matches_held_out[numbers] = matches[len(held_out) :], by_held_out[len(held_out) :]
         partner[numbers] = np.where(matches >= len(held_out), numbers[matches - len(held_out)], NO_DOCUMENT)
     dropped = (partner != NO_DOCUMENT) | matches_held_out
     summaries = []
-    for a, b in pairwise(starts):
+    for start, end in pairwise(starts):
         counts = {
-            "exact": ~is_first[a:b],
+            "exact": ~is_first[start:end],
             **(
-                {"near": is_first[a:b] & dropped[a:b] & ~matches_held_out[a:b], "near_held_out": matches_held_out[a:b]}
+                {
+                    "near": is_first[start:end] & dropped[start:end] & ~matches_held_out[start:end],
+                    "near_held_out": matches_held_out[start:end],
+                }
                 if held_out is not None
                 else {}
             ),
         }
-        samples = [_describe_sample(int(n), int(partner[n]), starts) for n in _spread_samples(np.flatnonzero(dropped[a:b]) + a)]
+        samples = [_describe_sample(int(n), int(partner[n]), starts) for n in _spread_samples(np.flatnonzero(dropped[start:end]) + start)]
         summaries.append({**{name: int(mask.sum()) for name, mask in counts.items()}, "samples": samples})
-    return [~dropped[a:b] for a, b in pairwise(starts)], summaries
+    return [~dropped[start:end] for start, end in pairwise(starts)], summaries
 
 
-def _spread_samples(numbers: Ints) -> Ints:
+def _spread_samples(numbers: IntArray) -> IntArray:
     return numbers[np.unique(np.linspace(0, len(numbers) - 1, MAX_SAMPLES).astype(np.int64))] if len(numbers) else numbers
 
 
-def _describe_sample(number: int, match: int, starts: Ints) -> dict[str, Any]:
-    """Describe a dropped document and the one that it repeats, counted from 0."""
+def _describe_sample(number: int, match: int, starts: IntArray) -> dict[str, Any]:
+    """Describe a dropped document and the one that it repeats.
+
+    Sources and documents count from 0.
+    """
     sources = [int(np.searchsorted(starts, n, side="right")) - 1 for n in (number, match)]
     repeated: Any = "a held-out document" if match == NO_DOCUMENT else {"source": sources[1], "document": match - int(starts[sources[1]])}
     return {"document": number - int(starts[sources[0]]), "repeats": repeated}
@@ -171,7 +177,7 @@ def choose_bands(num_perm: int, threshold: float) -> tuple[int, int]:
     return num_perm // rows, rows
 
 
-def find_near_duplicates(rows: Signatures, num_held_out: int, threshold: float) -> tuple[Ints, npt.NDArray[np.bool_]]:
+def find_near_duplicates(rows: Signatures, num_held_out: int, threshold: float) -> tuple[IntArray, npt.NDArray[np.bool_]]:
     """Find for each signature an earlier one that agrees with it.
 
     Candidates are documents that are equal in a band (locality sensitive hashing; Leskovec et al., Mining of Massive
@@ -194,16 +200,20 @@ def find_near_duplicates(rows: Signatures, num_held_out: int, threshold: float) 
             keys = (keys ^ rows[:, column]) * np.uint64(0x9E3779B97F4A7C15)
             keys ^= keys >> np.uint64(29)
         order = np.argsort(keys, kind="stable")
-        run = np.concatenate([[0], np.cumsum(keys[order][1:] != keys[order][:-1])])
-        run_starts = np.searchsorted(run, run)
-        for back in range(MAX_PREDECESSORS + 1):
+        runs = np.concatenate([[0], np.cumsum(keys[order][1:] != keys[order][:-1])])
+        run_starts = np.searchsorted(runs, runs)
+        for distance in range(MAX_PREDECESSORS + 1):
             places = np.arange(len(rows))
-            others = run_starts if back == 0 else np.maximum(places - back, run_starts)
-            a, b = order[others], order
-            is_candidate = (others < places) & (b >= num_held_out) & np.where(a < num_held_out, ~by_held_out[b], matches[b] == NO_DOCUMENT)
-            a, b = a[is_candidate], b[is_candidate]
-            for i in range(0, len(a), COMPARISON_ROWS):
-                earlier, later = a[i : i + COMPARISON_ROWS], b[i : i + COMPARISON_ROWS]
+            others = run_starts if distance == 0 else np.maximum(places - distance, run_starts)
+            all_earlier, all_later = order[others], order
+            is_candidate = (
+                (others < places)
+                & (all_later >= num_held_out)
+                & np.where(all_earlier < num_held_out, ~by_held_out[all_later], matches[all_later] == NO_DOCUMENT)
+            )
+            all_earlier, all_later = all_earlier[is_candidate], all_later[is_candidate]
+            for i in range(0, len(all_earlier), COMPARISON_ROWS):
+                earlier, later = all_earlier[i : i + COMPARISON_ROWS], all_later[i : i + COMPARISON_ROWS]
                 agree = (rows[earlier] == rows[later]).mean(axis=1) >= threshold
                 by_held_out[later[agree & (earlier < num_held_out)]] = True
                 within = agree & (earlier >= num_held_out)

@@ -90,7 +90,7 @@ class DataFile:
 
 
 def list_s3_files(path: str, location: SourceLocation) -> list[DataFile]:
-    """List the files on S3 that a key, a folder or a glob names, sorted.
+    """List the files of a key, folder or glob on S3, sorted.
 
     Raises:
         RecipeError: There are no such files.
@@ -107,7 +107,7 @@ def list_s3_files(path: str, location: SourceLocation) -> list[DataFile]:
 
 @lru_cache
 def _list_s3(path: str) -> tuple[DataFile, ...]:
-    """List the files once a process: they do not change during a run."""
+    """List the files once; they do not change during a run."""
     from pyarrow import fs
 
     key = path.removeprefix("s3://").strip("/")
@@ -131,7 +131,10 @@ def _list_s3(path: str) -> tuple[DataFile, ...]:
 
 
 def _matches(key: list[str], pattern: list[str]) -> bool:
-    """Whether a key matches a glob, both split at slashes; ** is any number of folders."""
+    """Whether a key matches a glob, both split at slashes.
+
+    ** matches any number of folders.
+    """
     if not pattern or not key:
         return pattern == key
     if pattern[0] == "**":
@@ -141,7 +144,7 @@ def _matches(key: list[str], pattern: list[str]) -> bool:
 
 @lru_cache
 def _s3(bucket: str) -> Any:
-    """Open S3 with the credentials and endpoint of AWS's tools, in the bucket's region.
+    """Open S3 with the credentials and endpoint of AWS's tools.
 
     pyarrow does not read AWS_ENDPOINT_URL by itself.
     """

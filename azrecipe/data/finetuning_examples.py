@@ -44,7 +44,7 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """An example to train on, the index of its source, and its bytes of text."""
+    """An example to train on, with its source and bytes of text."""
 
     example: Any
     source_index: int
@@ -68,7 +68,7 @@ class FinetuningExamples:
     num_sources: int = 0
 
     def summarize_sources(self, plan: FinetuningPlan) -> list[dict[str, float]]:
-        """Summarise what a run reads of each source: rows, bytes of text and epochs."""
+        """Summarise the rows, bytes and epochs of each source in a run."""
         available, rows, sizes = Counter(row.source_index for row in self.train), Counter[int](), Counter[int]()
         for number in plan.rows:
             rows[self.train[number].source_index] += 1
@@ -160,7 +160,10 @@ def _tokenize_pair(config: SftConfig, tokenizer: PreTrainedTokenizerBase, pair: 
 
 
 def to_messages(row: Messages | PreferencePair) -> Messages:
-    """Convert a row to a conversation, a preference to its prompt and chosen answer."""
+    """Convert a row to a conversation.
+
+    A preference becomes its prompt and chosen answer.
+    """
     return row if isinstance(row, list) else [*row.prompt, *row.chosen]
 
 
@@ -222,7 +225,7 @@ def mix_rows(rows: Sequence[TrainingRow], weights: Sequence[float | None], count
 
 @dataclass(frozen=True)
 class FinetuningPlan:
-    """The sequences of a run, each the numbers of its rows, and the steps."""
+    """The sequences of a run, as row numbers, and its steps."""
 
     sequences: list[list[int]]
     steps: int
@@ -233,7 +236,7 @@ class FinetuningPlan:
 
 
 def plan_sequences(config: SftConfig, rows: Sequence[TrainingRow]) -> FinetuningPlan:
-    """Plan the sequences of a run in order, as many as its steps need."""
+    """Plan the sequences of all steps of a run, in order."""
     training, seed = config.training, config.seed
     weights = [source.weight for source in config.data.datasets]
     batch = training.global_batch_size

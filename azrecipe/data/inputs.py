@@ -45,7 +45,10 @@ class Inputs:
         return run
 
     def find_model(self, source: ModelSource, *keys: Key) -> str:
-        """Find a model or tokenizer: the final/ or a candidate of a run, a folder, or a hub id."""
+        """Find a model or tokenizer.
+
+        It is the final/ or a candidate of a run, a folder, or a hub id.
+        """
         if source.output_of is not None:
             run = self.find_run(source.output_of, *keys, "output_of")
             if isinstance(source, PretrainTokenizer) and source.candidate is not None:

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from azrecipe.data.token_store import TokenStore
+from azrecipe.utils.bootstrap import IntArray
 
-Ints = npt.NDArray[np.int64]
 BLOCK_DOCUMENTS = 4096  # documents between two stored running counts; counts in between are computed on demand
 MAX_BLOCKS_IN_MEMORY = 8
 SLICE_DOCUMENTS = 1_000_000  # documents merged at a time
@@ -37,7 +37,9 @@ class TextCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class DocumentOrder:
-    """Documents in the order of training; 5 bytes a document with few sources.
+    """Documents in the order of training.
+
+    With few sources it takes 5 bytes a document.
 
     Attributes:
         mix: The mixture that the order is of.
@@ -50,8 +52,8 @@ class DocumentOrder:
     mix: Mixture
     source: npt.NDArray[Any]
     document: npt.NDArray[Any]
-    block_counts: Ints
-    _blocks: dict[int, Ints] = field(default_factory=dict, repr=False, compare=False)
+    block_counts: IntArray
+    _blocks: dict[int, IntArray] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -64,8 +66,8 @@ class DocumentOrder:
     def bytes(self) -> int:
         return int(self.block_counts[-1, BYTE_COLUMN])
 
-    def read_counts(self, begin: int, end: int) -> Ints:
-        """Read the tokens and bytes of documents `begin` to before `end`, [end - begin, 2]."""
+    def read_counts(self, begin: int, end: int) -> IntArray:
+        """Read the tokens and bytes of some documents, [end - begin, 2]."""
         return self.mix.read_counts(self.source[begin:end], self.document[begin:end])
 
     def counts_before(self, index: int) -> TextCounts:
@@ -92,7 +94,10 @@ class DocumentOrder:
         return block * BLOCK_DOCUMENTS + int(np.searchsorted(self._count_through_block(block)[:, column], position, side=side))
 
     def bytes_at(self, token: int) -> int:
-        """Count the bytes before a position in tokens; a cut document counts in proportion."""
+        """Count the bytes before a position in tokens.
+
+        A document that is cut counts in proportion.
+        """
         return round(self._interpolate(TOKEN_COLUMN, token))
 
     def token_at(self, size: int) -> int:
@@ -106,8 +111,8 @@ class DocumentOrder:
         other = 1 - column
         return start[other] + (position - start[column]) / (end[column] - start[column]) * (end[other] - start[other])
 
-    def _count_through_block(self, block: int) -> Ints:
-        """Compute the running counts at the end of each document of a block, [documents, 2]."""
+    def _count_through_block(self, block: int) -> IntArray:
+        """Compute the counts through each document of a block, [documents, 2]."""
         if block not in self._blocks:
             if len(self._blocks) > MAX_BLOCKS_IN_MEMORY:
                 self._blocks.clear()
@@ -119,7 +124,7 @@ class DocumentOrder:
 
 
 class Mixture:
-    """The documents of several stores, mixed by weight and shuffled anew each epoch.
+    """Documents of several stores, mixed by weight, each epoch shuffled anew.
 
     Args:
         stores: The tokenised sources.
@@ -149,7 +154,10 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """A name for this order of these data; equal for runs that can continue one another."""
+        """A name for this order of these documents.
+
+        It is equal for runs that can continue one another.
+        """
         settings: list[Any] = [[s.key for s in self.stores], self.shares, self.seed, self.specials_per_document]
         if self.max_epochs is not None:
             settings.append(list(self.max_epochs))
@@ -165,8 +173,8 @@ class Mixture:
         """Tokens of all sources together, with the special tokens that packing adds."""
         return sum(store.num_tokens + store.num_documents * self.specials_per_document for store in self.stores)
 
-    def read_counts(self, source: npt.NDArray[Any], document: npt.NDArray[Any]) -> Ints:
-        """Read the tokens and bytes of documents, [documents, 2], by source and number in it."""
+    def read_counts(self, source: npt.NDArray[Any], document: npt.NDArray[Any]) -> IntArray:
+        """Read the tokens and bytes of documents, [documents, 2]."""
         all_counts = np.empty(len(source), np.uint64)
         for i, counts in enumerate(self._document_counts):
             mine = source == i
@@ -174,7 +182,9 @@ class Mixture:
         return all_counts.view(np.uint32).reshape(-1, 2).astype(np.int64)
 
     def build_order(self, tokens: int = 0, size: int = 0) -> DocumentOrder:
-        """Extend the order to at least so much text, or to its end.
+        """Extend the order to at least so much text.
+
+        With `max_epochs` it may end before.
 
         The order is never shortened: it may be longer than this call needs.
 
@@ -204,10 +214,10 @@ class Mixture:
 
     @property
     def ended(self) -> bool:
-        """Whether the order holds all documents that the epochs of the sources allow."""
+        """Whether the order holds all that the epochs allow."""
         return all(queue.ended for queue in self._queues)
 
-    def count_epochs(self, order: DocumentOrder, count: int, others: Ints | None = None) -> list[float]:
+    def count_epochs(self, order: DocumentOrder, count: int, others: IntArray | None = None) -> list[float]:
         """Count how many times a part of an order reads each source.
 
         Args:
@@ -230,7 +240,7 @@ class Mixture:
         return sources[merged], np.concatenate([documents for documents, _ in runs]).astype(document)[merged]
 
     def _store_counts(self, source: npt.NDArray[Any], document: npt.NDArray[Any], before: int) -> None:
-        """Store the running counts at the ends of the blocks that end among these documents."""
+        """Store the running counts of the blocks that end among these documents."""
         if len(source):
             # A copy, since a view would keep all counts in memory
             ends = self._total + np.cumsum(self.read_counts(source, document), axis=0)
@@ -262,12 +272,15 @@ class _Queue:
         return self.epoch * self.store.num_bytes >= self.limit
 
     def free(self) -> None:
-        """Free the memory of the epoch's order; it is drawn again when it is needed."""
+        """Free the memory of the epoch's order, which can be drawn again."""
         self.documents: npt.NDArray[Any] | None = None
         self.starts = np.zeros(0)
 
     def take(self, until: float) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-        """Take the next documents that start before a time: their numbers and times, [documents] each."""
+        """Take the next documents that start before a time.
+
+        Returns their numbers and times, [documents] each.
+        """
         documents, starts = [np.zeros(0, np.int64)], [np.zeros(0)]
         while not self.ended:
             if self.documents is None:
@@ -293,7 +306,9 @@ class _Queue:
 
 
 def compute_temperature_weights(stores: Sequence[TokenStore], temperature: float) -> list[float]:
-    """Compute weights in proportion to bytes ** (1 / temperature), the largest 1.
+    """Compute weights in proportion to bytes ** (1 / temperature).
+
+    The largest is 1.
 
     They are rounded to 12 digits, so that they are the same on every machine.
     """

@@ -16,9 +16,10 @@ import torch
 from torch.utils.data import Dataset
 
 from azrecipe.data.best_fit_packing import BestFitLayout, DocumentSpan
-from azrecipe.data.mixture import TOKEN_COLUMN, Ints, Mixture, TextCounts
+from azrecipe.data.mixture import TOKEN_COLUMN, Mixture, TextCounts
 from azrecipe.errors import CannotRun
 from azrecipe.tokenization.encoding import IGNORE_INDEX
+from azrecipe.utils.bootstrap import IntArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,9 +92,9 @@ class ConcatLayout:
 
     @property
     def fingerprint(self) -> str:
-        """A name for these sequences; equal for runs that can continue one another.
+        """A name for these sequences.
 
-        It does not depend on `max_length`: the order is cut anywhere.
+        It is equal for runs that can continue one another. It does not depend on `max_length`: the order is cut anywhere.
         """
         return self.mix.fingerprint
 
@@ -143,7 +144,7 @@ class ConcatLayout:
         order = self.mix.build_order(tokens=self.start + limit * self.max_length)
         return max(0, min(limit, (order.tokens - self.start) // self.max_length))
 
-    def find_started_documents(self, sequences: int) -> tuple[int, Ints]:
+    def find_started_documents(self, sequences: int) -> tuple[int, IntArray]:
         """Find the documents that begin in or before the first `sequences` sequences.
 
         Returns:
@@ -171,7 +172,7 @@ def build_layout(mix: Mixture, packing: Packing, start: int = 0, cache: Path | N
 
 
 class DocumentPart(NamedTuple):
-    """A part of a document in a sequence, by the source that the document is of.
+    """A part of a document in a sequence, with its source.
 
     Attributes:
         source: The index of the source.
@@ -247,7 +248,10 @@ class PackedText(Dataset[TokenSequence]):
         return tokens
 
     def count_tokens(self, sequences: int) -> int:
-        """Count the tokens in the first `sequences` sequences, with BOS and EOS, without padding."""
+        """Count the tokens in the first `sequences` sequences.
+
+        BOS and EOS count, padding does not.
+        """
         return self._count_text(sequences).tokens
 
     def count_bytes(self, sequences: int) -> int:
@@ -264,7 +268,9 @@ class PackedText(Dataset[TokenSequence]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Join sequences to a batch: each field [sequences, longest], or flat [1, all tokens].
+    """Join sequences to a batch.
+
+    Each field is [sequences, longest] or, flat, [1, all tokens].
 
     There is no attention mask: the position ids isolate the documents. transformers' flash attention reads them in a batch
     of one row only (`_is_packed_sequence` in its modeling_flash_attention_utils); with more rows, documents would see each
@@ -287,7 +293,10 @@ class Collator:
         return {key: torch.stack([self._pad(key, s[key], longest) for s in sequences]) for key in sequences[0]}
 
     def _pad(self, key: str, row: torch.Tensor, longest: int) -> torch.Tensor:
-        """Pad a row on the right, its positions continued, so that attention needs no mask."""
+        """Pad a row on the right.
+
+        Its positions continue, so that attention needs no mask.
+        """
         missing = longest - len(row)
         if not missing:
             return row

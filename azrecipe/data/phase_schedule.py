@@ -35,7 +35,7 @@ class Position:
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase with its length in steps and its first sequence in the run."""
+    """A phase with its steps and its first sequence."""
 
     phase: Phase
     steps: int
@@ -47,7 +47,10 @@ class PlannedPhase:
 
 
 class OutOfText(CommandError):
-    """A phase needs more text than there is; `phase_index` is its number, from 0."""
+    """A phase needs more text than there is.
+
+    `phase_index` is the index of the phase.
+    """
 
     def __init__(self, phase_index: int, message: str) -> None:
         super().__init__(message)
@@ -111,7 +114,10 @@ class PhaseSchedule:
 
     @cached_property
     def source_epochs(self) -> list[float]:
-        """How many times each source is read, from the beginning of the order to the end of this run."""
+        """How many times each source is read until the end.
+
+        This counts from the beginning of the order.
+        """
         return self.mix.count_epochs(self.mix.build_order(), *self.layout.find_started_documents(self.num_sequences))
 
 
@@ -136,7 +142,10 @@ def plan_phases(layout: Layout, packing: Packing, phases: Sequence[Phase], globa
 
 
 def _count_steps(layout: Layout, phase: Phase, index: int, *, first: int, batch: int) -> int:
-    """Count the steps of a phase that begins at sequence `first`, with `batch` sequences a step."""
+    """Count the steps of a phase.
+
+    The phase begins at sequence `first`, and has `batch` sequences a step.
+    """
     tokens, size = phase.max_tokens or 0, phase.max_bytes or 0
     if phase.num_train_epochs is not None:
         size = math.ceil(phase.num_train_epochs * layout.mix.epoch_bytes)

@@ -86,7 +86,7 @@ def count_dropped(store: TokenStore) -> dict[str, int]:
 
 
 def format_dropped(store: TokenStore) -> str:
-    """Format the dropped documents as the end of a line about a source."""
+    """Format the dropped documents to end a line about a source."""
     counts = count_dropped(store)
     return f"; left out: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}" if counts else ""
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from azrecipe.data.cleaning_report import CleaningReport
 from azrecipe.recipe.types import Filters, Source, TextSource
+from azrecipe.utils.bootstrap import IntArray
 
 RULES_VERSION = 1  # of the rules below; the cache does not mix versions
 
@@ -20,8 +20,6 @@ MAX_TOP_NGRAM_CHARACTERS = {2: 0.20, 3: 0.18, 4: 0.16}
 MAX_DUPLICATE_NGRAM_CHARACTERS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 _PARAGRAPH = re.compile(r"\n{2,}")
 _LINE = re.compile(r"\n+")
-
-Ints = npt.NDArray[np.int64]
 
 
 class QualityFilter:
@@ -33,7 +31,10 @@ class QualityFilter:
         self.reasons = [name for name, value in limits.items() if value]
 
     def __call__(self, text: str, report: CleaningReport) -> bool:
-        """Whether a document is kept; a dropped one counts under its first reason."""
+        """Whether a document is kept.
+
+        The report counts a dropped one under its first reason.
+        """
         if not report.filtered:
             report.filtered.update(dict.fromkeys(self.reasons, 0))
         if self.settings.min_characters is not None and len(text) < self.settings.min_characters:
@@ -102,7 +103,7 @@ def _count_duplicates(pieces: Sequence[str]) -> tuple[int, int]:
     return count, characters
 
 
-def _number_words(words: Sequence[str]) -> Ints:
+def _number_words(words: Sequence[str]) -> IntArray:
     """Number the words, equal ones alike, [words]."""
     numbers: dict[str, int] = {}
     return np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64, len(words))

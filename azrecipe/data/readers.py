@@ -12,7 +12,7 @@ from typing import Any
 
 from azrecipe.data import cleaning, quality_filters
 from azrecipe.data.files import DataFile, list_s3_files
-from azrecipe.errors import AzrecipeError, CannotRun, Problem, RecipeError, SourceLocation, did_you_mean
+from azrecipe.errors import AzrecipeError, CannotRun, Problem, RecipeError, SourceLocation, did_you_mean, get_first_line
 from azrecipe.recipe.types import Source, ValidationSource
 from azrecipe.utils.paths import DATA_SUFFIXES, is_local_data, is_s3
 
@@ -41,7 +41,7 @@ class DataSource:
 
     @property
     def in_files(self) -> bool:
-        """Whether the source is files, local or on S3, and no hub dataset."""
+        """Whether the source is files, and not a hub dataset."""
         return is_local_data(self.entry.path) or is_s3(self.entry.path)
 
     @property
@@ -97,7 +97,10 @@ def read_rows(source: DataSource, text_column: str = "text", columns: Sequence[s
 
 
 def read_pieces(source: DataSource, columns: Sequence[str] | None = None) -> Iterator[SourcePiece]:
-    """Read a source in parts, in order; the same content gives the same parts."""
+    """Read a source in parts, in order.
+
+    The same content gives the same parts.
+    """
     if not source.in_files:
         yield from _read_hub_pieces(source, columns)
         return
@@ -106,7 +109,10 @@ def read_pieces(source: DataSource, columns: Sequence[str] | None = None) -> Ite
 
 
 def list_files(source: DataSource) -> list[DataFile]:
-    """List the files of a source, sorted: of a file, a folder or a glob, local or on S3."""
+    """List the files of a source, sorted.
+
+    Its path is a file, a folder or a glob, local or on S3.
+    """
     path = source.entry.path
     if source.entry.split != "train":
         raise source.error(f"a {'local file' if is_local_data(path) else 'file'} has no split '{source.entry.split}': leave split out")
@@ -138,7 +144,7 @@ def _list_local_files(source: DataSource, path: str) -> list[Path]:
 
 
 def _read_byte_pieces(file: DataFile, source: DataSource) -> Iterator[SourcePiece]:
-    """Read JSON lines in blocks of whole lines, and a text file in one block."""
+    """Read JSON in blocks of whole lines, text in one block."""
     rows_before = 0
     try:
         with file.open() as stream:
@@ -226,9 +232,8 @@ def _read_hub_pieces(source: DataSource, columns: Sequence[str] | None) -> Itera
     except (MemoryError, AzrecipeError):
         raise
     except Exception as error:  # the hub's client raises the errors of its HTTP library
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CannotRun(
-            f"{source.location}: the dataset {source.title} cannot be opened: {reason}\n"
+            f"{source.location}: the dataset {source.title} cannot be opened: {get_first_line(error)}\n"
             "  This needs the network (and, for a gated dataset, its licence accepted and `hf auth login`). "
             "Without a network, use local files: path: ./my_text.jsonl"
         ) from None

@@ -87,7 +87,7 @@ class DocumentReader:
     def read_documents(
         self, rows: Iterable[tuple[SourceLocation, Row]], report: CleaningReport, held_out_side: bool = False
     ) -> Iterator[Document]:
-        """Read the documents of one side in the rows, without those that are dropped."""
+        """Read the documents of one side that are not dropped."""
         column, held_out = self.entry.text_column, self.entry.held_out
         for number, (location, row) in enumerate(rows):
             text = _get_column(row, column, "text_column", location, self.source)
@@ -113,7 +113,7 @@ def is_held_out(key: str, held_out: HeldOut) -> bool:
 
 
 def is_below_fraction(digest: bytes, fraction: float) -> bool:
-    """Whether a hash, read as a number from 0 to 1, is below a fraction."""
+    """Whether a hash, as a number from 0 to 1, is below."""
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
@@ -124,7 +124,7 @@ def _get_column(row: Row, column: str, key: str, location: SourceLocation, sourc
 
 
 def describe_source(source: DataSource) -> dict[str, Any]:
-    """Describe a source, and what is read of it, for a cache key.
+    """Describe what is read of a source, for a cache key.
 
     A local file is described by its content, one on S3 by its path, size and time of modification, and a hub dataset by its
     name and revision.

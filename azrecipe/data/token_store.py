@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from azrecipe.data.sources import hash_text
-from azrecipe.tokenization.encoding import Ints
+from azrecipe.utils.bootstrap import IntArray
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class TokenStore:
 
     key: str
     tokens: npt.NDArray[np.uint32]
-    offsets: Ints
-    sizes: Ints
+    offsets: IntArray
+    sizes: IntArray
     num_held_out: int
     cleaning_report: dict[str, Any] | None = None
     hashes: npt.NDArray[np.uint64] | None = None
     signatures: npt.NDArray[np.uint32] | None = None
-    document_indices: Ints | None = None
+    document_indices: IntArray | None = None
     duplicates: dict[str, Any] | None = None
 
     @property
@@ -51,9 +51,9 @@ class TokenStore:
         return int(self.sizes.sum())
 
     @cached_property
-    def lengths(self) -> Ints:
+    def lengths(self) -> IntArray:
         """Tokens of each document, [documents]."""
-        lengths: Ints = np.diff(self.offsets)
+        lengths: IntArray = np.diff(self.offsets)
         return lengths if self.document_indices is None else lengths[self.document_indices]
 
     @cached_property
@@ -66,7 +66,7 @@ class TokenStore:
         index = document if self.document_indices is None else int(self.document_indices[document])
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
-    def select_documents(self, selected: Ints, key: str, duplicates: dict[str, Any]) -> TokenStore:
+    def select_documents(self, selected: IntArray, key: str, duplicates: dict[str, Any]) -> TokenStore:
         """Copy the store with some of its documents.
 
         Args:

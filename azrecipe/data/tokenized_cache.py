@@ -16,9 +16,9 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -29,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from azrecipe.data import deduplication, readers, sources
-from azrecipe.data.cleaning_report import CleaningReport, explain_missing_text
+from azrecipe.data.cleaning_report import explain_missing_text
 from azrecipe.data.sources import hash_text
 from azrecipe.data.token_store import TokenStore
+from azrecipe.data.tokenize_progress import PieceStats, TokenizeProgress
 from azrecipe.errors import CannotRun, RecipeError
 from azrecipe.tokenization.encoding import hash_tokenizer, load_backend, write_backend_file
 from azrecipe.tokenization.fast_encoding import FastEncoder
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 CACHE_FORMAT = 2
 COMMIT_SECONDS = 30.0  # the most work that a crash may cost
-PROGRESS_SECONDS = 15
 DOCUMENT_DTYPE = np.dtype([("size", "<i8"), ("length", "<i8"), ("hash", "<u8", 2)])  # bytes, tokens, hash_text
 
 
@@ -62,56 +62,6 @@ class TokenizeSpec:
     tokenizer: PreTrainedTokenizerBase
     excluded_hashes: frozenset[bytes]
     minhash: Deduplication | None = None
-
-
-@dataclass
-class PieceStats:
-    """Counts of a piece, or of all pieces so far.
-
-    Attributes:
-        num_held_out: The documents that were left out because they are held out.
-        bytes_read: The bytes of text with these documents.
-        documents: The documents without them.
-        tokens: The tokens of these.
-        bytes: The bytes of text of these.
-        report: What the clean-up did.
-    """
-
-    num_held_out: int = 0
-    bytes_read: int = 0
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    report: CleaningReport = field(default_factory=CleaningReport)
-
-    def merge(self, other: PieceStats) -> None:
-        """Add the counts of a later piece."""
-        for name in ("num_held_out", "bytes_read", "documents", "tokens", "bytes"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.report.merge(other.report)
-
-    def to_state(self) -> dict[str, Any]:
-        """Convert to plain data for state.json."""
-        return {
-            "excluded": self.num_held_out,
-            "read": self.bytes_read,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "tally": self.report.to_state(),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> PieceStats:
-        """Convert back what `to_state` returned."""
-        return cls(
-            num_held_out=state["excluded"],
-            bytes_read=state["read"],
-            documents=state["documents"],
-            tokens=state["tokens"],
-            bytes=state["bytes"],
-            report=CleaningReport.from_state(state["tally"]),
-        )
 
 
 TokenizedPiece = tuple[PieceStats, list[npt.NDArray[Any]]]  # the arrays are in the order of the files
@@ -216,7 +166,7 @@ class _WorkerState(NamedTuple):
 
 
 def _tokenize_pieces(source: readers.DataSource, spec: TokenizeSpec, writer: _StoreWriter) -> Iterator[TokenizedPiece]:
-    """Tokenise the pieces that are not written yet, in order, up to max_bytes.
+    """Tokenise the remaining pieces in order, up to max_bytes.
 
     As many processes as there are cores work on them.
     """
@@ -227,7 +177,7 @@ def _tokenize_pieces(source: readers.DataSource, spec: TokenizeSpec, writer: _St
     with (
         TemporaryDirectory() as folder,
         write_backend_file(spec.tokenizer) as tokenizer_file,
-        WorkerPool(alone=MIN_POOL_CHARACTERS) as workers,
+        WorkerPool(min_characters=MIN_POOL_CHARACTERS) as workers,
     ):
         file = Path(folder, "work")  # each process reads it once: it is too large to send with each piece
         file.write_bytes(pickle.dumps(_WorkerInputs(source, tokenizer_file, spec.excluded_hashes, spec.minhash)))
@@ -257,7 +207,10 @@ def _load_worker_state(file: str) -> _WorkerState:
 
 
 def _tokenize_piece(file: str, piece: readers.SourcePiece, limit: int | None = None) -> TokenizedPiece:
-    """Tokenise a piece: its tokens, the records of its documents, and their signatures."""
+    """Tokenise a piece.
+
+    Its arrays are the tokens, the records of the documents, and their signatures.
+    """
     reader, encoder, excluded_hashes, minhash = _load_worker_state(file)
     stats = PieceStats()
     texts: list[str] = []
@@ -282,7 +235,9 @@ def _tokenize_piece(file: str, piece: readers.SourcePiece, limit: int | None = N
 
 
 class _StoreWriter:
-    """Writes the files of a store; a later process continues after the last `commit`.
+    """Writes the files of a store.
+
+    A later process can continue after the last `commit`.
 
     Args:
         folder: The folder of the files while they are not complete.
@@ -309,7 +264,10 @@ class _StoreWriter:
         return self
 
     def _restore(self) -> bool:
-        """Restore the work of an interrupted process, if it is complete and of the same revision."""
+        """Restore the work of an interrupted process.
+
+        Returns whether there is such work, complete and of the same revision.
+        """
         try:
             state = read_json(self.folder / "state.json")
             self.num_pieces, self.sizes, revision = state["pieces"], state["sizes"], state["revision"]
@@ -359,7 +317,7 @@ class _StoreWriter:
 
 @contextmanager
 def _keep_work(source: readers.DataSource, writer: _StoreWriter) -> Iterator[None]:
-    """Commit the work when it is interrupted; remove it when the source is wrong.
+    """Commit interrupted work; remove it when the source is wrong.
 
     Raises:
         CannotRun: The disk is full.
@@ -384,7 +342,9 @@ def _keep_work(source: readers.DataSource, writer: _StoreWriter) -> Iterator[Non
 
 @contextmanager
 def _pin_revision(source: readers.DataSource) -> Iterator[tuple[readers.DataSource, str | None]]:
-    """Pin a source to one revision, and name it, so that work continues with the same text.
+    """Pin a source to one revision, and name it.
+
+    So interrupted work continues with the same text.
 
     Files are identified by their content already. The name is None where the hub does not tell the commit of a revision:
     then interrupted work starts again.
@@ -398,31 +358,3 @@ def _pin_revision(source: readers.DataSource) -> Iterator[tuple[readers.DataSour
 
         commit = HfApi().dataset_info(source.entry.path, revision=source.entry.revision, timeout=20).sha
     yield (replace(source, entry=replace(source.entry, revision=commit)) if commit else source), commit
-
-
-class TokenizeProgress:
-    """Prints a line about the progress every PROGRESS_SECONDS."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.start_time = self.line_time = time.monotonic()
-        self.first_counts: tuple[int, int] | None = None  # tokens and bytes of the first update
-
-    def update(self, stats: PieceStats) -> None:
-        """Print a line if it is time for one."""
-        if self.first_counts is None:
-            self.first_counts = (stats.tokens, stats.bytes_read)
-        if time.monotonic() > self.line_time + PROGRESS_SECONDS:
-            self.print_line(stats)
-
-    def print_line(self, stats: PieceStats, message: str = "", min_seconds: float = 0) -> None:
-        """Print a line about all pieces so far, unless they took less than `min_seconds`."""
-        self.line_time = time.monotonic()
-        seconds = self.line_time - self.start_time
-        if seconds < min_seconds:
-            return
-        first_tokens, first_bytes = self.first_counts or (stats.tokens, stats.bytes_read)
-        tokens_rate, bytes_rate = (stats.tokens - first_tokens) / max(seconds, 1), (stats.bytes_read - first_bytes) / max(seconds, 1)
-        rate = f", {tokens_rate:,.0f} tokens/s, {bytes_rate / 1e6:.1f} MB/s" if seconds > 1 else ""
-        counts = f"{stats.documents:,} documents, {stats.tokens:,} tokens{rate}"
-        print(f"  tokenising {self.title}: {message or counts}{f' ({counts})' if message else ''}", file=sys.stderr, flush=True)

@@ -79,7 +79,10 @@ class TokenizerCorpus:
 
 
 def _split_portions(text: str) -> Iterator[str]:
-    """Split a very long text, as of a corpus in one .txt file, at ends of lines."""
+    """Split a very long text at ends of lines.
+
+    A whole corpus can be one .txt file.
+    """
     begin = 0
     while len(text) - begin > PORTION_CHARACTERS:
         end = text.rfind("\n", begin, begin + PORTION_CHARACTERS) + 1 or begin + PORTION_CHARACTERS

@@ -58,7 +58,7 @@ class Backend:
         return self.strategy in ("fsdp2", "hsdp")
 
 
-def _flag(environment: Mapping[str, str], name: str) -> bool:
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "false").lower() in ("1", "true", "yes")
 
 
@@ -80,33 +80,33 @@ def backend_from_env(environment: Mapping[str, str]) -> Backend:
         raise CommandError(
             f"the launcher sets mixed_precision: {precision}, and the recipe's training.precision decides that: say mixed_precision: 'no'"
         )
-    world, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
-    if _flag(environment, "ACCELERATE_USE_MEGATRON_LM"):
+    world_size, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
+    if _is_set(environment, "ACCELERATE_USE_MEGATRON_LM"):
         raise CommandError("Megatron-LM is not a backend of azrecipe: use ddp, fsdp, hsdp, zero2 or zero3")
-    if _flag(environment, "ACCELERATE_USE_DEEPSPEED"):
-        return Backend(f"zero{_zero_stage(environment)}", world, rank)
-    if _flag(environment, "ACCELERATE_USE_FSDP"):
-        return _fsdp(environment, world, rank)
-    return Backend("ddp" if world > 1 else "single", world, rank, replicate_size=world)
+    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return Backend(f"zero{_read_zero_stage(environment)}", world_size, rank)
+    if _is_set(environment, "ACCELERATE_USE_FSDP"):
+        return _build_fsdp_backend(environment, world_size, rank)
+    return Backend("ddp" if world_size > 1 else "single", world_size, rank, replicate_size=world_size)
 
 
-def _fsdp(environment: Mapping[str, str], world: int, rank: int) -> Backend:
+def _build_fsdp_backend(environment: Mapping[str, str], world_size: int, rank: int) -> Backend:
     if environment.get("FSDP_VERSION", "1") != "2":
         raise CommandError("only FSDP 2 is supported: say fsdp_version: 2 in the accelerate config")
-    if not _flag(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         if "HYBRID" in environment.get("FSDP_SHARDING_STRATEGY", ""):
             raise CommandError("HYBRID_SHARD belongs to FSDP 1 and FSDP 2 ignores it: use accelerate_configs/hsdp.yaml")
-        return Backend("fsdp2", world, rank)
+        return Backend("fsdp2", world_size, rank)
     sizes = {key: int(environment.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1")) for key in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")}
     if sizes["TP"] * sizes["SP"] != 1:
         raise CommandError(
             "tensor and sequence parallelism are not supported; parallelism_config_cp_size is for sequences that outgrow a GPU"
         )
     dims = ParallelDims(sizes["DP_REPLICATE"], sizes["DP_SHARD"], sizes["CP"])
-    problem = dims.find_problem(world)
+    problem = dims.find_problem(world_size)
     if problem:
         raise CommandError(problem)
-    return Backend("hsdp" if dims.replicate_size > 1 else "fsdp2", world, rank, dims.replicate_size, dims.context_parallel_size)
+    return Backend("hsdp" if dims.replicate_size > 1 else "fsdp2", world_size, rank, dims.replicate_size, dims.context_parallel_size)
 
 
 @dataclass(frozen=True)
@@ -117,27 +117,27 @@ class ParallelDims:
     shard_size: int = 1  # -1: as many as the other sizes leave
     context_parallel_size: int = 1
 
-    def find_problem(self, world: int) -> str:
-        """Return what is wrong with the sizes for `world` processes, or ""."""
+    def find_problem(self, world_size: int) -> str:
+        """Return what is wrong with the sizes for `world_size` processes, or ""."""
         if min(self.replicate_size, self.context_parallel_size) < 1 or (self.shard_size < 1 and self.shard_size != -1):
             return "the accelerate config has a size below 1 in its parallelism_config"
         groups = self.replicate_size * self.context_parallel_size
         if self.replicate_size > 1 and self.context_parallel_size > 1:
             return "the accelerate config splits sequences and replicates the model as well, which is not verified: dp_replicate_size 1"
-        if self.shard_size == -1 and world % groups:
-            what = (
+        if self.shard_size == -1 and world_size % groups:
+            layout = (
                 f"splits each sequence over {self.context_parallel_size}"
                 if self.context_parallel_size > 1
                 else f"replicates over {self.replicate_size} groups of"
             )
-            return f"the accelerate config {what} processes, and {world} do not divide by that"
-        if self.shard_size != -1 and groups * self.shard_size != world:
+            return f"the accelerate config {layout} processes, and {world_size} do not divide by that"
+        if self.shard_size != -1 and groups * self.shard_size != world_size:
             context = f", splits sequences over {self.context_parallel_size}" if self.context_parallel_size > 1 else ""
-            return f"the accelerate config replicates over {self.replicate_size}{context} and shards over {self.shard_size} processes, and {world} are started"
+            return f"the accelerate config replicates over {self.replicate_size}{context} and shards over {self.shard_size} processes, and {world_size} are started"
         return ""
 
 
-def _zero_stage(environment: Mapping[str, str]) -> int:
+def _read_zero_stage(environment: Mapping[str, str]) -> int:
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path not in ("none", ""):
         return int(json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
@@ -146,15 +146,15 @@ def _zero_stage(environment: Mapping[str, str]) -> int:
 
 def count_nodes(environment: Mapping[str, str]) -> int:
     """Return the number of machines that the launcher started processes on."""
-    world = int(environment.get("WORLD_SIZE", "1"))
-    return max(world // int(environment.get("LOCAL_WORLD_SIZE", world)), 1)
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    return max(world_size // int(environment.get("LOCAL_WORLD_SIZE", world_size)), 1)
 
 
 def has_accelerator() -> bool:
     """Whether torch sees an accelerator that the user has not disabled."""
     import torch
 
-    return torch.accelerator.is_available() and not _flag(os.environ, "ACCELERATE_USE_CPU")
+    return torch.accelerator.is_available() and not _is_set(os.environ, "ACCELERATE_USE_CPU")
 
 
 def set_up_backend() -> Backend:
@@ -171,7 +171,7 @@ def set_up_backend() -> Backend:
     backend = backend_from_env(os.environ)
     if local_storage.storage_is_local() and backend.uses_deepspeed and count_nodes(os.environ) > 1:
         raise CommandError(f"{local_storage.STORAGE_VARIABLE}=local is not verified with DeepSpeed: use accelerate_configs/fsdp.yaml")
-    if _flag(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not accept a shard size of -1
+    if _is_set(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not accept a shard size of -1
         os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world_size // (backend.replicate_size * backend.context_parallel_size))
     if not has_accelerator():
         cpu_backend.set_up_cpu(backend.strategy, backend.sharded, backend.context_parallel_size > 1)

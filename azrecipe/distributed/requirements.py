@@ -130,7 +130,7 @@ def check_new_token_rows(backend: Backend, new_token_ids: Sequence[int], lora: L
         )
 
 
-def check_fsdp_limits(config: PretrainConfig | SftConfig, fsdp: bool, readers: int) -> None:
+def check_fsdp_limits(config: PretrainConfig | SftConfig, fsdp: bool, data_parallel_size: int) -> None:
     """Raise CannotRun for settings that fail with FSDP 2.
 
     Both fail in the first step. transformers' Adafactor mixes whole and split tensors (5.23, optimization.py). TRL reads the
@@ -140,7 +140,7 @@ def check_fsdp_limits(config: PretrainConfig | SftConfig, fsdp: bool, readers: i
     Args:
         config: The recipe.
         fsdp: Whether FSDP splits the model.
-        readers: Processes that read different sequences.
+        data_parallel_size: Processes that read different sequences.
     """
     if not fsdp:
         return
@@ -148,7 +148,7 @@ def check_fsdp_limits(config: PretrainConfig | SftConfig, fsdp: bool, readers: i
         raise CannotRun("optim: adafactor does not work on a model that FSDP splits: --set training.optim=adamw_torch_fused, or ddp")
     training = config.training
     if isinstance(config, SftConfig) and config.adapter != "none" and training.precision == "bf16_mixed":
-        batch = split_batch(training.global_batch_size, training.per_device_train_batch_size, readers)
+        batch = split_batch(training.global_batch_size, training.per_device_train_batch_size, data_parallel_size)
         if batch.accumulation > 1:
             raise CannotRun(
                 f"an adapter under precision: bf16_mixed cannot accumulate {batch.accumulation} batches where FSDP splits the model: as many processes "

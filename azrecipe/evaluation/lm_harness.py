@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from azrecipe.errors import AzrecipeError, CannotRun, RecipeError, did_you_mean
+from azrecipe.errors import AzrecipeError, CannotRun, RecipeError, did_you_mean, get_first_line
 from azrecipe.recipe.extras import check_extra
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import EvaluateConfig, HarnessTask
@@ -147,7 +147,7 @@ class Harness:
         except AzrecipeError:
             raise
         except Exception as error:  # from the harness, datasets, the hub's client or a user's own functions
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = get_first_line(error)
             if is_local_task(task) and not isinstance(error, ConnectionError):
                 raise self.recipe.error(f"{task}: lm-evaluation-harness cannot load this task: {reason}", "tasks", index) from None
             raise CannotRun(

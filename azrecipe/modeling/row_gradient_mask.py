@@ -26,8 +26,8 @@ class RowGradientMask(TrainerCallback):  # type: ignore[misc]
     these weights (`parameter_groups.list_weight_decay_parameters`) nor has a state from elsewhere leaves them unchanged, bit for bit.
     """
 
-    def __init__(self, trainable: TrainableParameters, backend: str) -> None:
-        self.trainable, self.with_deepspeed = trainable, backend.startswith("zero")
+    def __init__(self, trainable: TrainableParameters, strategy: str) -> None:
+        self.trainable, self.with_deepspeed = trainable, strategy.startswith("zero")
         self.handles: list[RemovableHandle] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:

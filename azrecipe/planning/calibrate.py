@@ -100,7 +100,10 @@ def _measure_loop(cluster: MachineGroup, loop: PlannedLoop, cost: StepCost, rate
     seconds = statistics.median(rate.step_seconds for rate in rates)
     share = step_time.compute_roofline(cost, loop.step, loop.batch, loop.accumulation, cluster) / seconds
     if share > 1:
-        return f"a step took {seconds:.3g} s, {1 / share:.0%} of what the card's peaks allow: its model is too small, or the card is not what it is taken for"
+        return (
+            f"a step took {seconds:.3g} s, {1 / share:.0%} of what the card's peaks allow: "
+            "its model is too small, or the card is not what it is taken for"
+        )
     tokens_per_second = statistics.median(rate.tokens_per_second for rate in rates)
     return {
         "name": loop.name,

@@ -33,7 +33,7 @@ from azrecipe.recipe.types import Lora
 from azrecipe.runs import event_log
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils.atomic_files import read_json, write_json
-from azrecipe.utils.console import print_progress
+from azrecipe.utils.console import format_bytes, print_progress
 
 PLAN_FILE = "plan.json"
 SWITCH_VARIABLE = "AZRECIPE_FORESEE"  # 0: never; 1: on a CPU too
@@ -298,11 +298,6 @@ def _format_advice(change: str | None) -> str:
     if change:
         return f"What fits: {change}"
     return "No single change that keeps the result makes it fit: more cards, larger ones, or a smaller data.max_length"
-
-
-def format_bytes(size: float) -> str:
-    """Format bytes: 512.0 MiB, 39.6 GiB."""
-    return f"{size / hardware.GIB:.1f} GiB" if size >= hardware.GIB else f"{size / 2**20:.1f} MiB"
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from azrecipe.recipe.types import PretrainConfig, SftConfig, Training
 class PlannedLoop:
     """One training loop of a recipe.
 
-    length: tokens of a sequence on a device. batch: sequences on a device at once. accumulation: batches in an optimizer step. pairs: sequences
-    of one row of data (2 for preferences).
+    length: tokens of a sequence on a device. batch: sequences on a device at once. accumulation: batches in an optimizer step. pairs:
+    sequences of one row of data (2 for preferences).
     """
 
     name: str

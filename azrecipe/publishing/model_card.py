@@ -193,22 +193,15 @@ def _format_source(source: Mapping[str, Any]) -> str:
 def _render_data(lineage: Lineage, settings: CardSettings) -> str:
     rows = []
     for step in lineage.runs:
-        numbers = step.result.get("data") if step.stage == "pretrain" else step.result.get("training", {}).get("sources")
+        is_pretrain = step.stage == "pretrain"
+        counts = step.result.get("data") if is_pretrain else step.result.get("training", {}).get("sources")
         for i, source in enumerate(_list_sources(step)):
-            source_numbers = numbers[i] if isinstance(numbers, list) and i < len(numbers) else {}
-            share = f"{source_numbers['share']:.1%}" if "share" in source_numbers else "–"
-            epochs = (
-                f"{source_numbers['epochs']:g}"
-                if "epochs" in source_numbers
-                else f"{step.result['training']['epochs']:g}"
-                if step.stage == "sft"
-                else "–"
-            )
-            sizes = [
-                f"{source_numbers[key]:,}" if key in source_numbers else "–"
-                for key in ("documents" if step.stage == "pretrain" else "rows", "bytes")
-            ]
-            rows.append([step.name, _format_source(source), share, epochs, *sizes, settings.data_license or UNKNOWN])
+            count = counts[i] if isinstance(counts, list) and i < len(counts) else {}
+            share = f"{count['share']:.1%}" if "share" in count else "–"
+            epochs = count.get("epochs", step.result["training"]["epochs"] if step.stage == "sft" else None)
+            sizes = [f"{count[key]:,}" if key in count else "–" for key in ("documents" if is_pretrain else "rows", "bytes")]
+            license_text = settings.data_license or UNKNOWN
+            rows.append([step.name, _format_source(source), share, "–" if epochs is None else f"{epochs:g}", *sizes, license_text])
     notes = "A share is of the bytes of text read in a step; epochs count how often its documents were read." + (
         "" if settings.data_license else " The licences of the data are not recorded."
     )
@@ -350,7 +343,7 @@ def _render_limits(lineage: Lineage, evaluations: Sequence[ModelEvaluation]) -> 
         if step.stage == "sft":
             rows = "preferences" if _uses_preferences(step) else "conversations"
             limits.append(
-                f"It learned to answer from {step.result['data']['train']:,} {rows}. Whether its answers are true was not checked."
+                f"It was trained to answer on {step.result['data']['train']:,} {rows}. Whether its answers are true was not checked."
             )
     if lineage.missing_run:
         limits.append(f"The record is not complete: the run `{lineage.missing_run}` is missing.")

@@ -288,10 +288,10 @@ class _Substitution:
             return replace(node, value=[self.apply(item) for item in node.value])
         if not isinstance(node.value, str) or "${" not in node.value:
             return node
-        whole = re.fullmatch(r"\$\{([^}]*)\}", node.value)
-        if whole:
-            source = self.variables.get(whole[1], node)  # a path is relative to the file that sets the variable
-            return replace(node, value=self._look_up(whole[1], node), location=source.location)
+        match = re.fullmatch(r"\$\{([^}]*)\}", node.value)
+        if match:
+            source = self.variables.get(match[1], node)  # a path is relative to the file that sets the variable
+            return replace(node, value=self._look_up(match[1], node), location=source.location)
         return replace(node, value=self._PATTERN.sub(lambda m: "${" if m[1] is None else str(self._look_up(m[1], node)), node.value))
 
     def _look_up(self, name: str, node: YamlNode) -> str | int | float | bool | None:

@@ -34,6 +34,10 @@ EXTRAS: Mapping[str, Extra] = {
     "harness": Extra(("lm_eval",), lambda recipe: bool(recipe.data.get("tasks"))),
     "focus": Extra(("gensim",), lambda recipe: recipe.data.get("tokenizer", {}).get("new_embeddings") in WORD_VECTOR_METHODS),
     "qlora": Extra(("bitsandbytes",), _needs_bitsandbytes),
+    # The launcher or a command needs these, not a recipe.
+    "deepspeed": Extra(("deepspeed",), lambda _: False),
+    "sagemaker": Extra(("boto3", "sagemaker"), lambda _: False),
+    "serve": Extra(("fastapi", "openai", "pydantic", "starlette", "uvicorn"), lambda _: False),
 }
 
 

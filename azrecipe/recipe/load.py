@@ -143,14 +143,8 @@ def get_stage(root: YamlNode) -> str:
     """Return the stage of a tree. Raises RecipeError for an unknown one."""
     node = root.get("stage")
     if node is None:
-        raise RecipeError(
-            [
-                Problem(
-                    root.location,
-                    f"missing key 'stage': one of {', '.join(schema.STAGES)} (a file that is only extended says `fragment: true`)",
-                )
-            ]
-        )
+        message = f"missing key 'stage': one of {', '.join(schema.STAGES)} (a file that is only extended says `fragment: true`)"
+        raise RecipeError([Problem(root.location, message)])
     if node.value not in schema.STAGES:
         raise RecipeError(
             [Problem(node.location, f"there is no stage '{node.value}'{suggest_choices(str(node.value), schema.STAGES, 'Stages')}")]

@@ -54,12 +54,8 @@ def validate_recipes(paths: Sequence[Path], overrides: Sequence[Override] = ()) 
                 problems += error.problems
     for path in fragments:
         if path not in extended and len(paths) == 1 and paths[0].is_file():
-            problems.append(
-                Problem(
-                    SourceLocation(display_path(path)),
-                    "a fragment: it is checked through the recipes that extend it. Validate one of those, or their folder",
-                )
-            )
+            message = "a fragment: it is checked through the recipes that extend it. Validate one of those, or their folder"
+            problems.append(Problem(SourceLocation(display_path(path)), message))
     unique = list(dict.fromkeys(problems))
     return ValidationReport(valid, [display_path(path) for path in fragments], unique)
 

@@ -133,9 +133,16 @@ def _build_tokenizer(runs: Sequence[RunRecord]) -> Iterator[Section]:
     sets = list(dict.fromkeys(name for run in runs for name in run.result.get("validation", {})))
     for name in sets:
         rows = [
-            [f"{run.name}: {line['name']}", format_number(line["vocab_size"]), format_measure(line["fertility"][name]), format_measure(line["bytes_per_token"][name])]
-            for run in runs for line in run.result.get("candidates", []) if name in line["fertility"]
-        ]  # fmt: skip
+            [
+                f"{run.name}: {line['name']}",
+                format_number(line["vocab_size"]),
+                format_measure(line["fertility"][name]),
+                format_measure(line["bytes_per_token"][name]),
+            ]
+            for run in runs
+            for line in run.result.get("candidates", [])
+            if name in line["fertility"]
+        ]
         yield Section(
             f"On {name}", render_table("In brackets: 95 % intervals", ["candidate", "tokens", "tokens/word", "bytes/token"], rows)
         )

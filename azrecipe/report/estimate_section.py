@@ -8,13 +8,13 @@ from typing import Any
 
 from azrecipe.report.html import Html, Section, join_html, render_table, tag
 from azrecipe.runs.reader import RunRecord
+from azrecipe.utils.console import format_bytes
 
-GIB = 2**30
 HEADERS = ("", "peak of tensors, estimated", "measured", "error", "tokens/s, estimated", "measured", "error")
 DEFINITIONS_NOTE = (
-    "Estimated: before the weights were loaded, from the step's tensors and the GPU's roofline. Measured: the peak that PyTorch allocated on the "
-    "main process' GPU since the start of the loop, with evaluation and saving; the median rate of the logged lines after the first. Error: "
-    "estimated against measured."
+    "Estimated: before the weights were loaded, from the step's tensors and the GPU's roofline. Measured: the peak that PyTorch "
+    "allocated on the main process' GPU since the start of the loop, with evaluation and saving; the median rate of the logged lines "
+    "after the first. Error: estimated against measured."
 )
 CPU_NOTE = "On a CPU the measured memory is not comparable: the resident size of the process includes its libraries."
 PADDING_NOTE = "The estimate takes rows of max_length. The measured rate counts no padding: it is lower where rows are shorter."
@@ -52,18 +52,13 @@ def _build_row(loop: Mapping[str, Any], run: RunRecord) -> list[str]:
     speed = statistics.median(speeds) if speeds else 0
     return [
         loop["name"],
-        format_size(peak), format_size(memory) if memory else "–", _format_error(peak, memory),
+        format_bytes(peak, 2), format_bytes(memory, 2) if memory else "–", _format_error(peak, memory),
         f"{rate:,.0f}" if rate else "–", f"{speed:,.0f}" if speed else "–", _format_error(rate, speed),
     ]  # fmt: skip
 
 
 def _format_error(estimate: float | None, measured: float) -> str:
     return f"{estimate / measured - 1:+.1%}" if estimate and measured else "–"
-
-
-def format_size(value: float) -> str:
-    """Format a number of bytes in GiB or MiB."""
-    return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / 2**20:.1f} MiB"
 
 
 def _describe_hardware(estimate: Mapping[str, Any]) -> str:

@@ -28,10 +28,16 @@ def build_sections(run: RunRecord) -> Iterator[Section]:
     rates = {"tokens/s": "tokens_per_second", "bytes/s": "bytes_per_second"}
     priced = any("price" in row for row in rows)
     cells = [
-        [row["cell"], *(format_number(row[key]) for key in costs.values()), *(f"{row[key]:,.0f}" for key in rates.values()), f"{row['training_seconds'] / 3600:,.3f}",
-         *([f"{row['price']:,.2f}"] if priced else []), "" if row["same_bytes"] else "not the same bytes"]
+        [
+            row["cell"],
+            *(format_number(row[key]) for key in costs.values()),
+            *(f"{row[key]:,.0f}" for key in rates.values()),
+            f"{row['training_seconds'] / 3600:,.3f}",
+            *([f"{row['price']:,.2f}"] if priced else []),
+            "" if row["same_bytes"] else "not the same bytes",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     yield Section("What they read and cost", render_table("", ["cell", *costs, *rates, "hours", *(["price"] if priced else []), ""], cells))
     unfinished = [f"{cell['cell']}: {cell['state']} ({cell['step']}) {cell['message']}" for cell in result["unfinished"]]
     yield Section("Definitions", render_details("Definitions of the measures", render_definitions(result["definitions"])))

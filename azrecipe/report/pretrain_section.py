@@ -112,12 +112,20 @@ def _describe_vocabulary(swap: Mapping[str, Any] | None) -> Html:
 def _render_phases(phases: Mapping[str, Mapping[str, Any]]) -> Html:
     resumed = any(phase.get("resumed_from") is not None for phase in phases.values())
     rows = [
-        [name, format_number(phase.get("trainable_parameters")), f"{phase['learning_rate']:.3g}", format_number(phase["steps"]), format_number(phase["tokens"]),
-         format_number(phase["bytes"]), f"{phase['fill']:{PERCENT}}" if "fill" in phase else "–",
-         f"{phase['last_loss']:.3f}" if phase.get("last_loss") is not None else "–", format_duration(phase["seconds"]),
-         *([format_number(phase.get("resumed_from"))] if resumed else [])]
+        [
+            name,
+            format_number(phase.get("trainable_parameters")),
+            f"{phase['learning_rate']:.3g}",
+            format_number(phase["steps"]),
+            format_number(phase["tokens"]),
+            format_number(phase["bytes"]),
+            f"{phase['fill']:{PERCENT}}" if "fill" in phase else "–",
+            f"{phase['last_loss']:.3f}" if phase.get("last_loss") is not None else "–",
+            format_duration(phase["seconds"]),
+            *([format_number(phase.get("resumed_from"))] if resumed else []),
+        ]
         for name, phase in phases.items()
-    ]  # fmt: skip
+    ]
     heads = ["phase", "trainable parameters", "learning rate", "steps", "tokens", "bytes", "sequences filled", "last loss", "time"]
     note = "; the time is that since the last resume" if resumed else ""
     return render_table(f"Training phases{note}", heads + (["resumed from step"] if resumed else []), rows)
@@ -125,10 +133,17 @@ def _render_phases(phases: Mapping[str, Mapping[str, Any]]) -> Html:
 
 def _render_data(sources: Sequence[Mapping[str, Any]]) -> Html:
     rows = [
-        [source["source"], format_number(source["documents"]), format_number(source["bytes"]), format_number(source["tokens"]), f"{source['share']:{PERCENT}}",
-         f"{source['epochs']:.2f}", _describe_left_out(source)]
+        [
+            source["source"],
+            format_number(source["documents"]),
+            format_number(source["bytes"]),
+            format_number(source["tokens"]),
+            f"{source['share']:{PERCENT}}",
+            f"{source['epochs']:.2f}",
+            _describe_left_out(source),
+        ]
         for source in sources
-    ]  # fmt: skip
+    ]
     heads = ["source", "documents", "bytes", "tokens", "share of the text", "epochs", "documents left out"]
     details = [
         render_details(f"{key} in {source['source']}", render_json(source[key]))
@@ -141,8 +156,14 @@ def _render_data(sources: Sequence[Mapping[str, Any]]) -> Html:
 
 def _describe_left_out(source: Mapping[str, Any]) -> str:
     cleaned, repeated = source.get("cleaned") or {}, source.get("duplicates") or {}
-    counts = {"held out": source.get("held_out_left_out", 0), "clean-up": cleaned.get("dropped_documents", 0), **cleaned.get("filtered", {}),
-              "duplicates": repeated.get("exact", 0), "near duplicates": repeated.get("near", 0), "near held-out documents": repeated.get("near_held_out", 0)}  # fmt: skip
+    counts = {
+        "held out": source.get("held_out_left_out", 0),
+        "clean-up": cleaned.get("dropped_documents", 0),
+        **cleaned.get("filtered", {}),
+        "duplicates": repeated.get("exact", 0),
+        "near duplicates": repeated.get("near", 0),
+        "near held-out documents": repeated.get("near_held_out", 0),
+    }
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count) or "none"
 
 
@@ -150,11 +171,16 @@ def _render_skipped_steps(run: RunRecord) -> Html:
     rows = [
         [str(line.get("phase")), format_number(line.get("step")), str(line.get("reason")), ", ".join(_list_sources(line))]
         for line in run.bad_batches
-    ]  # fmt: skip
+    ]
     return render_table("Steps whose loss or gradient was bad", ["phase", "step", "problem", "sources of its documents"], rows)
 
 
 def _list_sources(line: Mapping[str, Any]) -> list[str]:
     return sorted(
-        {str(document.get("source")) for batch in line.get("batches", []) for sequence in batch.get("sequences", []) for document in sequence.get("documents", [])}
-    )  # fmt: skip
+        {
+            str(document.get("source"))
+            for batch in line.get("batches", [])
+            for sequence in batch.get("sequences", [])
+            for document in sequence.get("documents", [])
+        }
+    )

@@ -32,10 +32,14 @@ def render_differences(run: RunRecord) -> Html:
     extends_none = diff["parent"] == diff["file"]
     parent = f"{diff['file']} without overrides" if extends_none else f"{diff['parent']}, which it extends"
     rows = [
-        [row["key"], format_recipe_value(row["value"]) if "value" in row else "removed", format_recipe_value(row["parent"]) if "parent" in row else "not set",
-         row["place"] or "–"]
+        [
+            row["key"],
+            format_recipe_value(row["value"]) if "value" in row else "removed",
+            format_recipe_value(row["parent"]) if "parent" in row else "not set",
+            row["place"] or "–",
+        ]
         for row in diff["differences"]
-    ]  # fmt: skip
+    ]
     if not rows:
         return tag("p", f"{diff['file']}: no overrides." if extends_none else f"{diff['file']} changes nothing of {parent}.")
     return render_table(f"Differences from {parent}", ["key", "here", "there", "written in"], rows)

@@ -63,11 +63,18 @@ def _render_costs(result: Mapping[str, Any]) -> Html:
     heads = ["candidate", "kind", "embedding rows", "embedding parameters", "unused tokens", "encoding, MB/s", "encoding, tokens/s"]
     heads += ["parity with English"] if "parity" in lines[0] else []
     rows = [
-        [line["name"], line["kind"], format_number(line["embedding_rows_added"], sign=True), format_number(line["embedding_parameters_added"], sign=True),
-         f"{line['unused_tokens']['value']:,} ({line['unused_tokens']['share']:{PERCENT}})", f"{line['encoding']['bytes_per_second'] / 1e6:.1f}",
-         f"{line['encoding']['tokens_per_second']:,}", *([format_measure(line["parity"])] if "parity" in line else [])]
+        [
+            line["name"],
+            line["kind"],
+            format_number(line["embedding_rows_added"], sign=True),
+            format_number(line["embedding_parameters_added"], sign=True),
+            f"{line['unused_tokens']['value']:,} ({line['unused_tokens']['share']:{PERCENT}})",
+            f"{line['encoding']['bytes_per_second'] / 1e6:.1f}",
+            f"{line['encoding']['tokens_per_second']:,}",
+            *([format_measure(line["parity"])] if "parity" in line else []),
+        ]
         for line in lines
-    ]  # fmt: skip
+    ]
     return render_table("Rows and parameters are differences from the base", heads, rows)
 
 

@@ -17,13 +17,8 @@ from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.hub_errors import translate_hub_errors
 
 HUB_ID_PATTERN = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_FILE_PATTERNS = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-)  # to download from a hub repository; not other formats of the weights
+# The files to download from a hub repository, without other formats of the weights.
+HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 STAGE_PRODUCTS = {"tokenizer": "tokenizers", "evaluate": "measurements", "pipeline": "a comparison of its cells"}
 
 
@@ -41,13 +36,9 @@ class FinishedModel:
     @property
     def name(self) -> str:
         """The run's project and recipe, or the path's last part."""
-        return (
-            f"{self.run.path.parent.name}-{self.run.path.name}"
-            if self.run
-            else Path(self.path).resolve().name
-            if self.is_local
-            else self.path
-        )
+        if self.run:
+            return f"{self.run.path.parent.name}-{self.run.path.name}"
+        return Path(self.path).resolve().name if self.is_local else self.path
 
     @property
     def adapter(self) -> Path | None:

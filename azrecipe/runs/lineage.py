@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from azrecipe.recipe.load import CELLS_FOLDER
+from azrecipe.recipe.yaml_tree import parse_yaml
 from azrecipe.runs.reader import RunRecord
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils.paths import is_local_model
@@ -39,7 +41,7 @@ def trace_lineage(run: RunDir) -> Lineage:
     runs = [_read_record(run.path)]
     while True:
         first = runs[0]
-        model = first.recipe.get("model") or {}
+        model = _parse_recipe(first).get("model") or {}
         if model.get("output_of") is None:
             return Lineage(runs, model.get("name_or_path"))
         name = Path(model["output_of"]).stem
@@ -62,7 +64,7 @@ def find_evaluations(run: RunDir) -> list[ModelEvaluation]:
         if record.result.get("stage") != "evaluate" or record.status.get("state") != "complete":
             continue
         inputs = record.status.get("inputs") or {}
-        for name, source in record.recipe["models"].items():
+        for name, source in _parse_recipe(record).get("models", {}).items():
             stem = Path(source.get("output_of") or "").stem
             if stem == run.path.name and inputs.get(f"run of {stem}.yaml") == run.status.get("run_id"):
                 evaluations.append(ModelEvaluation(name, record))
@@ -71,6 +73,12 @@ def find_evaluations(run: RunDir) -> list[ModelEvaluation]:
 
 def _read_record(folder: Path) -> RunRecord:
     return RunRecord(folder, folder.name)
+
+
+def _parse_recipe(record: RunRecord) -> dict[str, Any]:
+    """Return a run's recipe. Raises RecipeError for a damaged file."""
+    recipe = parse_yaml(record.recipe_text, str(record.path / "recipe.yaml")).to_plain()
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def _list_upstream_folders(run: Path, name: str) -> Iterator[Path]:

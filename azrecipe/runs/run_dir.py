@@ -25,6 +25,7 @@ from azrecipe.runs import event_log, run_files
 from azrecipe.runs.environment import collect_environment
 from azrecipe.runs.event_log import format_current_time
 from azrecipe.utils.atomic_files import list_file_sizes, read_json, write_json, write_text
+from azrecipe.utils.console import format_disk_size
 
 CACHE_VARIABLE = "AZRECIPE_CACHE"
 
@@ -99,18 +100,15 @@ class RunDir:
             if self.main:
                 event_log.log_event(self.path, state, exit_code=exit_code, message=message)
 
-    def require_disk_space(self, size: int, what: str) -> None:
-        """Raise CannotRun where the disk lacks `size` bytes for `what`."""
+    def require_disk_space(self, size: int, purpose: str) -> None:
+        """Raise CannotRun where the disk lacks `size` bytes."""
         existing = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         free = shutil.disk_usage(existing).free
         if free < size:
             raise CannotRun(
-                f"{self.path}: {what} needs about {_format_gb(size)} of disk and {_format_gb(free)} are free. Free some, or use --runs-dir"
+                f"{self.path}: {purpose} needs about {format_disk_size(size)} of disk and {format_disk_size(free)} are free. "
+                "Free some, or use --runs-dir"
             )
-
-
-def _format_gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def locate_run(recipe: Recipe, runs_dir: Path, main: bool = True) -> RunDir:

@@ -14,27 +14,13 @@ from azrecipe.runs import event_log
 from azrecipe.utils.atomic_files import read_json
 
 LOCK_NAME = ".lock"
-FIRST_FILES = {LOCK_NAME, "recipe.yaml", "parent.json"}  # written before the files that identify a run directory
-BOOKKEEPING_FILES = {
-    *FIRST_FILES,
-    "environment.json",
-    "status.json",
-    event_log.EVENT_LOG_NAME,
-    "plan.json",
-    "phases.json",
-}  # no results: they may be removed
+# A run writes these before the files that identify a run directory.
+FIRST_FILES = {LOCK_NAME, "recipe.yaml", "parent.json"}
+# These hold no results: they may be removed.
+BOOKKEEPING_FILES = {*FIRST_FILES, "environment.json", "status.json", event_log.EVENT_LOG_NAME, "plan.json", "phases.json"}
 RESULT_NAMES = {
-    "checkpoints",
-    "phases",
-    "candidates",
-    "models",
-    "adapter",
-    "final",
-    "metrics.jsonl",
-    "bad_batches.jsonl",
-    "result.json",
-    "report.html",
-}
+    "checkpoints", "phases", "candidates", "models", "adapter", "final", "metrics.jsonl", "bad_batches.jsonl", "result.json", "report.html",
+}  # fmt: skip
 RUN_STATES = ("running", "complete", "failed", "interrupted")  # of status.json
 
 

@@ -14,7 +14,7 @@ _EXPORTS = {
     "Job": ("jobs", "TrainingJob"),
     "SageMakerSettings": ("settings", "SageMakerSettings"),
     "Settings": ("settings", "SageMakerSettings"),
-    "Submission": ("submission", "Submission"),
+    "Submission": ("submission_summary", "Submission"),
     "TrainingJob": ("jobs", "TrainingJob"),
     "attach": ("jobs", "attach_job"),
     "fetch": ("jobs", "fetch_run"),

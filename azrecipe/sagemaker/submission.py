@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,16 @@ from azrecipe.sagemaker import jobs, training_job
 from azrecipe.sagemaker.account import Account
 from azrecipe.sagemaker.bundle import build_bundle
 from azrecipe.sagemaker.jobs import TrainingJob
-from azrecipe.sagemaker.s3 import Bucket, MissingFiles
+from azrecipe.sagemaker.s3 import Bucket
 from azrecipe.sagemaker.settings import SageMakerSettings, load_settings
+from azrecipe.sagemaker.submission_summary import (
+    Submission,
+    describe_submission,
+    describe_uploads,
+    format_cost,
+    format_question,
+    open_bucket,
+)
 from azrecipe.utils import shipped_files
 from azrecipe.utils.console import print_progress
 
@@ -62,30 +70,11 @@ class SubmitOptions:
     runs_dir: Path = Path("runs")
 
 
-@dataclass(frozen=True)
-class Submission:
-    """A recipe to submit.
-
-    Attributes:
-        recipe: The recipe.
-        spec: What its job is created from.
-        plan: The answer of `azrecipe plan --json`; None where there is none.
-        complete: Whether its run is complete in the bucket.
-        running_job: The job that is training this run now.
-    """
-
-    recipe: Recipe
-    spec: training_job.JobSpec
-    plan: dict[str, Any] | None
-    complete: bool = False
-    running_job: TrainingJob | None = field(default=None)
-
-
 def submit(recipe: str, config: str, **arguments: Any) -> TrainingJob | None:
     """Run a recipe as a SageMaker training job.
 
-    The steps of a pipeline run one after the other: each job reads the runs of earlier ones in S3. Nothing is spent without `yes` or an `ask`
-    that agrees. Submitting the same recipe again continues from its checkpoint.
+    The steps of a pipeline run one after the other: each job reads the runs of earlier ones in S3. Nothing is spent without `yes` or an
+    `ask` that agrees. Submitting the same recipe again continues from its checkpoint.
 
     Args:
         recipe: The path of a recipe or pipeline.
@@ -111,11 +100,11 @@ def submit(recipe: str, config: str, **arguments: Any) -> TrainingJob | None:
     if any(submission.running_job is None for submission in todo):
         _check_recipes(recipe, options, [submission.recipe for submission in todo])
     for submission in submissions:
-        print_progress(f"{submission.spec.run_uri}: already complete" if submission.complete else _describe(submission, account))
+        print_progress(f"{submission.spec.run_uri}: already complete" if submission.complete else describe_submission(submission, account))
     if not todo:
         return None
     new = [submission for submission in todo if submission.running_job is None]
-    if new and not options.yes and not (options.ask or _ask)(_format_question(new)):
+    if new and not options.yes and not (options.ask or _ask)(format_question(new)):
         raise Interrupted("nothing was submitted", 130)
     job = None
     for number, submission in enumerate(todo, 1):
@@ -210,7 +199,7 @@ def _check_order(todo: Sequence[Submission], account: Account) -> None:
     problems, earlier = [], set()
     for submission in todo:
         for run in submission.spec.bundle.input_runs.values():
-            bucket = _open_bucket(submission.spec, account)
+            bucket = open_bucket(submission.spec, account)
             if run.run_path not in earlier and not bucket.is_complete(run.run_path):
                 state = bucket.read_status(run.run_path).get("state", "has not been run")
                 problems.append(
@@ -265,16 +254,12 @@ def _prepare_submission(recipe: Recipe, settings: SageMakerSettings, account: Ac
     spec = training_job.JobSpec(settings, bundle, manifests)
     complete, running = False, None
     if account.authenticated:
-        bucket = _open_bucket(spec, account)
+        bucket = open_bucket(spec, account)
         _check_run(spec, bucket)
         complete = bucket.is_complete(bundle.run_path)
         running = None if complete else _find_running_job(spec, account)
     plan = _plan_job(recipe, settings, path, options) if options.plan and not complete and running is None else None
     return Submission(recipe, spec, plan, complete, running)
-
-
-def _open_bucket(spec: training_job.JobSpec, account: Account) -> Bucket:
-    return Bucket(account, spec.settings.bucket, spec.settings.prefix, spec.settings.kms_key_id)
 
 
 def _check_machine(recipe: Recipe, settings: SageMakerSettings) -> None:
@@ -370,7 +355,7 @@ def _plan_job(recipe: Recipe, settings: SageMakerSettings, path: str, options: S
 
 def _start_job(submission: Submission, account: Account) -> TrainingJob:
     """Upload missing files, and create the job."""
-    spec, bucket = submission.spec, _open_bucket(submission.spec, account)
+    spec, bucket = submission.spec, open_bucket(submission.spec, account)
     for channel, run in spec.bundle.input_runs.items():
         bucket.write_manifest(run.run_path, spec.bundle.run_path, channel)
     count = bucket.upload_missing(spec.bundle)
@@ -379,75 +364,6 @@ def _start_job(submission: Submission, account: Account) -> TrainingJob:
     name = str(request["TrainingJobName"])
     print_progress(f"{name} is submitted: azrecipe sagemaker logs {name} --follow")
     return TrainingJob(name, account, request)
-
-
-def describe_uploads(submission: Submission, account: Account) -> dict[str, Any]:
-    """Describe the files of a job: code by folder, data by file.
-
-    It counts the missing ones too. Sizes are in bytes.
-    """
-    bundle = submission.spec.bundle
-    folders: dict[str, list[int]] = {}
-    for name, content in bundle.source_files.items():
-        folders.setdefault(name.rpartition("/")[0] if not name.startswith("job/") and "/" in name else name, []).append(len(content))
-    missing = (
-        _open_bucket(submission.spec, account).list_missing(bundle) if account.authenticated else MissingFiles(True, bundle.data_uploads)
-    )
-    return {
-        "code": {"uri": submission.spec.code_uri, "files": {name: [len(sizes), sum(sizes)] for name, sizes in sorted(folders.items())}},
-        "data": {upload.key: [str(upload.file), upload.size] for upload in bundle.data_uploads},
-        "archive": len(bundle.archive),
-        "to_upload": {"code": missing.code, "data": len(missing.data)},
-    }
-
-
-def _describe(submission: Submission, account: Account) -> str:
-    """Describe a submission in a few lines."""
-    spec, settings = submission.spec, submission.spec.settings
-    lines = [
-        f"{spec.bundle.run_path}: {settings.instance_count} × {settings.instance_type}{' spot' if settings.enable_managed_spot_training else ''}"
-    ]
-    if submission.running_job is not None:
-        return f"{lines[0]}: {submission.running_job.name} is running already, and is watched"
-    lines.append(f"  run directory: {spec.run_uri}")
-    lines.append(f"  {format_cost(submission.plan, settings)}")
-    files_to_upload = describe_uploads(submission, account)
-    note = "" if files_to_upload["to_upload"]["code"] else ", uploaded already"
-    lines.append(f"  code: {len(spec.bundle.source_files)} files in {files_to_upload['archive'] / 1e6:.1f} MB{note}: {spec.code_uri}")
-    folders: dict[str, list[tuple[str, int]]] = {}
-    for key, (file, size) in files_to_upload["data"].items():
-        folders.setdefault("/".join(key.split("/")[:2]), []).append((file, size))
-    for key, files in folders.items():
-        names = ", ".join(file for file, _ in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        lines.append(f"  data: {names} ({sum(size for _, size in files) / 1e6:,.1f} MB) → {spec.root_uri}/{key}/")
-    return "\n".join(lines)
-
-
-def format_cost(plan: dict[str, Any] | None, settings: SageMakerSettings) -> str:
-    """Format hours and price in a line."""
-    limit = f"at most {settings.max_runtime_in_seconds / 3600:,.0f} h (max_runtime_in_seconds)"
-    if plan is None or plan["hours"] is None:
-        return f"hours and price are not known for this recipe on this machine; {limit}"
-    hours, price = plan["hours"], plan["price"]["on_demand"]
-    text = f"{hours['middle']:,.1f} ({hours['low']:,.1f}–{hours['high']:,.1f}) hours without start and checkpoints, {limit}"
-    if price is None:
-        return f"{text}; no price is known: set price_per_hour in the settings"
-    rate = price["usd_per_hour"]
-    source = f"{price['region']}, {price['as_of']}" if price.get("region") else "your price"
-    low, middle, high = (hours[key] * rate for key in ("low", "middle", "high"))
-    spot = "; spot costs less: AWS says how much when the job has ended" if settings.enable_managed_spot_training else ""
-    return f"{text}: {middle:,.0f} ({low:,.0f}–{high:,.0f}) USD on demand at {rate:,.2f} an hour ({source}){spot}"
-
-
-def _format_question(todo: Sequence[Submission]) -> str:
-    plans = [each.plan for each in todo if each.plan and each.plan["hours"] and each.plan["price"]["on_demand"]]
-    total = sum(plan["hours"]["middle"] * plan["price"]["on_demand"]["usd_per_hour"] for plan in plans)
-    jobs_text = f"{len(todo)} job{'s' if len(todo) > 1 else ''}"
-    if not plans:
-        return f"Submit {jobs_text}, price not known?"
-    unknown = len(todo) - len(plans)
-    unknown_text = f" and {unknown} whose price is not known" if unknown else ""
-    return f"Submit {jobs_text}, about {total:,.0f} USD{unknown_text}?"
 
 
 def _ask(question: str) -> bool:

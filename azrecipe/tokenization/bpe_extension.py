@@ -99,9 +99,9 @@ def extend_to_sizes(
 
 
 def _read_description(base: PreTrainedTokenizerBase) -> Any:
-    """Read the tokenizer.json of a base, with each added token in the vocabulary of the model.
+    """Read a base's tokenizer.json, with added tokens in the model's vocabulary.
 
-    Without that, the library gives an added token an id after the highest of the model, whatever the file says.
+    Without that, the library assigns an added token an id after the highest of the model, and ignores the file.
 
     Raises:
         CannotRun: The base cannot be extended.
@@ -127,7 +127,9 @@ def _is_whole(base: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def _count_pre_tokens(base: PreTrainedTokenizerBase, texts: Iterable[str], as_text: Sequence[bool]) -> Counter[bytes]:
-    """Count the pre-tokens of texts, each as the base's ids for it (bytes of uint32).
+    """Count the pre-tokens of texts.
+
+    A pre-token is the base's ids for it, as bytes of uint32.
 
     Args:
         base: The tokenizer.
@@ -158,7 +160,9 @@ def _decode_ids(pre_token: bytes) -> list[int]:
 
 
 class _MergeTable:
-    """All tokens and merges: those of the base and, above them in rank and id, the new ones.
+    """All tokens and merges, of the base and new ones.
+
+    The new ones are above those of the base in rank and id.
 
     The rank of a merge is its position in the list.
     """
@@ -177,7 +181,10 @@ class _MergeTable:
         return self.spelling[pair[0]] + self.spelling[pair[1]]
 
     def add(self, pair: TokenPair) -> int:
-        """Append a merge; returns the id of its token, a new one only for a new string."""
+        """Append a merge, and return the id of its token.
+
+        Only a new string gets a new id.
+        """
         token = self.spell(pair)
         if token not in self.ids:
             self.ids[token] = self.first + self.added
@@ -221,7 +228,7 @@ class _ProtectedPairs:
 
 
 class _Training:
-    """The words of the corpus as tokens at this point of the training.
+    """The words of the corpus, as tokens, during the training.
 
     After every merge each word is split exactly as a tokenizer with the merges so far splits it. So a new token that no word
     has any more is part of another merge.
@@ -243,7 +250,10 @@ class _Training:
         self.heap: list[tuple[int, TokenPair]] = []
 
     def read(self, pre_tokens: Counter[bytes]) -> None:
-        """Read the words; those of one token, as special ones, have nothing to merge."""
+        """Read the words.
+
+        Words of one token, as special ones, have nothing to merge.
+        """
         for pre_token, count in pre_tokens.items():
             symbols = _decode_ids(pre_token)
             if len(symbols) == 1:
@@ -257,7 +267,7 @@ class _Training:
         heapify(self.heap)
 
     def learn(self, new_tokens: int) -> None:
-        """Add merges until there are enough new tokens or no pair is left."""
+        """Add merges until there are `new_tokens` or no pairs."""
         while self.vocabulary.added < new_tokens and (pair := self._pop_best_pair()) is not None:
             added = self.vocabulary.added
             token = self.vocabulary.add(pair)
@@ -269,7 +279,10 @@ class _Training:
         return self.vocabulary.added - len(used)
 
     def _pop_best_pair(self) -> TokenPair | None:
-        """Find the most frequent pair that can become a merge; lowest ids first."""
+        """Pop the most frequent pair that can become a merge.
+
+        Of equally frequent pairs, the one with the lowest ids comes first.
+        """
         while self.heap:
             entry, pair = heappop(self.heap)
             count = self.pairs[pair]
@@ -308,7 +321,7 @@ class _Training:
 
 
 def _merge_pair(symbols: list[int], pair: TokenPair, token: int) -> list[int]:
-    """Replace a pair in a word by its token, from left to right."""
+    """Replace a pair in a word by its token, left to right."""
     joined: list[int] = []
     i = 0
     while i < len(symbols):
@@ -322,7 +335,7 @@ def _merge_pair(symbols: list[int], pair: TokenPair, token: int) -> list[int]:
 
 
 def _build_extended(base: PreTrainedTokenizerBase, vocabulary: _MergeTable) -> PreTrainedTokenizerBase:
-    """Copy the base, with chat template and settings, and add the new merges."""
+    """Copy the base with its settings, and add the new merges."""
     description = _read_description(base)
     description["model"]["vocab"] = vocabulary.ids
     description["model"]["merges"] += [(vocabulary.spelling[a], vocabulary.spelling[b]) for a, b in vocabulary.new]

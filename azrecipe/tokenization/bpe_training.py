@@ -127,7 +127,7 @@ def shorten_vocabulary(trained: PreTrainedTokenizerBase, vocab_size: int) -> Pre
 
 
 def _take_merges(merges: Iterable[list[str]], vocabulary: Mapping[str, int]) -> Iterator[list[str]]:
-    """Yield the merges up to that of the vocabulary's last token, where training ends."""
+    """Yield the merges up to that of the vocabulary's last token."""
     last = max(vocabulary, key=vocabulary.__getitem__)
     for first, second in merges:
         if first + second not in vocabulary:
@@ -138,7 +138,9 @@ def _take_merges(merges: Iterable[list[str]], vocabulary: Mapping[str, int]) -> 
 
 
 def replace_backend(base: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerBase:
-    """Copy a tokenizer, its settings, special tokens and chat template, with another backend.
+    """Copy a tokenizer with another backend.
+
+    The copy has the settings, special tokens and chat template.
 
     Some classes build a backend of their own when they are loaded. Then, and where the base is not byte-level itself, the
     copy has transformers' general class.

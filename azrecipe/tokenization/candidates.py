@@ -1,4 +1,7 @@
-"""Train the candidates of a tokenizer comparison, all sizes of a kind at once."""
+"""Train the candidates of a tokenizer comparison.
+
+One training gives all sizes of a kind.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from azrecipe.errors import RunFailed
 from azrecipe.recipe.types import Candidate
@@ -21,9 +24,15 @@ from azrecipe.utils.memory import measure_peak_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TrainedCandidate = tuple["PreTrainedTokenizerBase", dict[str, Any]]
 RECORD_FILE = "candidate.json"
 MIN_BYTE_VOCABULARY = 257  # the 256 bytes and one merge: with less, nothing is learned
+
+
+class TrainedCandidate(NamedTuple):
+    """A tokenizer and the record of its training, for result.json."""
+
+    tokenizer: PreTrainedTokenizerBase
+    record: dict[str, Any]
 
 
 class Corpus(Protocol):
@@ -82,7 +91,7 @@ def train_family(base: PreTrainedTokenizerBase, family: CandidateFamily, text: C
         "peak_memory_bytes": measure_peak_memory(),
         "trained_together": names,
     }
-    return {name: (tokenizer, {**record, "training": training}) for name, (tokenizer, record) in trained.items()}
+    return {name: TrainedCandidate(tokenizer, {**record, "training": training}) for name, (tokenizer, record) in trained.items()}
 
 
 def _train_custom(base: PreTrainedTokenizerBase, family: CandidateFamily, text: Corpus) -> dict[str, TrainedCandidate]:
@@ -94,9 +103,9 @@ def _train_custom(base: PreTrainedTokenizerBase, family: CandidateFamily, text: 
         tokenizer = bpe_training.shorten_vocabulary(longest, size)
         if len(tokenizer) < size:
             print_progress(
-                f"  {name}: the corpus gives {len(tokenizer):,} tokens, fewer than the {size:,} asked for: it is too small for more"
+                f"  {name}: the corpus yields {len(tokenizer):,} tokens, fewer than the {size:,} requested: it is too small for more"
             )
-        trained[name] = (tokenizer, {"asked_vocab_size": size, "pre_tokenizer": family.pre_tokenizer})
+        trained[name] = TrainedCandidate(tokenizer, {"asked_vocab_size": size, "pre_tokenizer": family.pre_tokenizer})
     return trained
 
 
@@ -108,18 +117,18 @@ def _train_extended(base: PreTrainedTokenizerBase, family: CandidateFamily, text
     ):
         if extension.added < size:
             print_progress(
-                f"  {name}: the corpus gives {extension.added:,} new tokens, fewer than the {size:,} asked for: it is too small for more"
+                f"  {name}: the corpus yields {extension.added:,} new tokens, fewer than the {size:,} requested: it is too small for more"
             )
         counts = {key: getattr(extension, key) for key in ("added", "merges", "dropped_for_protection", "unused")}
-        trained[name] = (extension.tokenizer, {"asked_new_tokens": size, **counts})
+        trained[name] = TrainedCandidate(extension.tokenizer, {"asked_new_tokens": size, **counts})
     return trained
 
 
 def save_candidate(folder: Path, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any]) -> None:
-    """Save a candidate in a folder, which appears complete or not at all."""
+    """Save a candidate in a folder, complete or not at all."""
     with atomic_folder(folder) as tmp:
         save_tokenizer(tokenizer, tmp)
-        write_json(tmp / RECORD_FILE, {"told": dict(record), "sizes": _sizes(tmp)})
+        write_json(tmp / RECORD_FILE, {"told": dict(record), "sizes": _list_file_sizes(tmp)})
 
 
 def read_candidate_record(folder: Path) -> dict[str, Any] | None:
@@ -128,18 +137,21 @@ def read_candidate_record(folder: Path) -> dict[str, Any] | None:
     Returns None where there is none, or its files have changed.
     """
     saved = read_json(folder / RECORD_FILE)
-    if saved is None or saved["sizes"] != _sizes(folder):
+    if saved is None or saved["sizes"] != _list_file_sizes(folder):
         return None
     record: dict[str, Any] = saved["told"]
     return record
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _list_file_sizes(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != RECORD_FILE}
 
 
 def get_min_vocab_size(base: PreTrainedTokenizerBase) -> int:
-    """Get the smallest size of a custom vocabulary: added tokens, 256 bytes, one merge."""
+    """Get the smallest size of a custom vocabulary.
+
+    It holds the added tokens, the 256 bytes and one merge.
+    """
     return MIN_BYTE_VOCABULARY + len(base.added_tokens_decoder)
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: how a conversation becomes tokens, which of them the assistant says, and the token that ends its turn."""
+"""Render conversations by chat templates, with labels on the assistant's turns."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from azrecipe.errors import CommandError
+from azrecipe.tokenization.encoding import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
 
-# Llama 3's turn format (Meta's model card), with generation marks around what the assistant says and its end of turn.
+# Llama 3's turn format (Meta's model card), with generation marks around the assistant's text and its end of turn.
 _LLAMA3 = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -27,7 +28,7 @@ _LLAMA3 = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
-# ChatML (OpenAI's chat markup language, as Qwen writes it), without a system message that nobody gave.
+# ChatML (OpenAI's chat markup language, as Qwen writes it), without a default system message.
 _CHATML = (
     "{%- if bos_token %}{{- bos_token }}{%- endif %}"
     "{%- for message in messages %}"
@@ -38,7 +39,7 @@ _CHATML = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
-# Gemma's turn format (Google's formatting guide); it has no system turn: as in Gemma 3, its text opens the first turn of the user.
+# Gemma's turn format (Google's formatting guide); it has no system turn: as in Gemma 3, the system's text opens the first turn of the user.
 _GEMMA = (
     "{{- bos_token }}"
     "{%- set opening = namespace(text='') %}"
@@ -58,7 +59,13 @@ _GEMMA = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template that ships: its text, the special tokens that it needs as single ids, and the one that ends a turn."""
+    """A shipped template.
+
+    Attributes:
+        text: The Jinja template.
+        special_tokens: The tokens that must be single ids.
+        end_of_turn: The token that ends a turn.
+    """
 
     text: str
     special_tokens: tuple[str, ...]
@@ -70,13 +77,19 @@ SHIPPED_TEMPLATES: Mapping[str, ChatTemplate] = {
     "chatml": ChatTemplate(_CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "gemma": ChatTemplate(_GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
 }
-PAD_TOKEN_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")  # names that models give it
+PAD_TOKEN_NAMES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>")  # in use by models
 PROBE_CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A tokenised conversation: input_ids [n], labels [n] (-100 where no loss is taken), and whether its end was cut off."""
+    """A tokenised conversation.
+
+    Attributes:
+        input_ids: The tokens, [tokens].
+        labels: The tokens in the loss, else IGNORE_INDEX, [tokens].
+        truncated: Whether its end was cut off.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -84,41 +97,51 @@ class TokenizedExample:
 
     @property
     def num_trained_tokens(self) -> int:
-        """Tokens that are predicted and counted in the loss (the first of a sequence never is)."""
-        return sum(label != -100 for label in self.labels[1:])
+        """The tokens in the loss; the first of a sequence never is."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 def set_chat_template(
     tokenizer: PreTrainedTokenizerBase, template: str, marks: bool = True, probe: Messages = PROBE_CONVERSATION
 ) -> list[int]:
-    """Give a tokenizer the recipe's chat template, the end of turn as its EOS, and padding of its own; returns the ids that are new to it.
+    """Set a tokenizer's chat template, EOS and padding.
 
-    `template`: a name in SHIPPED, "keep", or the path of a Jinja file. Tokens of a shipped template that the tokenizer lacks become
-    special tokens of one id each. `marks`: whether the template must mark what the assistant says ({% generation %}), without
-    which no token would be trained. `probe`: a conversation that it renders. Raises CommandError for a template that cannot be read, lacks the marks, or does not end a turn.
+    The EOS becomes the end of turn.
+
+    Args:
+        tokenizer: The tokenizer; it is changed. Special tokens that it lacks for a shipped template are added.
+        template: A name in SHIPPED_TEMPLATES, "keep", or the path of a Jinja file.
+        marks: Whether the template must mark the assistant's text ({% generation %}); only marked tokens are trained.
+        probe: A conversation that shows the end of turn.
+
+    Returns:
+        The ids that are new to the tokenizer.
+
+    Raises:
+        CommandError: The template cannot be read, lacks the marks, or does not end a turn.
     """
     before = len(tokenizer)
     shipped = SHIPPED_TEMPLATES.get(template)
     if shipped is not None:
-        _own_ids(tokenizer, shipped.special_tokens)
+        _add_special_tokens(tokenizer, shipped.special_tokens)
         tokenizer.chat_template = shipped.text
         tokenizer.eos_token = shipped.end_of_turn
     else:
         if template != "keep":
-            tokenizer.chat_template = _text(template)
+            tokenizer.chat_template = _read_template(template)
         if tokenizer.chat_template is None:
             raise CommandError(
-                "chat_template: keep, and the model's tokenizer has no chat template (a base model has none): "
-                f"say chat_template: {', '.join(SHIPPED_TEMPLATES)} or the path of a .jinja file"
+                "chat_template: keep needs a chat template in the model's tokenizer, which has none (a base model has none): "
+                f"use chat_template: {', '.join(SHIPPED_TEMPLATES)} or the path of a .jinja file"
             )
         if marks:
             _check_marks(str(tokenizer.chat_template), template)
         tokenizer.eos_token = find_end_of_turn(tokenizer, probe, marks) or tokenizer.eos_token
-    _pad(tokenizer)
+    _set_pad_token(tokenizer)
     return list(range(before, len(tokenizer)))
 
 
-def _text(path: str) -> str:
+def _read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -128,89 +151,115 @@ def _text(path: str) -> str:
 def _check_marks(template: str, name: str) -> None:
     if not has_generation_marks(template):
         raise CommandError(
-            f"chat_template: {name} does not mark what the assistant says ({{% generation %}} … {{% endgeneration %}}), so the loss cannot be "
-            f"limited to it: add the marks, say one of {', '.join(SHIPPED_TEMPLATES)}, or training.assistant_only_loss: false"
+            f"chat_template: {name} does not mark the assistant's text ({{% generation %}} … {{% endgeneration %}}), so the loss cannot be "
+            f"limited to it: add the marks, use one of {', '.join(SHIPPED_TEMPLATES)}, or training.assistant_only_loss: false"
         )
 
 
 def has_generation_marks(template: str) -> bool:
-    """Whether a chat template marks the assistant's part."""
+    """Whether a chat template marks the assistant's text."""
     return "generation" in template and "endgeneration" in template
 
 
 def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Messages = PROBE_CONVERSATION, marks: bool = True) -> str | None:
-    """The special token that ends the assistant's turn, found by rendering one: within the template's marks, or behind the answer.
+    """Find the special token that ends the assistant's turn, by rendering one.
 
-    Raises CommandError where the marks hold none: a model that is never trained on it never stops, and the loss looks well all
-    the same. Without marks: None where there is none.
+    With marks it is within them: a model that is never trained on it never stops, although its loss looks good. Without
+    marks it follows the answer.
+
+    Args:
+        tokenizer: The tokenizer.
+        probe: The conversation to render.
+        marks: Whether the template has generation marks.
+
+    Returns:
+        The token; None for a template without marks that has none.
+
+    Raises:
+        CommandError: There is none within the marks.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if not marks:
         last = max((n for n, message in enumerate(probe) if message["role"] == "assistant"), default=0)
         ids = list(render_conversation(tokenizer, probe[: last + 1], marks=False)["input_ids"])
         prompt = list(tokenizer.apply_chat_template(probe[:last], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
-        behind = next((i for i in ids[len(prompt) :] if i in special), None) if last else None
-        return None if behind is None else str(tokenizer.convert_ids_to_tokens(behind))
+        end_token = next((i for i in ids[len(prompt) :] if i in special), None) if last else None
+        return None if end_token is None else str(tokenizer.convert_ids_to_tokens(end_token))
     encoded = render_conversation(tokenizer, probe, marks=True)
     ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     first = mask.index(1) if 1 in mask else len(mask)
     stop = next((n for n in range(first, len(mask)) if not mask[n]), len(mask))
-    found = [i for i in ids[first:stop] if i in special]
-    if not found:
+    end_tokens = [i for i in ids[first:stop] if i in special]
+    if not end_tokens:
         raise CommandError(
-            "chat_template: within its generation marks stands no special token that ends the assistant's turn, so the model would never "
+            "chat_template: its generation marks contain no special token that ends the assistant's turn, so the model would never "
             "learn to stop: put the end of turn before {% endgeneration %}"
         )
-    return str(tokenizer.convert_ids_to_tokens(found[-1]))
+    return str(tokenizer.convert_ids_to_tokens(end_tokens[-1]))
 
 
-def _own_ids(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> None:
-    """Make tokens special ones of a single id, where they are not."""
+def _add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...]) -> None:
+    """Add tokens that are missing as special ones."""
     from tokenizers import AddedToken
 
-    there = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if missing := [AddedToken(token, special=True, normalized=False) for token in tokens if token not in there]:
+    present = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if missing := [AddedToken(token, special=True, normalized=False) for token in tokens if token not in present]:
         tokenizer.add_tokens(missing, special_tokens=True)
 
 
-def _pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Padding that is never the EOS: labels of padding are left out of the loss, and so would every end of turn be."""
+def _set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a pad token that is not the EOS.
+
+    Padding is left out of the loss, and so every end of turn would be.
+    """
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return
-    known = tokenizer.get_vocab()
-    taken = (tokenizer.eos_token, tokenizer.bos_token)
-    found = next((token for token in (*PAD_TOKEN_NAMES, tokenizer.unk_token) if token in known and token not in taken), None)
-    if found is None:
-        found = "<|pad|>"
-        _own_ids(tokenizer, (found,))
-    tokenizer.pad_token = found
+    vocabulary = tokenizer.get_vocab()
+    reserved = (tokenizer.eos_token, tokenizer.bos_token)
+    pad_token = next((token for token in (*PAD_TOKEN_NAMES, tokenizer.unk_token) if token in vocabulary and token not in reserved), None)
+    if pad_token is None:
+        pad_token = "<|pad|>"
+        _add_special_tokens(tokenizer, (pad_token,))
+    tokenizer.pad_token = pad_token
 
 
 def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, marks: bool) -> Any:
-    """A conversation by the tokenizer's template: input_ids and, with `marks`, assistant_masks. Raises CommandError where it refuses."""
+    """Render a conversation: input_ids and, with `marks`, assistant_masks.
+
+    Raises:
+        CommandError: The template refuses the conversation.
+    """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks)
     except TemplateError as error:
-        begins = " ".join(messages[0]["content"].split())[:60]
-        raise CommandError(f"the chat template refuses the conversation that begins with '{begins}': {error}") from None
+        first_words = " ".join(messages[0]["content"].split())[:60]
+        raise CommandError(f"the chat template refuses the conversation that begins with '{first_words}': {error}") from None
 
 
 def tokenize_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, max_length: int, assistant_only: bool
 ) -> TokenizedExample:
-    """A conversation as tokens, with labels on what the assistant says and its end of turn.
+    """Tokenise a conversation, truncated after a full turn.
 
-    One longer than `max_length` ends behind the last turn of the assistant that fits whole: half a turn would teach to stop
-    nowhere. Without `assistant_only` it ends behind the last end of turn.
+    Half a turn would teach the model never to stop.
+
+    Args:
+        tokenizer: The tokenizer, with its chat template.
+        messages: The conversation.
+        max_length: The most tokens. A longer conversation ends after the last turn of the assistant that fits.
+        assistant_only: Whether only the assistant's text and its end of turn are in the loss. Without it, a conversation
+            that is too long ends after the last end of turn of anyone.
     """
     encoded = render_conversation(tokenizer, messages, assistant_only)
     ids = list(encoded["input_ids"])
     mask = list(encoded["assistant_masks"]) if assistant_only else [1] * len(ids)
-    whole = len(ids)
-    if whole > max_length:
+    full_length = len(ids)
+    if full_length > max_length:
         if assistant_only:
-            ends = [n + 1 for n in range(max_length) if mask[n] and not (n + 1 < whole and mask[n + 1])]
+            ends = [n + 1 for n in range(max_length) if mask[n] and not (n + 1 < full_length and mask[n + 1])]
         else:
             ends = [n + 1 for n in range(max_length) if ids[n] == tokenizer.eos_token_id]
         ids = ids[: ends[-1] if ends else 0]
-    return TokenizedExample(ids, [token if on else -100 for token, on in zip(ids, mask, strict=False)], truncated=whole > max_length)
+    return TokenizedExample(
+        ids, [token if in_loss else IGNORE_INDEX for token, in_loss in zip(ids, mask, strict=False)], truncated=full_length > max_length
+    )

@@ -11,17 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy leaves out
 BATCH_TEXTS = 256
-
-Ints = npt.NDArray[np.int64]
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

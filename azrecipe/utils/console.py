@@ -30,19 +30,32 @@ def print_answer(text: str) -> None:
         print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
-def check_utf8(text: str, what: str) -> None:
+def check_utf8(text: str, name: str) -> None:
     """Raise CommandError for a command-line value that is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise CommandError(f"{what} is not UTF-8") from None
+        raise CommandError(f"{name} is not UTF-8") from None
 
 
 def format_duration(seconds: float) -> str:
     """Format a duration: 12 s, 3:05 min, 2:10 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02} h"
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60}:{total % 60:02} min"
+    return f"{total // 3600}:{total % 3600 // 60:02} h"
+
+
+def format_bytes(size: float, digits: int = 1) -> str:
+    """Format a size of memory: 512.0 MiB, 39.6 GiB.
+
+    `digits` is the number of decimals of GiB.
+    """
+    return f"{size / 2**30:.{digits}f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def format_disk_size(size: float) -> str:
+    """Format a size on disk: 12.3 GB."""
+    return f"{size / 1e9:.1f} GB"

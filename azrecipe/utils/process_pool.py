@@ -56,13 +56,13 @@ class WorkerPool:
     The processes start once there was enough text for them, and end with the `with` block.
     """
 
-    def __init__(self, count: int | None = None, alone: int = MIN_POOL_CHARACTERS) -> None:
+    def __init__(self, count: int | None = None, min_characters: int = MIN_POOL_CHARACTERS) -> None:
         """Set the sizes; no process starts yet.
 
-        `count` is the number of processes, by default one a core. `alone` is how many characters this process takes
-        before they start.
+        `count` is the number of processes, by default one a core. `min_characters` is how many characters this
+        process takes before they start.
         """
-        self.count, self.alone = count or count_cores(), alone
+        self.count, self.remaining_characters = count or count_cores(), min_characters
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> WorkerPool:
@@ -85,7 +85,7 @@ class WorkerPool:
 
         Args:
             function: Called as function(*arguments, chunk).
-            given: The first arguments of each call.
+            arguments: The first arguments of each call.
             chunks: The work, read as it is needed.
             size: Returns the number of characters in a chunk.
 
@@ -96,10 +96,10 @@ class WorkerPool:
         first_chunks = []
         for chunk in remaining if self.count > 1 else ():
             first_chunks.append(chunk)
-            self.alone -= size(chunk)
-            if self.alone <= 0:
+            self.remaining_characters -= size(chunk)
+            if self.remaining_characters <= 0:
                 break
-        if self.alone > 0 or self.count == 1:
+        if self.remaining_characters > 0 or self.count == 1:
             yield from (function(*arguments, chunk) for chunk in chain(first_chunks, remaining))
             return
         pending: deque[Future[Result]] = deque()

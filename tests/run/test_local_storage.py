@@ -258,12 +258,12 @@ import os, sys
 from pathlib import Path
 import torch.distributed as dist
 from azrecipe.distributed import local_storage
-from azrecipe.utils.atomic_files import file_sizes
+from azrecipe.utils.atomic_files import list_file_sizes
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 cache = Path(f"{folder}_cache")
 dist.init_process_group("gloo")
-with local_storage.everywhere(folder, cache, rank == 0) as here:
-    print(here == folder, sorted(file_sizes(here).items()), {path.read_bytes()[-3:] for path in here.rglob("*.bin")})
+with local_storage.replicate_folder(folder, cache, rank == 0) as here:
+    print(here == folder, sorted(list_file_sizes(here).items()), {path.read_bytes()[-3:] for path in here.rglob("*.bin")})
 print(list(cache.glob("*")))
 """
 

@@ -89,7 +89,7 @@ def test_a_card_that_was_edited_is_kept(push: Callable[..., Done], project: Proj
     assert push("me/small", "--dry-run").code == 0
     card = project.path("sft") / "README.md"
     write(card, card.read_text() + "\nWritten by hand.\n")
-    assert "as it stands" in push("me/small", "--dry-run").err
+    assert "used as it is" in push("me/small", "--dry-run").err
     assert "Written by hand." in card.read_text()
 
 
@@ -113,7 +113,7 @@ def test_a_llama_keeps_metas_licence_name_and_notice(push: Callable[..., Done], 
 def test_a_run_that_cannot_be_followed_back_says_so(push: Callable[..., Done], project: Project) -> None:
     shutil.rmtree(project.path("base"))
     assert push("me/small", "--dry-run").code == 0
-    assert "the run `base` that it took its model from is no longer there" in (project.path("sft") / "README.md").read_text()
+    assert "its model came from the run `base`, which is no longer there" in (project.path("sft") / "README.md").read_text()
 
 
 def test_an_evaluation_of_an_earlier_run_is_not_this_models(push: Callable[..., Done], project: Project) -> None:

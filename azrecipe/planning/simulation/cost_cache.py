@@ -36,8 +36,8 @@ class CostCache:
     def load_or_simulate(self, steps: Sequence[tuple[StepSpec, int]]) -> list[StepCost]:
         """Return the cost of each step (spec, tokens in a sequence).
 
-        Costs that are not cached are simulated, in parallel. Raises CommandError for a model that cannot be built, or for patterns that match
-        none of its parameters; the costs of the other steps are cached then.
+        Costs that are not cached are simulated, in parallel. Raises CommandError for a model that cannot be built, or for patterns that
+        match none of its parameters; the costs of the other steps are cached then.
         """
         specs = [spec.to_simulated(SIMULATED_SHARDS) for spec, _ in steps]
         keys = [spec.get_cache_key(length) for spec, (_, length) in zip(specs, steps, strict=True)]

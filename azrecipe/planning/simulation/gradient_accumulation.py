@@ -53,8 +53,8 @@ class ShardedGradientTracker(GradientTracker):
     """Tracks FSDP 2's gradients.
 
     With Accelerate's no_sync, earlier batches leave unsharded gradients, in the dtype of the reduction. Where that is the dtype of the
-    computation, autograd adds to them. Else FSDP adds a group's gradients when the group's backward pass is over, before it frees the group's
-    parameters, and then copies what it holds of them for the reduction.
+    computation, autograd adds to them. Else FSDP adds a group's gradients when the group's backward pass is over, before it frees the
+    group's parameters, and then copies what it holds of them for the reduction.
     """
 
     def __init__(self, model: nn.Module, spec: StepSpec, tracker: MemoryTracker) -> None:

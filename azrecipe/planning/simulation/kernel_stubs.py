@@ -1,8 +1,8 @@
 """Stubs of fused kernels, for tensors without values.
 
-No kernel can run on such tensors. Each stub keeps for the backward pass what the real kernel keeps, and overwrites what it overwrites (Liger 0.8, liger_kernel/ops; PyTorch 2.13,
-torch/nn/modules/linear_cross_entropy.py; TRL 1.16, trl/kernels/chunked_logprob.py). Liger's rotary embedding needs no stub: it works in place
-and keeps the same memory. bitsandbytes' formats are from its documentation.
+No kernel can run on such tensors. Each stub keeps for the backward pass what the real kernel keeps, and overwrites what it overwrites
+(Liger 0.8, liger_kernel/ops; PyTorch 2.13, torch/nn/modules/linear_cross_entropy.py; TRL 1.16, trl/kernels/chunked_logprob.py). Liger's
+rotary embedding needs no stub: it works in place and keeps the same memory. bitsandbytes' formats are from its documentation.
 """
 
 from __future__ import annotations
@@ -266,7 +266,8 @@ def _compute_loss(head: LossHead, hidden: torch.Tensor, weight: torch.Tensor, la
             x = x.index_select(0, torch.zeros(x.shape[0], dtype=torch.long))
         return _TRL.apply(x, weight, head).sum()  # type: ignore[no-untyped-call, no-any-return]
     _following = torch.nn.functional.pad(labels, (0, 1))[..., 1:].contiguous()
-    return _Torch.apply(_to_autocast_dtype(hidden).flatten(0, -2), _to_autocast_dtype(weight), head).float().sum()  # type: ignore[no-untyped-call, no-any-return]
+    x, table = _to_autocast_dtype(hidden).flatten(0, -2), _to_autocast_dtype(weight)
+    return _Torch.apply(x, table, head).float().sum()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def fuse_head(model: PreTrainedModel, head: LossHead) -> None:
@@ -316,8 +317,8 @@ def _forward_gated(self: Any, x: torch.Tensor) -> Any:
 class BitsandbytesOptimizer(torch.optim.Optimizer):
     """The state of bitsandbytes' optimizers.
 
-    In 8 bits, a moment is a byte for each number and a float32 for each 256 numbers. Moments of parameters with fewer than 4,096 numbers are
-    float32, and those of embeddings too, as transformers sets it.
+    In 8 bits, a moment is a byte for each number and a float32 for each 256 numbers. Moments of parameters with fewer than 4,096 numbers
+    are float32, and those of embeddings too, as transformers sets it.
     """
 
     def __init__(self, model: torch.nn.Module, moments: int, bits: int) -> None:
@@ -363,14 +364,16 @@ class _Linear4Bit(torch.nn.Linear):
     """A linear layer with weights in 4 bits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = _Product4Bit.apply(_to_autocast_dtype(x), self.weight, (self.out_features, self.in_features))  # type: ignore[no-untyped-call]
+        shape = (self.out_features, self.in_features)
+        out: torch.Tensor = _Product4Bit.apply(_to_autocast_dtype(x), self.weight, shape)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias
 
 
 def quantize_model(model: PreTrainedModel) -> None:
     """Quantize a model's linear layers to 4 bits and freeze them.
 
-    Not its head. NF4 with double quantization is half a byte a number, a byte for each 64 numbers, and a float32 for each 256 of those bytes.
+    Not its head. NF4 with double quantization is half a byte a number, a byte for each 64 numbers, and a float32 for each 256 of those
+    bytes.
     """
     head = model.get_output_embeddings()
     for module in model.modules():

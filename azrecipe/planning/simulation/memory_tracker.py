@@ -1,7 +1,7 @@
 """A tracker of live bytes, FLOPs and bytes moved, operator by operator.
 
-The tracker sees every operator below autograd. It follows the storages that operators return, by kind, for as long as they live. Tensors may
-have values or only shapes (PyTorch's fake tensors): the bytes are the same.
+The tracker sees every operator below autograd. It follows the storages that operators return, by kind, for as long as they live. Tensors
+may have values or only shapes (PyTorch's fake tensors): the bytes are the same.
 """
 
 from __future__ import annotations

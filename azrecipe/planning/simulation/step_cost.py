@@ -1,7 +1,7 @@
 """The cost of a step at any batch, from one recorded step.
 
-No torch. Live bytes after an operator are linear in the batch and in the number of equal decoder layers. Which operator has the most bytes is not
-linear. So the line of every operator that is the highest at some batch is kept, and the peak at a batch is the highest line.
+No torch. Live bytes after an operator are linear in the batch and in the number of equal decoder layers. Which operator has the most bytes
+is not linear. So the line of every operator that is the highest at some batch is kept, and the peak at a batch is the highest line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _SHARDED_COLUMNS, _ONE_BATCH_COLUMNS = slice(len(SHARDED_KINDS)), slice(_ACCUMUL
 class StepPosition(NamedTuple):
     """Where a step is.
 
-    stage: `start`, `forward`, `head`, `backward` or `step`. layer: the number of the decoder layer. The backward pass counts down from the number of layers, which stands for the head.
+    stage: `start`, `forward`, `head`, `backward` or `step`. layer: the number of the decoder layer. The backward pass counts down from the
+    number of layers, which stands for the head.
     """
 
     stage: str
@@ -93,8 +94,9 @@ class HeadShape(NamedTuple):
 class RecordedStep:
     """One recorded step.
 
-    layers: decoder layers that it was run with. layer_bytes: bytes at rest that a further layer adds, by kind. trainable_ratio: what trains in the whole
-    model over what trains in these layers. grad_dtype_ratio: bytes of a gradient's number over bytes of one that gradients are summed in.
+    layers: decoder layers that it was run with. layer_bytes: bytes at rest that a further layer adds, by kind. trainable_ratio: what trains
+    in the whole model over what trains in these layers. grad_dtype_ratio: bytes of a gradient's number over bytes of one that gradients are
+    summed in.
     """
 
     batch: int
@@ -152,7 +154,8 @@ class OperatorGroup:
 class StepCost:
     """The cost of a step, on each of its processes.
 
-    length: tokens of a sequence. shards: processes that the model is split over. adding: bytes that move where a batch's gradients are added to those of earlier batches.
+    length: tokens of a sequence. shards: processes that the model is split over. adding: bytes that move where a batch's gradients are
+    added to those of earlier batches.
     """
 
     length: int
@@ -166,7 +169,8 @@ class StepCost:
     def get_peak_memory(self, batch: int, shards: int | None = None, accumulates: bool = False) -> dict[str, float]:
         """Return the bytes by kind at the peak.
 
-        The kinds are MEMORY_KINDS and `tile`. shards: another number of processes than the simulated one. accumulates: whether gradients of earlier batches are there.
+        The kinds are MEMORY_KINDS and `tile`. shards: another number of processes than the simulated one. accumulates: whether gradients of
+        earlier batches are there.
         """
         tile_rows = self.head.count_tile_rows(batch, self.length)
         share = self.shards / shards if shards else 1.0
@@ -250,7 +254,7 @@ def compute_step_cost(recorded: RecordedStep, layers: int, parameters: Parameter
     batches = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
     tile_rows = np.array([recorded.head.count_tile_rows(int(batch), recorded.length) for batch in batches])
     total = base[:, _ONE_BATCH_COLUMNS].sum(1)[:, None] + each.sum(1)[:, None] * batches + tiles[:, None] * tile_rows
-    # With another number of processes, sharded bytes have another weight, which can move the peak: keep the peaks of 1/8 and 8 times as many
+    # The number of processes scales sharded bytes, which can move the peak: keep the peaks of an eighth and of eight times as many too
     sharded = base[:, _SHARDED_COLUMNS].sum(1)[:, None]
     shifts = [(share - 1) * sharded for share in ((1.0, 8.0, 0.125) if shards > 1 else (1.0,))]
     peaks = {
@@ -289,9 +293,9 @@ _NO_BYTES = _KindBytes((0.0,) * len(MEMORY_KINDS), (0.0,) * len(MEMORY_KINDS))
 def _extend_to_all_layers(recorded: RecordedStep, layers: int) -> tuple[Any, Any]:
     """Compute base and each [operators, kinds] for all layers.
 
-    The layers that were not run lie before the last two. Their bytes at rest are always there. What they keep for the backward pass is there
-    from the last two on until their own backward pass, and their gradients from then on. What earlier batches left is there from the first
-    operator on, and none of it at the last one.
+    The layers that were not run lie before the last two. Their bytes at rest are always there. What they keep for the backward pass is
+    there from the last two on until their own backward pass, and their gradients from then on. What earlier batches left is there from the
+    first operator on, and none of it at the last one.
     """
     import numpy as np
 

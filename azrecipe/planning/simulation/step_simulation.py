@@ -1,7 +1,7 @@
 """Running a training step on tensors that have shapes and no values.
 
-The model class, its adapter, frozen parameters, FSDP 2, autocast, clipping and the optimizer are the real ones. Their tensors need no memory
-and no GPU, for any number of processes. `kernel_stubs` replaces what cannot run so.
+The model class, its adapter, frozen parameters, FSDP 2, autocast, clipping and the optimizer are the real ones. Their tensors need no
+memory and no GPU, for any number of processes. `kernel_stubs` replaces what cannot run so.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ class StepSpec:
     def to_simulated(self, shards: int) -> StepSpec:
         """Return the step that is simulated for this one.
 
-        Sharded strategies are simulated as FSDP 2 over `shards` processes, all others as one process. One batch is simulated: its cost holds
-        for a first batch and for later ones.
+        Sharded strategies are simulated as FSDP 2 over `shards` processes, all others as one process. One batch is simulated: its cost
+        holds for a first batch and for later ones.
         """
         strategy, split = ("fsdp2", shards) if self.uses_fsdp else ("single", 1)
         return replace(self, strategy=strategy, shards=split, accumulates=False)

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from azrecipe.evaluation.bits_per_byte import score_texts, split_windows
 from azrecipe.modeling.loading import load_model
 from azrecipe.tokenization.encoding import encode_texts
-from azrecipe.tokenization.tokenizer import load_tokenizer, measure_tokenizer
+from azrecipe.tokenization.tokenizer import load_tokenizer
+from azrecipe.tokenization.tokenizer_metrics import count_tokens
+from azrecipe.utils.process_pool import WorkerPool
 from tests.conftest import TALES
 from tests.unit.data.test_packing import one_thread  # noqa: F401
 
@@ -64,13 +66,12 @@ def test_special_tokens_written_in_a_text_are_text(llama: Path) -> None:
 
 
 def test_fertility_counts_tokens_a_word(llama: Path) -> None:
-    tokenizer = load_tokenizer(str(llama))
-    found = measure_tokenizer(tokenizer, ["bir iki üç", "dörd"])
-    tokens = len(tokenizer("bir iki üç", add_special_tokens=False)["input_ids"]) + len(
-        tokenizer("dörd", add_special_tokens=False)["input_ids"]
-    )
-    assert (found.tokens, found.words, found.bytes) == (tokens, 4, len("bir iki üçdörd".encode()))
-    assert found.fertility == tokens / 4
+    tokenizer, texts = load_tokenizer(str(llama)), ["bir iki üç", "dörd"]
+    with WorkerPool(1) as workers:
+        counts = count_tokens(workers, tokenizer, {"a": texts})["a"]
+    assert counts.tokens.tolist() == [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert counts.words.tolist() == [3, 1]
+    assert counts.bytes.tolist() == [len(text.encode()) for text in texts]
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_masks_are_trls_own_on_a_thousand_conversations(llama: Path, name: str) 
     from trl.trainer.sft_trainer import _tokenize
 
     tokenizer = load_tokenizer(str(llama))
-    chat_templates._own_ids(
+    chat_templates._add_special_tokens(
         tokenizer, ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>")
     )
     tokenizer.chat_template = (files("trl") / "chat_templates" / f"{name}_training.jinja").read_text()
@@ -152,7 +152,7 @@ def test_a_template_without_an_end_of_turn_in_its_marks_is_refused(tokenizer: An
 
     file = tmp_path / "mine.jinja"
     for text, words in (
-        ("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "does not mark what the assistant says"),
+        ("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "does not mark the assistant's text"),
         (
             "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|eot_id|>{% endfor %}",
             "no special token that ends the assistant's turn",

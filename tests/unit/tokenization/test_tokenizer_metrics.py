@@ -104,17 +104,17 @@ def test_words_kept_whole_are_words_of_letters_that_are_one_token(base: Any) -> 
 
 
 def test_processes_do_what_one_process_does(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_metrics, "chunked", lambda texts: chunk_texts(texts, 100))
-    monkeypatch.setattr(bpe_extension, "chunked", lambda texts: chunk_texts(texts, 100))
-    monkeypatch.setattr(bpe_extension, "Workers", lambda: WorkerPool(2, alone=200))
-    with WorkerPool(2, alone=200) as workers:
+    monkeypatch.setattr(tokenizer_metrics, "chunk_texts", lambda texts: chunk_texts(texts, 100))
+    monkeypatch.setattr(bpe_extension, "chunk_texts", lambda texts: chunk_texts(texts, 100))
+    monkeypatch.setattr(bpe_extension, "WorkerPool", lambda: WorkerPool(2, min_characters=200))
+    with WorkerPool(2, min_characters=200) as workers:
         together = tokenizer_metrics.count_tokens(workers, base, {"a": TEXTS * 5})["a"]
         assert workers.pool is not None
     alone = _count(base, TEXTS * 5)
     for name in ("tokens", "whole_words", "seen_document", "seen_token", "seen_times", "partial"):
         assert getattr(alone, name).tolist() == getattr(together, name).tolist()
-    cuts = bpe_extension._cuts(base, iter(TEXTS * 5), (False, True))
-    assert cuts == {cut: 5 * n for cut, n in bpe_extension._cuts(base, TEXTS, (False, True)).items()}
+    cuts = bpe_extension._count_pre_tokens(base, iter(TEXTS * 5), (False, True))
+    assert cuts == {cut: 5 * n for cut, n in bpe_extension._count_pre_tokens(base, TEXTS, (False, True)).items()}
 
 
 def test_text_is_read_no_faster_than_it_is_worked_on() -> None:
@@ -125,7 +125,7 @@ def test_text_is_read_no_faster_than_it_is_worked_on() -> None:
             read.append(n)
             yield "x" * 10
 
-    with WorkerPool(2, alone=0) as workers:
+    with WorkerPool(2, min_characters=0) as workers:
         results = workers.map_chunks(len, (), chunk_texts(texts(), 10))
         assert next(results) == 1
         assert len(read) <= 5
@@ -133,7 +133,7 @@ def test_text_is_read_no_faster_than_it_is_worked_on() -> None:
 
 
 def test_a_process_that_is_killed_is_told_in_words() -> None:
-    with WorkerPool(2, alone=0) as workers, pytest.raises(CannotRun, match="most likely there was no memory left"):
+    with WorkerPool(2, min_characters=0) as workers, pytest.raises(CannotRun, match="most likely there was no memory left"):
         list(workers.map_chunks(dies, (), chunk_texts(["x"] * 9, 1)))
 
 
@@ -209,7 +209,7 @@ def test_a_tokenizer_beside_no_language_model_has_no_embeddings_to_count(base: A
 def test_a_long_text_is_read_in_parts_that_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_corpus, "PORTION_CHARACTERS", 10)
     text = "one line\nanother\n" + "a" * 25 + "\nend"
-    parts = list(tokenizer_corpus._portions(text))
+    parts = list(tokenizer_corpus._split_portions(text))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= 10
     assert parts[0] == "one line\n"
@@ -231,13 +231,13 @@ def test_processes_end_when_their_parent_is_killed(tmp_path: Any) -> None:
 
 PARENT = """
 import os, time
-from azrecipe.utils.process_pool import Workers
+from azrecipe.utils.process_pool import WorkerPool
 def pid(chunk):
     time.sleep(0.2)
     return os.getpid()
 if __name__ == "__main__":
-    with Workers(2, alone=0) as workers:
-        print(*set(workers.map(pid, (), [["x"]] * 4)), flush=True)
+    with WorkerPool(2, min_characters=0) as workers:
+        print(*set(workers.map_chunks(pid, (), [["x"]] * 4)), flush=True)
         time.sleep(60)
 """
 
