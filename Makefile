@@ -2,6 +2,7 @@
 # make test    style, types and tests
 # make test-cluster    a SageMaker job as it is described, on two hosts in network namespaces (root, Linux; minutes)
 # make setup   only the environment (.venv); both of the above do it first
+# make lock    requirements.lock anew, after a change of constraints.txt or pyproject.toml (needs uv)
 # A machine without a GPU can save the download of CUDA's libraries:
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -12,18 +13,25 @@ PYTHON ?= python3
 PIP_ARGS ?=
 READY := .venv/.ready
 
-.PHONY: setup demo test test-cluster lint clean
+.PHONY: setup lock demo test test-cluster lint clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt requirements.lock
 	@echo "==> setting up .venv (a few minutes the first time, most of it downloads)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "azrecipe needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt $(PIP_ARGS) --editable ".[dev]"
+	@.venv/bin/python tools/install_environment.py $(PIP_ARGS)
 	@touch $(READY)
 	@echo "==> .venv is ready"
+
+# A build of torch for CPUs needs no CUDA libraries, and one for GPUs names them exactly: the lock leaves them out
+lock:
+	@{ echo "# Written by make lock from pyproject.toml and constraints.txt; change those, not this file. CUDA's libraries are left out."; \
+	  uv pip compile --quiet --universal --python-version 3.11 --extra dev --constraint constraints.txt --no-annotate --no-header \
+	    pyproject.toml | grep -v -E '^(cuda|nvidia)-'; } > requirements.lock.new || { rm requirements.lock.new; exit 1; }
+	@mv requirements.lock.new requirements.lock
 
 demo: $(READY)
 	@echo "==> the whole job on a very small model: runs/quickstart"
@@ -31,9 +39,10 @@ demo: $(READY)
 
 lint: $(READY)
 	@echo "==> ruff and mypy"
-	@.venv/bin/ruff check azrecipe tests benchmarks
-	@.venv/bin/ruff format --check azrecipe tests benchmarks
+	@.venv/bin/ruff check azrecipe tests benchmarks tools
+	@.venv/bin/ruff format --check azrecipe tests benchmarks tools
 	@.venv/bin/mypy
+	@.venv/bin/mypy tools/install_environment.py
 
 test: lint
 	@echo "==> pytest"
