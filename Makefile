@@ -1,7 +1,9 @@
 # make demo    the whole job on a laptop: tokenizer, pretraining in phases, instruction tuning, evaluation
-# make test    style, types and tests
+# make test    style, types and tests in about ten minutes; a test that cannot run here skips and says why
+# make test-long       the longest runs: many kills, every backend, the planner against real steps
 # make test-cluster    a SageMaker job as it is described, on two hosts in network namespaces (root, Linux; minutes)
-# make setup   only the environment (.venv); both of the above do it first
+# make test-all        all of these
+# make setup   only the environment (.venv); all of the above do it first
 # make lock    requirements.lock anew, after a change of constraints.txt or pyproject.toml (needs uv)
 # A machine without a GPU can save the download of CUDA's libraries:
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -13,7 +15,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 READY := .venv/.ready
 
-.PHONY: setup lock demo test test-cluster lint clean
+.PHONY: setup lock demo lint test test-long test-cluster test-all clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -44,13 +46,23 @@ lint: $(READY)
 	@.venv/bin/mypy
 	@.venv/bin/mypy tools/install_environment.py
 
+PYTEST := .venv/bin/python -m pytest -q
+IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
 	@echo "==> pytest"
-	@.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(PYTEST) $(IN_TWO) -m "not long and not cluster"
+
+test-long: $(READY)
+	@echo "==> pytest, the long tests"
+	@$(PYTEST) $(IN_TWO) -m long
 
 test-cluster: $(READY)
 	@echo "==> pytest, two hosts"
-	@AZRECIPE_CLUSTER=1 .venv/bin/python -m pytest -q -rs tests/cluster
+	@$(PYTEST) -m cluster tests/cluster
+
+test-all:
+	@status=0; for target in test test-long test-cluster; do $(MAKE) --no-print-directory $$target || status=1; done; exit $$status
 
 clean:
 	rm -rf .venv runs dist build

@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 _PEER_MESSAGES = ("Connection closed by peer", "Connection reset by peer", "remote process exited or there was a network error")
 _DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "enforce fail at inline_container")
+# What PyTorch, cuBLAS, Triton and NCCL say where memory is out and the error's class does not say it
+_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+    "Cuda failure 2 'out of memory'",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 EXIT_SUCCESS = 0
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -50,6 +60,20 @@ class AzrecipeError(Exception):
     """Base of errors that end a command without a traceback."""
 
     exit_code = EXIT_FAILED
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_error, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuild_error(error_class: type[AzrecipeError], arguments: tuple[Any, ...], attributes: Mapping[str, Any]) -> AzrecipeError:
+    """Rebuild a pickled error without its constructor.
+
+    The constructors of some classes take other values than the exception keeps.
+    """
+    error = error_class.__new__(error_class)
+    error.args = arguments
+    error.__dict__.update(attributes)
+    return error
 
 
 class RunFailed(AzrecipeError):
@@ -106,6 +130,13 @@ class Interrupted(AzrecipeError):
         self.exit_code = exit_code
 
 
+def build_error(exit_code: int, message: str) -> AzrecipeError:
+    """Build the error of a process that ended with an exit code."""
+    if exit_code in (EXIT_SIGINT, EXIT_SIGTERM):
+        return Interrupted(message, exit_code)
+    return {EXIT_WRONG_INPUT: CommandError, EXIT_CANNOT_RUN: CannotRun}.get(exit_code, RunFailed)(message)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the nearest choice.
 
@@ -150,7 +181,7 @@ def explain_error(error: BaseException) -> AzrecipeError | None:
         return CannotRun(
             f"the disk is full{where}. What was being written is discarded and the last complete checkpoint is kept: free space, then run the same command again"
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in text:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(part in text for part in _MEMORY):
         return CannotRun(
             f"out of memory: {text.splitlines()[0] if text else 'no memory is left'}\n"
             "  Lower training.per_device_train_batch_size (the global batch and the result stay the same) or data.max_length, "

@@ -40,6 +40,8 @@ LOADED = (
     "azrecipe.stages.pretrain", "azrecipe.stages.sft", "azrecipe.stages.tokenizer",
 )  # fmt: skip
 
+OPTIONAL = ("deepspeed", "torch.profiler._cupti_monitor")  # an extra; newer than the oldest torch that runs
+
 
 def preload() -> None:
     """Import what a run imports, and start no thread: forks of a process with threads can hang."""
@@ -50,7 +52,7 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     for name in LOADED:
-        if name != "deepspeed" or importlib.util.find_spec(name):
+        if name not in OPTIONAL or importlib.util.find_spec(name):
             importlib.import_module(name)
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import sys
 from pathlib import Path
 
@@ -14,14 +14,35 @@ from tests.small import called
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: run it for real")
-def test_the_gpu_s_benchmark_prints_its_table_at_toy_size(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "gpu" / "liger_and_sharding.py"
-    done = called([sys.executable, str(script), "--processes", "2", "--batches", "1", "2"], tmp_path)
+def test_the_gpu_s_benchmark_measures_the_trainer_at_toy_size_and_goes_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu"),
+        "--toy",
+        "--out",
+        "out",
+        "--minutes",
+        "8",
+        "--stage",
+        "attention",
+        "correctness",
+    ]
+    done = called([*command, "training", "--rows", "a", "a3", "b", "c"], tmp_path, timeout=600)
     assert done.code == 0, done.err
-    assert "no GPU: a toy model, whose figures mean nothing" in done.out
-    rows = re.findall(r"^\| (ddp|fsdp) \| no \| ≥ (\d+) \| [\d.]+ \| ([\d,]+) \| ([\d,]+) \((\d+)\) \|$", done.out, re.MULTILINE)
-    assert [(kind, largest) for kind, largest, *_ in rows] == [("ddp", "2"), ("fsdp", "2")]
-    assert all(int(rate.replace(",", "")) > 0 for _, _, *rates, _ in rows for rate in rates)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["attention"]["varlen"]["relative error"] < [1e-6] * 4
+    assert results["correctness"]["autocast, varlen"]["gradients"] < 0.02
+    rows = {name.split()[0]: row for name, row in results["training"].items()}
+    assert list(rows) == ["a", "a3", "b", "c"]
+    assert not any("error" in row for row in rows.values())
+    for row in rows.values():  # the same text and the same weights: the same losses, within what bfloat16 rounds
+        assert row["losses"][:5] == pytest.approx(rows["a"]["losses"][:5], abs=2e-3)
+    assert "| training | a as shipped: single, sdpa with the mask | " in done.out
+    begun = (tmp_path / "out" / "results.json").stat().st_mtime_ns
+    again = called([*command, "--rows", "a"], tmp_path)
+    assert again.code == 0, again.err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["attention"]["varlen"] == results["attention"]["varlen"]
+    assert (tmp_path / "out" / "results.json").stat().st_mtime_ns >= begun
 
 
 def test_the_published_table_is_reproduced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from azrecipe.recipe.reference import generate_reference
 from azrecipe.recipe.schema import STAGES
+from azrecipe.utils import environment_variables
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "recipes.md"
@@ -90,3 +91,18 @@ def test_recipe_names_the_schema_of_its_stage(recipe: Path) -> None:
         assert (recipe.parent / named[0]).is_file(), "a fragment names the schema of a stage that has all its keys"
         return
     assert (recipe.parent / named[0]).resolve() == ROOT / "schema" / f"{data['stage']}.json"
+
+
+def test_environment_document_is_current() -> None:
+    command = "run: python -m azrecipe.utils.environment_variables > docs/environment.md"
+    assert (ROOT / "docs" / "environment.md").read_text(encoding="utf-8") == environment_variables.generate_document(), command
+
+
+def test_every_environment_variable_is_read_through_the_table() -> None:
+    table = ROOT / "azrecipe" / "utils" / "environment_variables.py"
+    for file in (ROOT / "azrecipe").rglob("*.py"):
+        if file != table:
+            assert not re.findall(r"""["']AZRECIPE_\w+["']""", file.read_text(encoding="utf-8")), f"{file}: use environment_variables"
+    names = {variable.name for variable in environment_variables.VARIABLES}
+    for file in [*(ROOT / "docs").glob("*.md"), *(ROOT / "azrecipe").rglob("*.py")]:
+        assert set(re.findall(r"\bAZRECIPE_[A-Z_]+\b", file.read_text(encoding="utf-8"))) <= names, f"{file}: a variable that is not in the table"

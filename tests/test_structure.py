@@ -21,7 +21,7 @@ MODULES = {
 GROUND = ("errors", "utils", "recipe")  # open to every room; among themselves only downwards, as the table says
 # Each room, and the rooms that it may import beside the ground. A module of the package itself is a room of one file.
 ROOMS: dict[str, set[str]] = {
-    "": set(),
+    "": {"api"},  # loads it when one of its functions is used
     "errors": set(),
     "utils": set(),
     "recipe": set(),
@@ -39,15 +39,17 @@ ROOMS: dict[str, set[str]] = {
     "report": {"runs"},
     "stages": {"training", "planning", "evaluation", "modeling", "data", "tokenization", "runs", "distributed"},
     "pipeline": {"report", "evaluation", "data", "runs", "distributed"},  # stages by name, when one is run
-    "sagemaker": {"pipeline", "runs", "hardware"},
+    "operations": {"pipeline", "stages", "planning", "data", "tokenization", "runs", "distributed", "hardware"},
+    "sagemaker": {"operations", "planning", "pipeline", "runs", "hardware"},
+    "api": {"operations", "sagemaker", "runs"},
     "cli": {
-        "distributed", "tokenization", "runs", "data", "modeling", "evaluation", "training", "planning", "inference", "publishing", "report",
+        "operations",        "distributed", "tokenization", "runs", "data", "modeling", "evaluation", "training", "planning", "inference", "publishing", "report",
         "stages", "pipeline", "sagemaker", "hardware",
     },
     "__main__": {"cli"},
 }  # fmt: skip
-GROUND_ROWS = {"errors": set[str](), "utils": {"errors"}, "recipe": {"errors", "utils"}, "": set[str]()}
-FRONT = ("cli", "errors", "hardware", "pipeline", "publishing", "recipe", "report", "runs", "sagemaker", "utils")
+GROUND_ROWS = {"errors": set[str](), "utils": {"errors"}, "recipe": {"errors", "utils"}, "": {"api"}}
+FRONT = ("api", "cli", "errors", "hardware", "operations", "pipeline", "publishing", "recipe", "report", "runs", "sagemaker", "utils")
 LIGHT = (*FRONT, "distributed", "inference")
 HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "liger_kernel"}
 MAX_LINES = 400
@@ -102,6 +104,14 @@ def test_arrows_are_in_the_table(module: str) -> None:
         assert room != "stages" or room_of(imported) != "stages", f"{module} imports another stage, {imported}"
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "azrecipe"])
+def test_no_module_uses_the_python_interface(module: str) -> None:
+    for node in ast.walk(read_tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.module == "azrecipe":
+            names = {alias.name for alias in node.names if f"azrecipe.{alias.name}" not in MODULES}
+            assert names <= {"__version__"}, f"{module} imports {names} from azrecipe itself"
+
+
 def test_every_arrow_of_the_table_is_used() -> None:
     used = {(room_of(module), room_of(imported)) for module in MODULES for imported in package_imports(module)}
     idle = sorted(f"{room} → {other}" for room, others in ROOMS.items() if room != "cli" for other in others if (room, other) not in used)
@@ -116,7 +126,14 @@ def _check_no_circle(graph: dict[str, set[str]]) -> None:
 
 
 def test_modules_import_in_no_circle() -> None:
-    _check_no_circle({module: package_imports(module) for module in MODULES})
+    # azrecipe/__init__ has the version and loads nothing else at once: who imports it does not import the Python interface.
+    _check_no_circle({module: package_imports(module) - {"azrecipe"} for module in MODULES})
+
+
+def test_the_package_itself_loads_no_module() -> None:
+    code = "import azrecipe, sys; print(sorted(name for name in sys.modules if name.startswith('azrecipe')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "['azrecipe']\n"
 
 
 def test_rooms_import_in_no_circle() -> None:
@@ -162,9 +179,8 @@ def test_light_modules_import_nothing_heavy_at_the_top(module: str) -> None:
     assert not named & HEAVY
 
 
-LAZY = ("azrecipe.cli.prepare_tables",)  # imported by `azrecipe prepare` when it has run, and loads what a run loads
 LOADED = (
-    *(module for module in MODULES if room_of(module) in FRONT and module not in LAZY),
+    *(module for module in MODULES if room_of(module) in FRONT),
     "azrecipe.inference.chat", "azrecipe.inference.generate", "azrecipe.inference.serve",
     "azrecipe.planning.alternatives", "azrecipe.planning.calibrate", "azrecipe.planning.estimate", "azrecipe.planning.placement",
 )  # fmt: skip
@@ -203,3 +219,19 @@ def test_every_computing_stage_has_one_module_with_run(stage: Path) -> None:
         return
     functions = {node.name for node in read_tree(f"azrecipe.stages.{stage.stem}").body if isinstance(node, ast.FunctionDef)}
     assert "run" in functions
+
+
+def _describe(room: str) -> str:
+    """A room's line in CONTRIBUTING.md: its name and the first line of its docstring."""
+    module = f"azrecipe.{room}"
+    name = f"{room}/" if MODULES[module].name == "__init__.py" else f"{room}.py"
+    return f"{name:<15} {(ast.get_docstring(read_tree(module)) or '').partition(chr(10))[0]}"
+
+
+def test_contributing_lists_the_rooms() -> None:
+    """Each room has the line of its docstring, and stands below the rooms that it imports."""
+    rooms = [room for room in ROOMS if room not in ("", "__main__")]
+    listed = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```\n")[1:]
+    assert "\n".join(map(_describe, rooms)) + "\n" in listed
+    for index, room in enumerate(rooms):
+        assert allowed_rooms(room) - {room, ""} <= {*rooms[:index]}, room

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from azrecipe.cli.console import build_console
 from azrecipe.hardware import GIB
+from azrecipe.planning.estimate_types import Bounds
 
 WIDTH = 140  # columns
 
@@ -151,7 +152,7 @@ def show_machine_comparison(answers: Sequence[Mapping[str, Any]]) -> None:
     console.print(UNVERIFIED_NOTE)
 
 
-def show_pipeline_total(answer: Mapping[str, Any], hours: Mapping[str, float] | None) -> None:
+def show_pipeline_total(answer: Mapping[str, Any], hours: Bounds | None) -> None:
     """Print the hours and price of a whole pipeline.
 
     Prices are those of `answer`, one of its estimates.

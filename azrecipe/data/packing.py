@@ -22,10 +22,12 @@ from azrecipe.tokenization.encoding import IGNORE_INDEX
 from azrecipe.utils.bootstrap import IntArray
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from azrecipe.recipe.types import PretrainData
 
+PADDED_MULTIPLE = 64  # of a measured batch's length: cuDNN's attention plans anew for every length, 0.28 s each on an H100
+VARLEN = "varlen"  # an attn_implementation: documents are isolated by their borders, without a mask
 
 TokenSequence = dict[str, torch.Tensor]
 
@@ -266,6 +268,26 @@ class PackedText(Dataset[TokenSequence]):
         return TextCounts(end.tokens - begin.tokens, end.bytes - begin.bytes)
 
 
+def compute_document_borders(position_ids: torch.Tensor) -> dict[str, Any]:
+    """Compute where documents begin, as arguments of a model's forward.
+
+    They are computed on the host, so that no layer waits for the GPU.
+
+    Args:
+        position_ids: [rows, tokens]; each row begins with a document.
+
+    Returns:
+        `cu_seq_lens_q`, int32 [documents + 1] over the rows end to end, and `max_length_q`, the length of a row, which stays the same
+        from batch to batch.
+    """
+    starts = (position_ids == 0).reshape(-1)
+    starts = starts.clone()
+    starts[:: position_ids.shape[1]] = True  # a row begins a document, whatever its positions say
+    begins = starts.nonzero().view(-1)
+    borders = torch.cat([begins, begins.new_tensor([starts.numel()])]).to(torch.int32)
+    return {"cu_seq_lens_q": borders, "max_length_q": position_ids.shape[1]}
+
+
 @dataclass(frozen=True)
 class Collator:
     """Join sequences to a batch.
@@ -280,13 +302,19 @@ class Collator:
         pad_token_id: The token that pads a shorter sequence.
         flat: Whether the sequences become one row.
         length_multiple: What the length of a batch is a multiple of, by padding.
+        with_borders: Whether the model is told where documents begin, as variable-length attention needs it.
     """
 
     pad_token_id: int
     flat: bool
     length_multiple: int = 1
+    with_borders: bool = False
 
-    def __call__(self, sequences: list[TokenSequence]) -> TokenSequence:
+    def __call__(self, sequences: list[TokenSequence]) -> dict[str, Any]:
+        batch = self._build_batch(sequences)
+        return {**batch, **compute_document_borders(batch["position_ids"])} if self.with_borders else batch
+
+    def _build_batch(self, sequences: list[TokenSequence]) -> TokenSequence:
         if self.flat:
             return {key: torch.cat([s[key] for s in sequences])[None] for key in sequences[0]}
         longest = -(-max(len(s["input_ids"]) for s in sequences) // self.length_multiple) * self.length_multiple
@@ -311,4 +339,22 @@ def build_collator(packing: Packing, attn_implementation: str, context: int = 1)
     With `context` processes to a sequence, each gets one piece from its front and one from its back, so that all have the
     same work.
     """
-    return Collator(packing.pad_token_id, flat=attn_implementation.startswith("flash"), length_multiple=2 * context if context > 1 else 1)
+    return Collator(
+        packing.pad_token_id,
+        flat=attn_implementation.startswith("flash"),
+        length_multiple=2 * context if context > 1 else 1,
+        with_borders=attn_implementation == VARLEN,
+    )
+
+
+def get_padded_length(model: PreTrainedModel, longest: int) -> int:
+    """Get a batch's length: a multiple of PADDED_MULTIPLE within the model's positions.
+
+    cuDNN plans its attention anew for every length that it has not seen.
+
+    Args:
+        model: The model that the batch is for.
+        longest: Tokens of the batch's longest row.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or longest
+    return max(longest, min(-(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE, limit))

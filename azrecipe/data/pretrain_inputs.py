@@ -152,7 +152,7 @@ def _load_data_position(recipe: Recipe, inputs: Inputs) -> Position | None:
 def _load_or_train_tokenizer(
     config: PretrainConfig, inputs: Inputs, sources: Sequence[DataSource], cache_dir: Path, model_path: str | None
 ) -> PreTrainedTokenizerBase:
-    """Load the recipe's tokenizer or the model's, or train a new one on this recipe's text."""
+    """Load the recipe's tokenizer or the model's, or train one."""
     settings = config.tokenizer
     if settings.family is None:
         uses_models = settings.name_or_path is None and settings.output_of is None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from azrecipe.distributed import cpu_backend, local_storage
 from azrecipe.errors import CannotRun, CommandError
+from azrecipe.utils import environment_variables
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def set_up_backend() -> Backend:
 
     backend = backend_from_env(os.environ)
     if local_storage.storage_is_local() and backend.uses_deepspeed and count_nodes(os.environ) > 1:
-        raise CommandError(f"{local_storage.STORAGE_VARIABLE}=local is not verified with DeepSpeed: use accelerate_configs/fsdp.yaml")
+        raise CommandError(f"{environment_variables.STORAGE}=local is not verified with DeepSpeed: use accelerate_configs/fsdp.yaml")
     if _is_set(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not accept a shard size of -1
         os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world_size // (backend.replicate_size * backend.context_parallel_size))
     if not has_accelerator():

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from azrecipe.errors import CannotRun, CommandError, RunFailed
 from azrecipe.utils.atomic_files import atomic_folder, list_file_sizes, read_json
+from azrecipe.utils.environment_variables import STORAGE
 
-STORAGE_VARIABLE = "AZRECIPE_STORAGE"
 STORAGE_KINDS = ("shared", "local")
 CHUNK_BYTES = 64 * 2**20  # size of one message
 
@@ -31,10 +31,10 @@ def storage_is_local() -> bool:
 
     Raises CommandError for an unknown value of the variable.
     """
-    storage = os.environ.get(STORAGE_VARIABLE) or "shared"
+    storage = STORAGE.read()
     if storage not in STORAGE_KINDS:
         raise CommandError(
-            f"{STORAGE_VARIABLE}={storage} is not known: shared (all machines see one run directory, the default) or local (each has its own)"
+            f"{STORAGE}={storage} is not known: shared (all machines see one run directory, the default) or local (each has its own)"
         )
     return storage == "local"
 

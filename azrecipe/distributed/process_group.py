@@ -7,8 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from azrecipe.distributed import local_storage
 from azrecipe.errors import CannotRun
+from azrecipe.utils import environment_variables
 
 
 def check_shared_storage(path: Path, text: str) -> None:
@@ -30,7 +30,7 @@ def check_shared_storage(path: Path, text: str) -> None:
     if not path.exists() or texts[0] not in path.read_text(encoding="utf-8"):
         raise CannotRun(
             f"process {dist.get_rank()} does not see {path}: give a --runs-dir on storage that all machines share.\n"
-            f"  Where each has its own, uploaded in the background to one place that is copied to all before a restart: {local_storage.STORAGE_VARIABLE}=local"
+            f"  Where each has its own, uploaded in the background to one place that is copied to all before a restart: {environment_variables.STORAGE}=local"
         )
 
 

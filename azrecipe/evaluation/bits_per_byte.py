@@ -124,7 +124,7 @@ def _score_batch(model: PreTrainedModel, batch: list[ScoringWindow]) -> torch.Te
     attends to it.
     """
     labels = [[IGNORE_INDEX] * window.num_context + window.ids[window.num_context :] for window in batch]
-    padded = pad_batch([window.ids for window in batch], labels)
+    padded = pad_batch(model, [window.ids for window in batch], labels)
     ids, label_ids = padded.ids.to(model.device), padded.labels.to(model.device)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if chunked_loss.uses_chunked_loss(model):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from azrecipe.data.finetuning_examples import PreferenceExample
+from azrecipe.data.packing import get_padded_length
 from azrecipe.tokenization.chat_templates import TokenizedExample
 from azrecipe.tokenization.encoding import IGNORE_INDEX
 
@@ -33,15 +34,16 @@ class PaddedBatch(NamedTuple):
     labels: torch.Tensor
 
 
-def pad_batch(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> PaddedBatch:
+def pad_batch(model: PreTrainedModel, ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> PaddedBatch:
     """Pad sequences at the end, where no token attends to the padding.
 
     Args:
+        model: The model that the batch is for.
         ids: Token ids of each sequence.
         labels: Their labels, IGNORE_INDEX where a token is not scored.
     """
-    longest = max(map(len, ids))
-    batch = PaddedBatch(torch.zeros(len(ids), longest, dtype=torch.long), torch.full((len(ids), longest), IGNORE_INDEX))
+    length = get_padded_length(model, max(map(len, ids)))
+    batch = PaddedBatch(torch.zeros(len(ids), length, dtype=torch.long), torch.full((len(ids), length), IGNORE_INDEX))
     for row, (sequence, sequence_labels) in enumerate(zip(ids, labels, strict=True)):
         batch.ids[row, : len(sequence)] = torch.tensor(sequence)
         batch.labels[row, : len(sequence_labels)] = torch.tensor(sequence_labels)
@@ -68,7 +70,7 @@ def compute_log_likelihoods(model: PreTrainedModel, examples: Sequence[Tokenized
             longest = max(len(e.input_ids) for e in examples[start : start + batch_size])
             batch = examples[start : start + max(1, min(batch_size, MAX_BATCH_TOKENS // longest))]
             start += len(batch)
-            ids, labels = pad_batch([e.input_ids for e in batch], [e.labels for e in batch])
+            ids, labels = pad_batch(model, [e.input_ids for e in batch], [e.labels for e in batch])
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits
             for row, label in enumerate(labels[:, 1:].to(model.device)):
                 trained = label != IGNORE_INDEX  # only trained tokens take float32 memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,13 @@ from typing import Any
 import numpy as np
 
 from azrecipe.data.unicode_scripts import COMBINING_MARK, SCRIPT_NAMES, build_script_table, to_code_points
-from azrecipe.errors import CannotRun
+from azrecipe.recipe.extras import check_extra
 from azrecipe.recipe.types import EvaluateConfig
 from azrecipe.utils.bootstrap import BootstrapEstimate, Resampling
 
 DEFAULT_LANGUAGES = ("en", "ru", "tr")  # candidates beside the expected languages, unless the recipe lists its own
+PACKAGES_MESSAGE = "detecting languages needs lingua, and comparing answers needs sacrebleu and rouge_score"
 NGRAM_SIZE = 4  # words in an n-gram of `repetition`
-MISSING_PACKAGES_MESSAGE = (
-    "detecting languages needs lingua, and comparing answers needs sacrebleu and rouge_score: pip install 'azrecipe[evaluation]'"
-)
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,7 @@ def check_evaluation_packages(config: EvaluateConfig) -> None:
     Raises CannotRun.
     """
     packages = (["lingua"] if list_candidate_languages(config) else []) + (["sacrebleu", "rouge_score"] if config.answers else [])
-    if any(importlib.util.find_spec(name) is None for name in packages):
-        raise CannotRun(MISSING_PACKAGES_MESSAGE)
+    check_extra("evaluation", PACKAGES_MESSAGE, packages)
 
 
 def list_expected_outputs(config: EvaluateConfig) -> list[ExpectedOutput]:
@@ -63,10 +59,9 @@ class LanguageDetector:
     """
 
     def __init__(self, codes: Sequence[str]) -> None:
-        try:
-            from lingua import IsoCode639_1, LanguageDetectorBuilder
-        except ImportError:
-            raise CannotRun(MISSING_PACKAGES_MESSAGE) from None
+        check_extra("evaluation", PACKAGES_MESSAGE, ["lingua"])
+        from lingua import IsoCode639_1, LanguageDetectorBuilder
+
         self.detector = LanguageDetectorBuilder.from_iso_codes_639_1(*(getattr(IsoCode639_1, code.upper()) for code in codes)).build()
 
     def __call__(self, texts: Sequence[str]) -> list[str | None]:

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
 
 from azrecipe.errors import CannotRun, CommandError
+from azrecipe.recipe.extras import get_install_command, list_missing_modules
 from azrecipe.runs import finished_model
 from azrecipe.utils.console import print_progress
 
-# Modules by server; those of transformers are what its is_serve_available() checks.
-REQUIRED_MODULES: Mapping[str, Sequence[str]] = {"transformers": ("fastapi", "uvicorn", "pydantic", "openai"), "vllm": ("vllm",)}
-INSTALL_COMMANDS = {"transformers": "pip install 'azrecipe[serve]'", "vllm": "pip install vllm"}
+ENGINE_EXTRAS = {"transformers": "serve", "vllm": "vllm"}  # of recipe.extras
 
 
 def run_server(arguments: argparse.Namespace) -> int:
@@ -87,11 +84,10 @@ def build_curl_command(model: finished_model.FinishedModel, engine: str, host: s
 
 
 def _check_engine(engine: str) -> None:
-    missing = [name for name in REQUIRED_MODULES[engine] if importlib.util.find_spec(name) is None]
+    missing = list_missing_modules(ENGINE_EXTRAS[engine])
     if missing:
-        raise CannotRun(
-            f"{engine if engine == 'vllm' else 'transformers serve'} needs {', '.join(missing)}, not installed here: {INSTALL_COMMANDS[engine]}"
-        )
+        name = engine if engine == "vllm" else "transformers serve"
+        raise CannotRun(f"{name} needs {', '.join(missing)}, not installed here: {get_install_command(ENGINE_EXTRAS[engine])}")
 
 
 def _check_port(host: str, port: int) -> None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import cross_entropy, linear_cross_entropy, pad
+from torch.nn.functional import cross_entropy, pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -50,6 +49,9 @@ class _ChunkedLossHead(nn.Linear):
             for part, part_labels in zip(hidden.flatten(0, -2).split(ROWS_PER_CHUNK), labels.flatten().split(ROWS_PER_CHUNK), strict=True):
                 total += cross_entropy(super().forward(part).float(), part_labels, ignore_index=IGNORE_INDEX, reduction="sum")
             return total
+        from torch.nn import LinearCrossEntropyOptions  # newer than the oldest torch that runs: see is_available
+        from torch.nn.functional import linear_cross_entropy
+
         weight: torch.Tensor = self.weight
         bias: torch.Tensor | None = self.bias
         device = hidden.device.type
@@ -110,6 +112,11 @@ def _derive_class(base: type, original: type) -> type:
     return type(original.__name__, (base, original), {"__module__": original.__module__, "__qualname__": original.__qualname__})
 
 
+def is_available() -> bool:
+    """Check whether this torch has the chunked loss."""
+    return hasattr(torch.nn.functional, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")
+
+
 def check_chunked_loss(meta_model: PreTrainedModel) -> None:
     """Check that the chunked loss equals a model's own.
 
@@ -122,6 +129,8 @@ def check_chunked_loss(meta_model: PreTrainedModel) -> None:
     Raises:
         CommandError: The chunked loss would differ from the model's own.
     """
+    if not is_available():
+        raise CommandError(f"torch {torch.__version__} does not have it: use torch 2.13 or newer, or fused_linear_cross_entropy: liger")
     model_type = meta_model.config.model_type
     head = meta_model.get_output_embeddings()
     if type(head) is not nn.Linear:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 KERNELS = ("rope", "rms_norm", "swiglu", "geglu", "layer_norm", "cross_entropy", "fused_linear_cross_entropy")
 
+LOSS_CHUNK_FACTOR = 8  # a chunk of logits is so many times larger than Liger's own, so that the float32 gradient is passed fewer times
+
 
 def choose_kernels(training: Training) -> dict[str, bool] | None:
     """Choose the kernels for TrainingArguments.liger_kernel_config.
@@ -40,6 +42,19 @@ def choose_kernels(training: Training) -> dict[str, bool] | None:
         # Liger refuses both at once, and one of them is its default
         kernels = {"cross_entropy": False, "fused_linear_cross_entropy": False, **kernels}
     return kernels or None
+
+
+def build_loss_arguments(model: nn.Module) -> dict[str, Any]:
+    """Build a model's arguments for Liger's fused loss; {} where another runs.
+
+    The head's gradient is summed in float32, whatever its weights are in: in bfloat16 each part of the sum is rounded. The parts are
+    larger than Liger's own, which pass a float32 gradient of the whole head once each; logits of a part take the room of 8 hidden states.
+    """
+    import torch
+
+    if not _count_kernels(model)["fused_linear_cross_entropy"][0]:
+        return {}
+    return {"accum_dtype": torch.float32, "chunk_mem_const": LOSS_CHUNK_FACTOR}
 
 
 def check_liger_kernels(recipe: Recipe, model_type: str) -> None:

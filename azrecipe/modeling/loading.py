@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from azrecipe.errors import CommandError, RunFailed, did_you_mean, explain_error, list_choices
-from azrecipe.modeling import new_tokens
+from azrecipe.modeling import attention, new_tokens
 from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.modeling.vocabulary_swap import adopt_special_tokens
 from azrecipe.tokenization.tokenizer import count_embedding_rows, save_tokenizer
@@ -44,6 +44,7 @@ def load_model(path: str, precision: str, attn_implementation: str = "sdpa", rev
     """
     from transformers import AutoModelForCausalLM
 
+    attention.register_varlen()
     with translate_hub_errors("model", path):
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=WEIGHT_DTYPES[precision], attn_implementation=attn_implementation, revision=revision or "main"
@@ -57,6 +58,7 @@ def load_meta_model(path: str, attn_implementation: str = "sdpa", revision: str 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    attention.register_varlen()
     with translate_hub_errors("model", path), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(path, revision=revision or "main"), attn_implementation=attn_implementation
@@ -112,6 +114,7 @@ def build_model(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    attention.register_varlen()
     fields = dict(config)
     model_type = fields.pop("model_type")
     try:

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import EXIT_FAILED, EXIT_SUCCESS, CommandError, suggest_choices
-from azrecipe.pipeline.worker import EXIT_CODES_VARIABLE, REASON_SUFFIX
+from azrecipe.pipeline.worker import REASON_SUFFIX
 from azrecipe.utils import shipped_files
+from azrecipe.utils.environment_variables import EXIT_CODES
 
 
 def resolve_accelerate_config(name: str) -> Path:
@@ -77,14 +79,22 @@ def get_stop_code() -> int:
     return 128 + _stop_signals[0] if _stop_signals else EXIT_SUCCESS
 
 
-def run_child(command: Sequence[str]) -> int:
-    """Run a command, pass SIGTERM on, and return its exit code.
+@dataclass(frozen=True)
+class ChildResult:
+    """How a child process ended, and its error message, if it is known."""
+
+    exit_code: int
+    message: str = ""
+
+
+def run_child(command: Sequence[str]) -> ChildResult:
+    """Run a command, pass SIGTERM on, and wait for its end.
 
     Ctrl-C reaches the child by itself; this process waits until the child has saved and ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
-        child = subprocess.Popen(command, env=os.environ | {EXIT_CODES_VARIABLE: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace})
+        child = subprocess.Popen(command, env=os.environ | {EXIT_CODES.name: folder, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace})
 
         def handle_signal(number: int, _frame: Any) -> None:
             _stop_signals.append(number)
@@ -102,7 +112,9 @@ def run_child(command: Sequence[str]) -> int:
             for file in Path(folder).iterdir()
             if file.suffix != REASON_SUFFIX
         }
-    return _choose_exit_code(code, exit_codes)
+        reasons = sorted(Path(folder).glob(f"*{REASON_SUFFIX}"), key=lambda file: int(file.stem))
+        message = reasons[0].read_text(encoding="utf-8").removeprefix("azrecipe: ") if reasons else ""
+    return ChildResult(_choose_exit_code(code, exit_codes), message)
 
 
 def _choose_exit_code(launcher_code: int, exit_codes: Mapping[int, int]) -> int:

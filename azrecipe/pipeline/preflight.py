@@ -6,7 +6,6 @@ All steps of a pipeline are checked before its first one trains for hours.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from azrecipe.recipe import extras, optimizer_settings
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Source
 from azrecipe.recipe.yaml_tree import Key, parse_yaml
+from azrecipe.utils import environment_variables
 from azrecipe.utils.paths import is_local_data
 
 TRAINING_STAGES = ("pretrain", "sft")  # stages that run in several processes; the others run in one
@@ -114,7 +114,7 @@ def _check_machines(launch: LaunchConfig) -> None:
             f"{launch.config_file} is for {launch.num_machines} machines, and azrecipe run starts processes on this one only. On each machine:\n"
             f"  accelerate launch --config_file {launch.config_file} --machine_rank R --main_process_ip ADDRESS --main_process_port 29500 "
             "-m azrecipe RECIPE [--step STEP [--cell CELL]] --runs-dir DIR\n"
-            f"  with one DIR that all of them see, or {local_storage.STORAGE_VARIABLE}=local (docs/backends.md)"
+            f"  with one DIR that all of them see, or {environment_variables.STORAGE}=local (docs/backends.md)"
         )
 
 
@@ -133,8 +133,8 @@ def _list_backend_problems(launch: LaunchConfig) -> list[str]:
             raise CommandError(f"{launch.config_file}: {problem}")
     if launch.distributed_type not in ("FSDP", "DEEPSPEED"):
         return []
-    if launch.distributed_type == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
-        return [f"{launch.config_file} needs DeepSpeed: pip install 'azrecipe[deepspeed]'"]
+    if launch.distributed_type == "DEEPSPEED" and not extras.is_installed("deepspeed"):
+        return [f"{launch.config_file} needs DeepSpeed: {extras.get_install_command('deepspeed')}"]
     problem = "" if backend.has_accelerator() else cpu_backend.find_problem(launch.distributed_type)
     return [problem] if problem else []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from azrecipe.errors import EXIT_SIGINT, EXIT_SIGTERM, EXIT_SUCCESS, CommandError, Problem, RecipeError, list_choices
 from azrecipe.pipeline import launch_command, matrix_ranking
+from azrecipe.pipeline.run_request import RunRequest
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.pipeline_steps import PipelineStep, find_upstream_references, group_by_cell, load_pipeline
@@ -19,14 +19,15 @@ from azrecipe.runs.reader import STEPS_FILE
 from azrecipe.runs.run_dir import check_run_matches, find_candidate_folder, locate_named_run, locate_run, write_recipe_files
 from azrecipe.utils.atomic_files import read_json, write_json
 from azrecipe.utils.console import print_progress
+from azrecipe.utils.environment_variables import PAGE
 
 
-def _write_steps_file(recipe: Recipe, steps: Sequence[PipelineStep], arguments: argparse.Namespace) -> None:
+def _write_steps_file(recipe: Recipe, steps: Sequence[PipelineStep], request: RunRequest) -> None:
     """Write a pipeline's recipe and the paths of its runs."""
-    run_dir = locate_run(recipe, arguments.runs_dir)
-    if arguments.cell:  # the page shows all cells
-        steps = load_pipeline(recipe.path, parse_overrides(arguments.set))[1]
-    runs = [os.path.relpath(locate_run(step.recipe, arguments.runs_dir).path, run_dir.path.parent) for step in steps]
+    run_dir = locate_run(recipe, request.runs_dir)
+    if request.cell:  # the page shows all cells
+        steps = load_pipeline(recipe.path, parse_overrides(request.overrides))[1]
+    runs = [os.path.relpath(locate_run(step.recipe, request.runs_dir).path, run_dir.path.parent) for step in steps]
     content = {"steps": [{"step": step.key, "cell": step.cell, "run": run} for step, run in zip(steps, runs, strict=True)]}
     with contextlib.suppress(OSError):  # the steps report a folder that cannot be written
         if read_json(run_dir.path / STEPS_FILE) != content:
@@ -40,25 +41,22 @@ def write_page(run: Path) -> None:
     A failure is printed, and does not fail the run.
     """
     try:
-        if os.environ.get("AZRECIPE_PAGE") != "0" and run.is_dir() and not page.is_page_fresh(run):
+        if PAGE.read() != "0" and run.is_dir() and not page.is_page_fresh(run):
             page.write_page(run)
     except Exception as error:
         print_progress(f"azrecipe: {run / 'report.html'} could not be made: {error!r}")
 
 
-def build_worker_arguments(arguments: argparse.Namespace, step: str | None, cell: str | None) -> list[str]:
-    """Build the command-line arguments of one process of a run."""
-    words = [arguments.recipe, "--runs-dir", str(arguments.runs_dir)]
-    for override in arguments.set:
-        words += ["--set", override]
-    words += ["--step", step] if step else []
-    return [*words, "--cell", cell] if cell else words
-
-
-def run_steps(recipe: Recipe, steps: Sequence[PipelineStep], arguments: argparse.Namespace) -> int:
+def run_steps(recipe: Recipe, steps: Sequence[PipelineStep], request: RunRequest, *, quiet: bool = False) -> int:
     """Run the steps in order; return the exit code.
 
     A failure ends the pipeline; in a cell of a matrix, it ends that cell. A signal ends the pipeline.
+
+    Args:
+        recipe: The pipeline.
+        steps: Its steps.
+        request: How it is run.
+        quiet: Whether no table is printed at the end.
     """
     failed: dict[str, int] = {}
     has_steps_file = False  # nothing is written until a step is complete
@@ -66,16 +64,16 @@ def run_steps(recipe: Recipe, steps: Sequence[PipelineStep], arguments: argparse
         if step.cell in failed:
             continue
         print_progress(f"[{number}/{len(steps)}] {step.title}")
-        command = [sys.executable, "-m", "azrecipe", "run", *build_worker_arguments(arguments, step.key, step.cell), "--quiet"]
-        if arguments.accelerate_config:
-            command += ["--accelerate-config", arguments.accelerate_config]
-        if arguments.num_processes:
-            command += ["--num-processes", str(arguments.num_processes)]
-        code = launch_command.run_child(command)
+        command = [sys.executable, "-m", "azrecipe", "run", *request.build_arguments(step.key, step.cell), "--quiet"]
+        if request.accelerate_config:
+            command += ["--accelerate-config", request.accelerate_config]
+        if request.num_processes:
+            command += ["--num-processes", str(request.num_processes)]
+        code = launch_command.run_child(command).exit_code
         code = launch_command.get_stop_code() or code
         if code == EXIT_SUCCESS:
             if not has_steps_file:
-                _write_steps_file(recipe, steps, arguments)
+                _write_steps_file(recipe, steps, request)
                 has_steps_file = True
             continue
         is_signal = code in (EXIT_SIGINT, EXIT_SIGTERM)
@@ -83,29 +81,29 @@ def run_steps(recipe: Recipe, steps: Sequence[PipelineStep], arguments: argparse
         print_progress(f"azrecipe: {step.title} ended with exit code {code}; {advice}")
         if step.cell is None or is_signal:
             if not is_signal:
-                write_page(locate_run(recipe, arguments.runs_dir).path)
+                write_page(locate_run(recipe, request.runs_dir).path)
             return code
         failed[step.cell] = code
-    _show_results(recipe, steps, arguments, failed)
+    _show_results(recipe, steps, request, failed, quiet=quiet)
     for cell, code in failed.items():
         print_progress(f"azrecipe: cell {cell} failed with exit code {code}; the same command tries it again")
     return next(iter(failed.values()), EXIT_SUCCESS)
 
 
-def _show_results(recipe: Recipe, steps: Sequence[PipelineStep], arguments: argparse.Namespace, failed: Mapping[str, int]) -> None:
+def _show_results(recipe: Recipe, steps: Sequence[PipelineStep], request: RunRequest, failed: Mapping[str, int], *, quiet: bool) -> None:
     """Print a pipeline's final tables, and write its page.
 
     They show the steps, or compare the cells, or show each cell's steps.
     """
-    runs_dir, cells = arguments.runs_dir, group_by_cell(steps)
+    runs_dir, cells = request.runs_dir, group_by_cell(steps)
     if recipe.config.compare is not None:
-        if arguments.cell:  # compare it with the other cells as they are
-            cells = group_by_cell(load_pipeline(recipe.path, parse_overrides(arguments.set))[1])
+        if request.cell:  # compare it with the other cells as they are
+            cells = group_by_cell(load_pipeline(recipe.path, parse_overrides(request.overrides))[1])
         result = matrix_ranking.rank_cells(recipe, cells, runs_dir, failed)
         matrix_ranking.write_ranking(recipe, runs_dir, result)
-        if not arguments.quiet:
+        if not quiet:
             terminal_tables.show_comparison(result, recipe.data["description"] or recipe.name)
-    elif not arguments.quiet:
+    elif not quiet:
         for recipes in cells.values() or [[step.recipe for step in steps]]:
             terminal_tables.show_pipeline(recipe, recipes, runs_dir)
     write_page(locate_run(recipe, runs_dir).path)

@@ -12,10 +12,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from azrecipe.errors import (
-    EXIT_FAILED,
     EXIT_SIGINT,
     EXIT_SIGTERM,
     EXIT_SUCCESS,
@@ -32,13 +32,21 @@ from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.pipeline_steps import open_recipe
 from azrecipe.utils import shipped_files
 from azrecipe.utils.console import print_progress
+from azrecipe.utils.environment_variables import EXIT_CODES
 
 INTERRUPTED_MESSAGE = "interrupted; finished work is kept, and the same command resumes there"
-EXIT_CODES_VARIABLE = "AZRECIPE_EXIT_CODES"  # a folder where processes write their exit codes: launchers turn every failure into 1
-REASON_SUFFIX = ".reason"  # of a file there, named by a rank, with that process' error message
+REASON_SUFFIX = ".reason"  # of a file in the folder of exit codes, named by a rank, with that process' error message
 
 
-def run_worker(path: str, overrides: Sequence[str], runs_dir: Path, step: str | None = None, cell: str | None = None) -> int:
+@dataclass(frozen=True)
+class WorkerResult:
+    """How one process of a run ended; error is None after a success."""
+
+    exit_code: int
+    error: AzrecipeError | None = None
+
+
+def run_worker(path: str, overrides: Sequence[str], runs_dir: Path, step: str | None = None, cell: str | None = None) -> WorkerResult:
     """Run one recipe in this process, and print a failure.
 
     Args:
@@ -49,28 +57,29 @@ def run_worker(path: str, overrides: Sequence[str], runs_dir: Path, step: str | 
         cell: A cell of a pipeline's matrix.
 
     Returns:
-        The exit code.
+        The exit code, and the failure that was printed.
     """
     main = os.environ.get("RANK", "0") == "0"
     old_handler = signal.signal(signal.SIGTERM, _raise_interrupted)  # a training loop replaces it
     try:
         _run_stage(_open_single_recipe(path, overrides, step, cell), runs_dir)
-        code = EXIT_SUCCESS
+        result = WorkerResult(EXIT_SUCCESS)
     except KeyboardInterrupt:
-        code = EXIT_SIGINT
+        result = WorkerResult(EXIT_SIGINT, Interrupted(INTERRUPTED_MESSAGE, EXIT_SIGINT))
         print_progress(f"azrecipe: {INTERRUPTED_MESSAGE}", main)
     except Exception as error:
         user_error = explain_error(error)
-        code = user_error.exit_code if user_error else EXIT_FAILED
         if user_error is None:
             traceback.print_exc()
+            user_error = RunFailed(f"{type(error).__name__}: {error}")
+        result = WorkerResult(user_error.exit_code, user_error.with_traceback(None))  # whose frames hold the model
         if main or not isinstance(user_error, Interrupted | AllProcessesFailed):  # one process reports what happens to all
-            _report_failure(_format_error(user_error or RunFailed(f"{type(error).__name__}: {error}")), main)
+            _report_failure(_format_error(user_error), main)
     finally:
         signal.signal(signal.SIGTERM, old_handler)
-    if EXIT_CODES_VARIABLE in os.environ:
-        Path(os.environ[EXIT_CODES_VARIABLE], os.environ.get("RANK", "0")).write_text(str(code), encoding="utf-8")
-    return code
+    if EXIT_CODES.is_set:
+        Path(EXIT_CODES.read(), os.environ.get("RANK", "0")).write_text(str(result.exit_code), encoding="utf-8")
+    return result
 
 
 def _raise_interrupted(_number: int, _frame: object) -> None:
@@ -86,8 +95,8 @@ def _report_failure(message: str, main: bool) -> None:
         time.sleep(3)
         message = f"process {os.environ['RANK']}: {message}"
     print_progress(message)
-    if EXIT_CODES_VARIABLE in os.environ:
-        Path(os.environ[EXIT_CODES_VARIABLE], os.environ.get("RANK", "0") + REASON_SUFFIX).write_text(message, encoding="utf-8")
+    if EXIT_CODES.is_set:
+        Path(EXIT_CODES.read(), os.environ.get("RANK", "0") + REASON_SUFFIX).write_text(message, encoding="utf-8")
 
 
 def _open_single_recipe(path: str, overrides: Sequence[str], step: str | None, cell: str | None) -> Recipe:

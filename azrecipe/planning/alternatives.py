@@ -49,12 +49,12 @@ def _with_step(loop: PlannedLoop, step: StepSpec) -> PlannedLoop:
 
 def _kernel_changes(loop: PlannedLoop) -> Iterator[_LoopChange]:
     step = loop.step
-    if step.kernels or step.head == "liger":
-        head = "logits" if step.head == "liger" else step.head
+    if step.kernels or step.head.startswith("liger"):
+        head = "logits" if step.head.startswith("liger") else step.head
         changed = _with_step(loop, replace(loop.step, kernels=(), head=head))
         yield _LoopChange("without Liger's kernels", "--set training.use_liger_kernel=false", changed)
         return
-    head = "liger" if step.head == "logits" else step.head
+    head = "liger_float32" if step.head == "logits" else step.head
     changed = _with_step(loop, replace(loop.step, kernels=("rms_norm", "swiglu"), head=head))
     yield _LoopChange("Liger's kernels", "--set training.use_liger_kernel=true", changed)
     if step.head == "logits":

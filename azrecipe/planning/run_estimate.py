@@ -32,13 +32,11 @@ from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import Lora
 from azrecipe.runs import event_log
 from azrecipe.runs.run_dir import RunDir
+from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import read_json, write_json
 from azrecipe.utils.console import format_bytes, print_progress
 
 PLAN_FILE = "plan.json"
-SWITCH_VARIABLE = "AZRECIPE_FORESEE"  # 0: never; 1: on a CPU too
-TIMEOUT_VARIABLE = "AZRECIPE_FORESEE_SECONDS"
-DEFAULT_TIMEOUT_SECONDS = 30.0  # the other processes wait for it; it takes a few seconds, and none when the costs are cached
 # Variables that a launcher sets: a process that has them would start a process group
 LAUNCH_VARIABLE_PREFIXES = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"),
@@ -86,7 +84,7 @@ def estimate_run(recipe: Recipe, model: ModelShape, run_dir: RunDir, backend: Ba
         run_dir: Where plan.json is written.
         backend: The processes.
     """
-    switch = os.environ.get(SWITCH_VARIABLE, "")
+    switch = environment_variables.ESTIMATE.read()
     if not backend.main:
         return
     with contextlib.suppress(OSError):
@@ -336,7 +334,7 @@ def simulate_in_subprocess(steps: Steps) -> list[StepCost]:
 
     That process does not join the launch. Raises EstimateUnavailable where it fails or takes too long.
     """
-    timeout = float(os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT_SECONDS)
+    timeout = float(environment_variables.ESTIMATE_SECONDS.read())  # the other processes wait meanwhile; it takes a few seconds
     if (cached := cost_cache.load_costs(steps)) is not None:
         return cached
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH_VARIABLE_PREFIXES)}
@@ -348,7 +346,7 @@ def simulate_in_subprocess(steps: Steps) -> list[StepCost]:
     try:
         out, err = process.communicate(json.dumps([[asdict(step), length] for step, length in steps]), timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise EstimateUnavailable(f"it took more than {timeout:g} s ({TIMEOUT_VARIABLE} allows more)") from None
+        raise EstimateUnavailable(f"it took more than {timeout:g} s ({environment_variables.ESTIMATE_SECONDS} allows more)") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started

@@ -131,4 +131,4 @@ def _choose_head(training: Any) -> str:
     if training.fused_linear_cross_entropy == "torch":
         return "torch"
     chosen = liger_kernels.choose_kernels(training) or {}
-    return "liger" if training.use_liger_kernel and chosen.get("fused_linear_cross_entropy", True) else "logits"
+    return "liger_float32" if training.use_liger_kernel and chosen.get("fused_linear_cross_entropy", True) else "logits"

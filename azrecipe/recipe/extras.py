@@ -23,10 +23,11 @@ def _needs_bitsandbytes(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Extra:
-    """An extra of azrecipe, and the recipes that need it."""
+    """An optional part, its packages, and the recipes that need it."""
 
     modules: tuple[str, ...]  # what the extra's packages are imported as
-    is_needed: Callable[[Recipe], bool]
+    is_needed: Callable[[Recipe], bool] = lambda _: False  # the launcher or a command needs the others
+    package: str = ""  # what pip installs, where it is no extra of azrecipe
 
 
 EXTRAS: Mapping[str, Extra] = {
@@ -34,10 +35,10 @@ EXTRAS: Mapping[str, Extra] = {
     "harness": Extra(("lm_eval",), lambda recipe: bool(recipe.data.get("tasks"))),
     "focus": Extra(("gensim",), lambda recipe: recipe.data.get("tokenizer", {}).get("new_embeddings") in WORD_VECTOR_METHODS),
     "qlora": Extra(("bitsandbytes",), _needs_bitsandbytes),
-    # The launcher or a command needs these, not a recipe.
-    "deepspeed": Extra(("deepspeed",), lambda _: False),
-    "sagemaker": Extra(("boto3", "sagemaker"), lambda _: False),
-    "serve": Extra(("fastapi", "openai", "pydantic", "starlette", "uvicorn"), lambda _: False),
+    "deepspeed": Extra(("deepspeed",)),
+    "sagemaker": Extra(("boto3", "sagemaker.train")),
+    "serve": Extra(("fastapi", "openai", "pydantic", "starlette", "uvicorn")),  # transformers serve
+    "vllm": Extra(("vllm",), package="vllm"),
 }
 
 
@@ -53,18 +54,41 @@ def list_required_packages(recipe: Recipe) -> Iterator[str]:
             yield package.strip()
 
 
+def list_missing_modules(extra: str) -> list[str]:
+    """List the modules of an extra that are not installed."""
+    return [module for module in EXTRAS[extra].modules if not _is_importable(module)]
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is missing
+        return False
+
+
 def is_installed(extra: str) -> bool:
     """Whether all packages of an extra are installed."""
-    return all(importlib.util.find_spec(module) is not None for module in EXTRAS[extra].modules)
+    return not list_missing_modules(extra)
 
 
-def check_extra(extra: str, subject: str) -> None:
+def get_install_command(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f"pip install {EXTRAS[extra].package}" if EXTRAS[extra].package else f"pip install 'azrecipe[{extra}]'"
+
+
+def check_extra(extra: str, subject: str, needed: Iterable[str] | None = None) -> None:
     """Raise CannotRun where an extra is not installed.
 
     The message is `subject`, which names the packages, and the command that installs them.
+
+    Args:
+        extra: Its name.
+        subject: The beginning of the message.
+        needed: The modules that are needed; None: all of the extra.
     """
-    if not is_installed(extra):
-        raise CannotRun(f"{subject}: pip install 'azrecipe[{extra}]'")
+    missing = list_missing_modules(extra)
+    if missing if needed is None else set(missing) & set(needed):
+        raise CannotRun(f"{subject}: {get_install_command(extra)}")
 
 
 def check_word_vectors(method: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -24,10 +23,9 @@ from azrecipe.recipe.yaml_tree import Key, parse_yaml
 from azrecipe.runs import event_log, run_files
 from azrecipe.runs.environment import collect_environment
 from azrecipe.runs.event_log import format_current_time
+from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import list_file_sizes, read_json, write_json, write_text
 from azrecipe.utils.console import format_disk_size
-
-CACHE_VARIABLE = "AZRECIPE_CACHE"
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class RunDir:
 
         AZRECIPE_CACHE names another folder.
         """
-        return Path(os.environ.get(CACHE_VARIABLE) or self.runs_dir / ".cache")
+        return Path(environment_variables.CACHE.read() or self.runs_dir / ".cache")
 
     @property
     def status(self) -> dict[str, Any]:

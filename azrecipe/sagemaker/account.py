@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError
+from azrecipe.recipe.extras import get_install_command, list_missing_modules
 from azrecipe.sagemaker.settings import SageMakerSettings
 from azrecipe.utils.console import print_progress
 
@@ -45,16 +45,9 @@ class Account:
 
 def check_packages_installed() -> None:
     """Check that the sagemaker extra is installed. Raises CannotRun."""
-    missing = [name for name in ("boto3", "sagemaker.train") if _is_missing(name)]
+    missing = list_missing_modules("sagemaker")
     if missing:
-        raise CannotRun(f"{' and '.join(missing)} is not installed: pip install 'azrecipe[sagemaker]'")
-
-
-def _is_missing(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is None
-    except ModuleNotFoundError:
-        return True
+        raise CannotRun(f"{' and '.join(missing)} is not installed: {get_install_command('sagemaker')}")
 
 
 def open_account(region: str | None, dry_run: bool = False) -> Account:

@@ -20,6 +20,7 @@ from pathlib import Path
 from azrecipe.errors import EXIT_CANNOT_RUN, EXIT_SIGTERM, EXIT_SUCCESS, EXIT_WRONG_INPUT, AzrecipeError, CannotRun
 from azrecipe.pipeline import worker
 from azrecipe.sagemaker import cloudwatch_metrics, cluster
+from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.console import print_progress
 
@@ -128,7 +129,7 @@ def _run_processes(machines: cluster.TrainingCluster, job: JobFile, arguments: l
     )
     child = subprocess.Popen(
         line,
-        env={**_build_environment(machines, job), worker.EXIT_CODES_VARIABLE: str(exit_folder)},
+        env={**_build_environment(machines, job), environment_variables.EXIT_CODES.name: str(exit_folder)},
         cwd=Path(__file__).resolve().parents[2],
     )
     signals: list[int] = []
@@ -168,9 +169,9 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
 def _build_environment(machines: cluster.TrainingCluster, job: JobFile) -> dict[str, str]:
     variables = {
         **cluster.build_environment(machines),
-        "AZRECIPE_STORAGE": "local",  # SageMaker copies files to S3 one by one, in any order
-        "AZRECIPE_CACHE": str(CACHE_DIR),
-        "AZRECIPE_TENSORBOARD": str(TENSORBOARD_DIR),
+        environment_variables.STORAGE.name: "local",  # SageMaker copies files to S3 one by one, in any order
+        environment_variables.CACHE.name: str(CACHE_DIR),
+        environment_variables.TENSORBOARD.name: str(TENSORBOARD_DIR),
     }
     if job.hub_token_secret is not None and "HF_TOKEN" not in variables:
         variables["HF_TOKEN"] = _read_secret(job.hub_token_secret)

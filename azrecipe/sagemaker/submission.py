@@ -5,8 +5,6 @@ The steps of a pipeline are submitted one after the other.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe import hardware
-from azrecipe.errors import CannotRun, CommandError, Interrupted, suggest_choices
+from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Interrupted, suggest_choices
+from azrecipe.operations.check import check_recipes
+from azrecipe.operations.isolation import run_isolated_silently
+from azrecipe.operations.plan import plan_recipes
+from azrecipe.planning.estimate_types import RecipeEstimate
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.pipeline_steps import find_upstream_references, open_recipe
@@ -187,13 +189,6 @@ def _list_recipes(recipe: str, options: SubmitOptions) -> list[Recipe]:
     return [step.recipe for step in steps] if first.stage == "pipeline" else [first]
 
 
-def _build_arguments(recipe: str, options: SubmitOptions) -> list[str]:
-    line = [str(shipped_files.resolve_shipped_path(recipe)), "--runs-dir", str(options.runs_dir)]
-    for text in options.set:
-        line += ["--set", text]
-    return line
-
-
 def _check_order(todo: Sequence[Submission], account: Account) -> None:
     """Check that all input runs are complete or earlier steps. Raises CommandError."""
     problems, earlier = [], set()
@@ -211,7 +206,7 @@ def _check_order(todo: Sequence[Submission], account: Account) -> None:
 
 
 def _check_recipes(recipe: str, options: SubmitOptions, todo: Sequence[Recipe]) -> None:
-    """Run `azrecipe check` on this machine. Raises CannotRun with its problems."""
+    """Check the recipes on this machine. Raises CannotRun with the problem."""
     if not options.check:
         return
     if len(todo) == 1 and (
@@ -219,15 +214,19 @@ def _check_recipes(recipe: str, options: SubmitOptions, todo: Sequence[Recipe]) 
     ):
         print_progress(f"{todo[0].path}: only its file is checked: it takes from {', '.join(names)}, whose run is not on this machine")
         return
-    line = [sys.executable, "-m", "azrecipe", "check", *_build_arguments(recipe, options)]
-    line += ["--step", options.step] if options.step else []
-    line += ["--cell", options.cell] if options.cell else []
-    process = subprocess.run(line, capture_output=True, text=True, check=False)
-    if process.returncode:
-        problems = process.stderr.strip() or process.stdout.strip()
-        raise CannotRun(
-            f"azrecipe check reports:\n{problems}\n  If only this machine has the problem (no network, no access to the data): --no-check"
+    try:
+        run_isolated_silently(
+            check_recipes,
+            recipe=recipe,
+            overrides=tuple(options.set),
+            runs_dir=Path(options.runs_dir),
+            step=options.step,
+            cell=options.cell,
         )
+    except AzrecipeError as error:
+        raise CannotRun(
+            f"azrecipe check reports:\n{error}\n  If only this machine has the problem (no network, no access to the data): --no-check"
+        ) from None
 
 
 def _list_upstream(recipe: Recipe) -> list[str]:
@@ -310,8 +309,8 @@ def _find_running_job(spec: training_job.JobSpec, account: Account) -> TrainingJ
     return running[0] if running else None
 
 
-def _plan_job(recipe: Recipe, settings: SageMakerSettings, path: str, options: SubmitOptions) -> dict[str, Any] | None:
-    """Run `azrecipe plan --json` for a job.
+def _plan_job(recipe: Recipe, settings: SageMakerSettings, path: str, options: SubmitOptions) -> RecipeEstimate | None:
+    """Estimate a job on its machines.
 
     Args:
         recipe: The recipe, or a step of the pipeline.
@@ -320,37 +319,36 @@ def _plan_job(recipe: Recipe, settings: SageMakerSettings, path: str, options: S
         options: The options of the submission.
 
     Returns:
-        Its answer; None for a stage or a machine that cannot be planned.
+        The estimate; None for a stage or a machine that cannot be planned.
 
     Raises:
         CannotRun: The job does not fit the machines.
     """
     if recipe.stage not in TRAINING_STAGES or hardware.find_instance_type(settings.instance_type) is None:
         return None
-    line = [
-        sys.executable,
-        "-m",
-        "azrecipe",
-        "plan",
-        *_build_arguments(path, options),
-        "--hardware",
-        settings.instance_type,
-        "--json",
-        "--no-levers",
-    ]
-    line += ["--nodes", str(settings.instance_count)]
-    line += ["--price-per-hour", str(settings.price_per_hour)] if settings.price_per_hour else []
-    line += ["--accelerate-config", settings.accelerate_config] if settings.accelerate_config else []
-    if options.step or recipe.path.name != Path(path).name:
-        line += ["--step", recipe.path.name]
-    line += ["--cell", recipe.cell.name] if recipe.cell is not None else []
-    process = subprocess.run(line, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise CannotRun(
-            f"azrecipe plan, for {settings.instance_count} × {settings.instance_type}: {process.stderr.strip()}\n  To submit it anyway: --no-plan"
+    is_step = bool(options.step) or recipe.path.name != Path(path).name
+    try:
+        report = run_isolated_silently(
+            plan_recipes,
+            recipe=path,
+            hardware=(settings.instance_type,),
+            nodes=settings.instance_count,
+            overrides=tuple(options.set),
+            runs_dir=Path(options.runs_dir),
+            step=recipe.path.name if is_step else None,
+            cell=recipe.cell.name if recipe.cell is not None else None,
+            accelerate_config=settings.accelerate_config or None,
+            price_per_hour=settings.price_per_hour or None,
+            with_alternatives=False,
         )
-    answer: dict[str, Any] = json.loads(process.stdout)
-    return answer
+        problems = "\n".join(report.problems)
+    except AzrecipeError as error:
+        problems = str(error)
+    if problems:
+        raise CannotRun(
+            f"azrecipe plan, for {settings.instance_count} × {settings.instance_type}: {problems}\n  To submit it anyway: --no-plan"
+        )
+    return report.estimates[0][0]
 
 
 def _start_job(submission: Submission, account: Account) -> TrainingJob:

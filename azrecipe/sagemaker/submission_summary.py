@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from azrecipe.planning.estimate_types import RecipeEstimate
 from azrecipe.recipe.load import Recipe
 from azrecipe.sagemaker import training_job
 from azrecipe.sagemaker.account import Account
@@ -21,14 +22,14 @@ class Submission:
     Attributes:
         recipe: The recipe.
         spec: What its job is created from.
-        plan: The answer of `azrecipe plan --json`; None where there is none.
+        plan: The estimate of the job; None where there is none.
         complete: Whether its run is complete in the bucket.
         running_job: The job that is training this run now.
     """
 
     recipe: Recipe
     spec: training_job.JobSpec
-    plan: dict[str, Any] | None
+    plan: RecipeEstimate | None
     complete: bool = False
     running_job: TrainingJob | None = field(default=None)
 
@@ -80,7 +81,7 @@ def describe_submission(submission: Submission, account: Account) -> str:
     return "\n".join(lines)
 
 
-def format_cost(plan: dict[str, Any] | None, settings: SageMakerSettings) -> str:
+def format_cost(plan: RecipeEstimate | None, settings: SageMakerSettings) -> str:
     """Format hours and price in a line."""
     limit = f"at most {settings.max_runtime_in_seconds / 3600:,.0f} h (max_runtime_in_seconds)"
     if plan is None or plan["hours"] is None:
@@ -98,11 +99,17 @@ def format_cost(plan: dict[str, Any] | None, settings: SageMakerSettings) -> str
 
 def format_question(todo: Sequence[Submission]) -> str:
     """Format the question before money is spent."""
-    plans = [each.plan for each in todo if each.plan and each.plan["hours"] and each.plan["price"]["on_demand"]]
-    total = sum(plan["hours"]["middle"] * plan["price"]["on_demand"]["usd_per_hour"] for plan in plans)
+    prices = [price for each in todo if each.plan and (price := _compute_price(each.plan)) is not None]
+    total = sum(prices)
     jobs_text = f"{len(todo)} job{'s' if len(todo) > 1 else ''}"
-    if not plans:
+    if not prices:
         return f"Submit {jobs_text}, price not known?"
-    unknown = len(todo) - len(plans)
+    unknown = len(todo) - len(prices)
     unknown_text = f" and {unknown} whose price is not known" if unknown else ""
     return f"Submit {jobs_text}, about {total:,.0f} USD{unknown_text}?"
+
+
+def _compute_price(plan: RecipeEstimate) -> float | None:
+    """Compute a job's price in USD; None where it is not known."""
+    hours, price = plan["hours"], plan["price"]["on_demand"]
+    return hours["middle"] * price["usd_per_hour"] if hours and price else None

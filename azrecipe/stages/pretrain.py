@@ -19,7 +19,7 @@ from azrecipe.data.sources import read_texts
 from azrecipe.distributed import local_storage, requirements
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
-from azrecipe.modeling import chunked_loss, liger_kernels, loading, new_tokens, parameter_groups, word_vectors
+from azrecipe.modeling import attention, chunked_loss, liger_kernels, loading, new_tokens, parameter_groups, word_vectors
 from azrecipe.modeling.vocabulary_swap import EmbeddingInit, SwapReport, check_swap, find_shared_tokens, pad_vocabulary, swap_vocabulary
 from azrecipe.planning import run_estimate
 from azrecipe.planning.model_config import ModelShape
@@ -141,6 +141,7 @@ def _check_backend(recipe: Recipe, backend: Backend, run_dir: RunDir) -> None:
     """Refuse what the launched processes cannot do with this recipe."""
     config: PretrainConfig = recipe.config
     trainer.check_training(config.training, backend)
+    attention.check_attention(config.model.attn_implementation, config.training.precision)
     requirements.check_context_parallel(backend.context_parallel_size, recipe)
     checkpoints.check_readable(run_dir.checkpoints_dir, backend)
     if backend.uses_deepspeed and config.training.on_bad_loss == "skip":

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from azrecipe.data.packing import PackedText, build_collator
 from azrecipe.data.phase_schedule import PhaseSchedule
 from azrecipe.distributed import local_storage
 from azrecipe.distributed.backend import Backend
 from azrecipe.evaluation import bits_per_byte
-from azrecipe.modeling import chunked_loss, loading, parameter_groups
+from azrecipe.modeling import chunked_loss, liger_kernels, loading, parameter_groups
 from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.modeling.row_gradient_mask import RowGradientMask
 from azrecipe.recipe import optimizer_settings
@@ -136,6 +136,7 @@ class TextTrainer(AsyncCheckpointMixin, BadStepGuardMixin, training_trainer.NonE
         self.job, self.trainable = job, trainable
         self.predicted_tokens: Any = 0  # since the last log line, on all processes. A tensor on a GPU, so that no step waits
         super().__init__(**arguments, eval_dataset=dict(job.held_out))
+        self.loss_arguments = liger_kernels.build_loss_arguments(self.model)  # of the model's forward, beside a batch
         self.add_callback(guard)
         self.guard, guard.trainer = guard, self
         self.checkpoint_writer = None if job.backend.sharded else AsyncCheckpointWriter(job.backend)
@@ -161,6 +162,7 @@ class TextTrainer(AsyncCheckpointMixin, BadStepGuardMixin, training_trainer.NonE
         With context parallelism a process has a front and a back piece of a sequence. transformers takes the jump in positions for packing
         and makes a mask of [tokens, tokens]; Accelerate drops it in each layer. An explicit mask avoids making it.
         """
+        inputs = {**inputs, **self.loss_arguments}
         if self.job.backend.context_parallel_size > 1:
             inputs = {**inputs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs["input_ids"].device)}
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -221,6 +223,35 @@ def required_disk_bytes(job: PretrainJob, model: PreTrainedModel, phase_index: i
 
 def train_phase(job: PretrainJob, model: PreTrainedModel, phase_index: int) -> None:
     """Train one phase, measure its model and save it."""
+    name, main = job.schedule.phases[phase_index].name, job.backend.main
+    trainer, summary = run_phase_loop(job, model, phase_index)
+    job.record_bpb(name, training_trainer.get_evaluation_model(trainer, job.backend), job.tokenizer)
+    state = training_trainer.gather_state_dict(trainer, job.backend)
+    model = training_trainer.unwrap_model(trainer)
+    model.config.use_cache = True
+    if main:
+        loading.save_model(model, job.tokenizer, job.model_folder(phase_index), state, job.new_token_ids)
+    summary |= trainer.checkpoint_writer.timings if trainer.checkpoint_writer else {}
+    job.record.finish_phase(name, summary, job.model_folder(phase_index))
+    remove_finished_checkpoints(job)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+
+
+def run_phase_loop(
+    job: PretrainJob, model: PreTrainedModel, phase_index: int, more_callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """Run one phase's training loop.
+
+    Args:
+        job: What the functions of pretraining need.
+        model: The model, trained in place.
+        phase_index: The phase.
+        more_callbacks: Callbacks beside our own, for benchmarks.
+
+    Returns:
+        The trainer, and a summary of the loop for phases.json.
+    """
     config, planned_phase, main = job.config, job.schedule.phases[phase_index], job.backend.main
     trainable = parameter_groups.set_trainable_parameters(model, planned_phase.phase.trainable_parameters, job.new_token_ids)
     shares = ", ".join(f"{pattern} {count:,}" for pattern, count in trainable.by_pattern.items())
@@ -265,30 +296,20 @@ def train_phase(job: PretrainJob, model: PreTrainedModel, phase_index: int) -> N
             model=model,
             train_dataset=data,
             data_collator=build_collator(job.schedule.packing, config.model.attn_implementation, job.backend.context_parallel_size),
-            callbacks=[*callbacks, RowGradientMask(trainable, job.backend.strategy)],
+            callbacks=[*callbacks, RowGradientMask(trainable, job.backend.strategy), *more_callbacks],
             args=args,
         )
 
     trainer, summary = training_trainer.train_loop(build_trainer, loop, units, job.backend, config.training)
-    job.record_bpb(planned_phase.name, training_trainer.get_evaluation_model(trainer, job.backend), job.tokenizer)
-    state = training_trainer.gather_state_dict(trainer, job.backend)
-    model = training_trainer.unwrap_model(trainer)
-    model.config.use_cache = True
-    if main:
-        loading.save_model(model, job.tokenizer, job.model_folder(phase_index), state, job.new_token_ids)
-    summary |= {
+    return trainer, {
+        **summary,
         "tokens": data.count_tokens(len(data)),
         "fill": round(job.schedule.measure_fill(phase_index), 5),
         "bytes": data.count_bytes(len(data)),
         "trainable_parameters": trainable.trainable,
         "learning_rate": planned_phase.phase.learning_rate,
         "skipped_steps": [step + 1 for step in guard.skipped_steps],
-        **(trainer.checkpoint_writer.timings if trainer.checkpoint_writer else {}),
     }
-    job.record.finish_phase(planned_phase.name, summary, job.model_folder(phase_index))
-    remove_finished_checkpoints(job)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
 
 
 def _list_documents(job: PretrainJob, data: PackedText, sequence: int) -> list[dict[str, Any]]:

@@ -24,9 +24,8 @@ from azrecipe.runs import event_log
 from azrecipe.training import checkpoints, optimizers, precision
 from azrecipe.training.monitor import LoopUnits, TrainingMonitor, trim_lines
 from azrecipe.training.profiling import Profiler
+from azrecipe.utils import environment_variables
 from azrecipe.utils.console import print_progress
-
-TENSORBOARD_VARIABLE = "AZRECIPE_TENSORBOARD"  # a folder instead of <run>/tensorboard
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def build_training_arguments(training: Training, loop: LoopConfig, backend: Back
     """
     batch = split_batch(training.global_batch_size, training.per_device_train_batch_size, backend.data_parallel_size)
     if training.report_to:
-        folder = Path(os.environ.get(TENSORBOARD_VARIABLE) or loop.run_path / "tensorboard")
+        folder = Path(environment_variables.TENSORBOARD.read() or loop.run_path / "tensorboard")
         if os.environ.get("TENSORBOARD_LOGGING_DIR", str(folder)).startswith(str(folder)):  # a user's own setting stays
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / loop.name)  # each phase counts its steps from 0
     return {
@@ -136,7 +135,20 @@ def create_training_arguments(arguments_class: Callable[..., TrainingArguments],
         raise CommandError(f"training: transformers refuses these arguments: {error}") from None
 
 
-class NonEmptyParamGroupsMixin(Trainer):  # type: ignore[misc]
+class IntegerTokenCountMixin(Trainer):  # type: ignore[misc]
+    """A mixin for Trainer whose step counts its tokens in integers.
+
+    transformers divides the count and so makes it float32 (trainer.py, _get_num_items_in_batch). FSDP casts a model's floating-point
+    arguments to bfloat16: loss and gradients would be wrong by up to 0.2 %.
+    """
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
+        """Get a step's batches, and the number of their labels on all processes."""
+        batches, count = super().get_batch_samples(*arguments)
+        return batches, count.round().long() if torch.is_tensor(count) and count.is_floating_point() else count
+
+
+class NonEmptyParamGroupsMixin(IntegerTokenCountMixin):
     """A mixin for Trainer whose optimizer has no empty parameter group.
 
     transformers makes one group that decays and one that does not; either may be empty. FSDP's checkpoints do not return the settings of

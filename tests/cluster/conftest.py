@@ -1,5 +1,13 @@
-"""Two-host runs take minutes and root's rights: `make test-cluster` collects them, `make test` does not."""
+"""Every test here has the marker `cluster`: `make test-cluster` runs it, `make test` does not."""
 
-import os
+from __future__ import annotations
 
-collect_ignore_glob = [] if os.environ.get("AZRECIPE_CLUSTER") else ["test_*.py"]
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker("cluster")

@@ -22,9 +22,6 @@ from tests import aws
 from tests.cluster.hosts import Running, why_not
 from tests.conftest import ROOT, write
 
-if why_not():
-    pytest.skip(why_not(), allow_module_level=True)
-
 RECIPE = ROOT / "recipes" / "quickstart" / "pretrain.yaml"
 SHORT = (
     "phases[0].num_train_epochs=null",
@@ -37,6 +34,8 @@ SHORT = (
 
 @pytest.fixture(scope="module", autouse=True)
 def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if reason := why_not():
+        pytest.skip(reason)
     with aws.loopback(tmp_path_factory.mktemp("aws")):
         aws.furnish()
         yield

@@ -70,7 +70,7 @@ def started(recipe: str, runs: Path, worlds: Sequence[Mapping[str, str]]) -> lis
             os.dup2(log, 2)
             from azrecipe.pipeline import worker
 
-            code = worker.run_worker(recipe, [], runs)
+            code = worker.run_worker(recipe, [], runs).exit_code
         finally:
             os._exit(code)
     return children

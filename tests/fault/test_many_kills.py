@@ -9,6 +9,7 @@ import pytest
 from tests.small import ROOT, called
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launch", [(), ("--accelerate-config", "fsdp", "--num-processes", "2")], ids=["one process", "fsdp × 2"])
 def test_many_kills_change_nothing(launch: tuple[str, ...]) -> None:
     done = called([sys.executable, "-m", "tests.fault.kill_and_resume", "--kills", "4", *launch], ROOT, 900)

@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_kind_is_refused_before_training_in_words(resuma
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_zero_trains_the_model_that_one_process_trains(small: Project, finished: Project, stage: int) -> None:
     printed = small.run("cpt", "--accelerate-config", f"zero{stage}", "--num-processes", "2", *EVERYTHING)
     assert f"zero{stage}, 2 processes" in printed
@@ -236,6 +236,7 @@ def test_pure_bfloat16_is_pure_when_sharded_and_trains_alike(small: Project) -> 
     assert {t.properties.dtype for name, t in stored.items() if "exp_avg" in name} == {torch.bfloat16}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_trains_alike_and_its_checkpoint_is_a_plain_one(small: Project, finished: Project) -> None:
     """Stopped compiled and ended plain: the names in the checkpoint are the model's own."""

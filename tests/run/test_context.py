@@ -45,6 +45,7 @@ def test_two_processes_that_share_each_sequence_train_as_one(small: Project, who
         assert mine["train_bpb"] == pytest.approx(one["train_bpb"], abs=5e-5)
 
 
+@pytest.mark.long
 def test_pairs_of_processes_share_sequences_and_what_they_stop_at_goes_on_without_pairs(small: Project, whole: Project) -> None:
     """Four processes are two pairs over which the model is sharded; one goes on from their checkpoint."""
     code = small.interrupt(

@@ -57,7 +57,7 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("answer", ["gated", pytest.param("unknown", marks=pytest.mark.long)])
 def test_a_model_that_the_hub_does_not_give(
     project: Path, run_cli: Callable[..., Done], hub: Callable[[int, str], str], answer: str
 ) -> None:

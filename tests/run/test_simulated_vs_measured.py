@@ -28,7 +28,10 @@ from tests.conftest import ROOT
 from tests.run.simulated_vs_measured import LITTLE, Case, draw, fill
 from tests.small import environment
 
-pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU"),
+]
 
 SEED = int(os.environ.get("AZRECIPE_SEED", "7"))
 

@@ -110,7 +110,8 @@ class _Liger(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, head: LossHead) -> torch.Tensor:
         hidden, table = _to_autocast_dtype(x), _to_autocast_dtype(weight.detach())
         gx = torch.zeros_like(hidden)
-        gw = torch.zeros_like(table) if ctx.needs_input_grad[1] else None
+        sum_dtype = torch.float32 if head.kind == "liger_float32" else table.dtype
+        gw = torch.zeros_like(table, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
         tile_rows = head.count_tile_rows(x, weight)
         part = hidden[:tile_rows]
         with head.tracker.within_tile(tile_rows / x.shape[0]):
@@ -258,7 +259,7 @@ def _compute_loss(head: LossHead, hidden: torch.Tensor, weight: torch.Tensor, la
         weight: [vocabulary, width].
         labels: [batch, length].
     """
-    if head.kind == "liger":
+    if head.kind.startswith("liger"):
         return _Liger.apply(hidden.flatten(0, -2), weight, head)  # type: ignore[no-untyped-call, no-any-return]
     if head.kind == "trl":
         x = hidden[:, :-1].reshape(-1, hidden.shape[-1])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from azrecipe.planning.simulation.step_cost import MEMORY_KINDS, BatchLinear, StepEvent, StepPosition
 
@@ -33,11 +33,18 @@ _SELECTIONS = {_aten.embedding, _aten.nll_loss_forward, _aten.nll_loss_backward,
 
 
 def _flash(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    """Count the two products of each query head; key and value heads may be fewer.
+
+    Written out because torch's own formula takes equal heads only before 2.13.
+    """
+    batch, heads, queries, width = query
+    return int(2 * batch * heads * queries * key[2] * (width + value[3]))
 
 
 def _flash_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
+    """Five products: the scores again, and the gradients of scores, values, queries and keys."""
+    batch, heads, queries, width = query
+    return int(2 * batch * heads * queries * key[2] * (3 * width + 2 * value[3]))
 
 
 def _addmm(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:

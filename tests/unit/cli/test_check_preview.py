@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from azrecipe.cli.check_preview import MAX_TOKENS_SHOWN, format_example
+from azrecipe.cli.check_preview import format_example
 from azrecipe.data.finetuning_examples import PreferenceExample
+from azrecipe.operations.check_preview import MAX_EXAMPLE_TOKENS, build_example_preview
 from azrecipe.tokenization.chat_templates import TokenizedExample
 from azrecipe.tokenization.encoding import IGNORE_INDEX
 
@@ -33,18 +34,18 @@ def test_trained_tokens_are_marked_and_characters_stay_whole(tokenizer: Any) -> 
     prompt, answer = encode(tokenizer, "ab"), encode(tokenizer, "cə")
     assert len(answer) == 3  # ə is two bytes
     example = TokenizedExample(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer)
-    assert format_example(tokenizer, example, colour=False).plain == "a·b⟦c·ə⟧"
-    coloured = format_example(tokenizer, example, colour=True)
+    assert format_example(build_example_preview(tokenizer, example), colour=False).plain == "a·b⟦c·ə⟧"
+    coloured = format_example(build_example_preview(tokenizer, example), colour=True)
     assert coloured.plain == "a·bc·ə"
     assert [coloured.plain[span.start : span.end] for span in coloured.spans if "green" in str(span.style)] == ["c", "ə"]
 
 
 def test_long_examples_are_cut_with_a_count(tokenizer: Any) -> None:
-    ids = encode(tokenizer, "a" * (MAX_TOKENS_SHOWN + 7))
-    assert format_example(tokenizer, TokenizedExample(ids, ids), colour=False).plain.endswith("⟧ … 7 tokens more")
+    ids = encode(tokenizer, "a" * (MAX_EXAMPLE_TOKENS + 7))
+    assert format_example(build_example_preview(tokenizer, TokenizedExample(ids, ids)), colour=False).plain.endswith("⟧ … 7 tokens more")
 
 
 def test_both_answers_of_a_preference_can_be_shown(tokenizer: Any) -> None:
     example = PreferenceExample(encode(tokenizer, "q"), encode(tokenizer, "yes"), encode(tokenizer, "no"))
-    assert format_example(tokenizer, example.to_example(True), colour=False).plain == "q⟦y·e·s⟧"
-    assert format_example(tokenizer, example.to_example(False), colour=False).plain == "q⟦n·o⟧"
+    assert format_example(build_example_preview(tokenizer, example.to_example(True)), colour=False).plain == "q⟦y·e·s⟧"
+    assert format_example(build_example_preview(tokenizer, example.to_example(False)), colour=False).plain == "q⟦n·o⟧"

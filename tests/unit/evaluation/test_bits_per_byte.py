@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from azrecipe.evaluation.bits_per_byte import score_texts, split_windows
 from azrecipe.modeling.loading import load_model
 from azrecipe.tokenization.encoding import encode_texts
-from azrecipe.tokenization.tokenizer import load_tokenizer
+from azrecipe.tokenization.tokenizer import count_embedding_rows, load_tokenizer
 from azrecipe.tokenization.tokenizer_metrics import count_tokens
 from azrecipe.utils.process_pool import WorkerPool
 from tests.conftest import TALES
@@ -132,3 +132,27 @@ def test_each_document_has_its_own_nats(llama: Path) -> None:
     assert nats.tolist() == pytest.approx([one.nats for one in alone], rel=1e-5)
     assert tokens.tolist() == [one.num_tokens for one in alone]
     assert float(nats.sum()) == pytest.approx(found.nats, rel=1e-12)
+
+
+@pytest.mark.parametrize(("positions", "lengths"), [(40, {40}), (512, {64, 128, 192})])
+def test_measured_batches_have_few_lengths_and_no_more_positions_than_the_model(llama: Path, positions: int, lengths: set[int]) -> None:
+    """A GPT-2 has a table of positions, which padding must not go beyond; what is measured is what it is without padding."""
+    tokenizer = load_tokenizer(str(llama))
+    config = GPT2Config(
+        vocab_size=count_embedding_rows(tokenizer), n_positions=positions, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    seen: set[int] = set()
+    hook = model.register_forward_pre_hook(lambda _, __, inputs: seen.add(inputs["input_ids"].shape[1]), with_kwargs=True)
+    texts = [TALES[0] * count for count in (1, 2, 3)]
+    padded = score_texts(model, tokenizer, texts, 500, batch_size=1)
+    hook.remove()
+    assert seen <= lengths
+    nats = 0.0
+    for text in texts:
+        for window in split_windows(encode_texts(tokenizer, [text])[0], tokenizer.bos_token_id, min(positions, 500)):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([window.ids])).logits[0].log_softmax(-1)
+            nats -= float(sum(logits[at - 1, window.ids[at]] for at in range(window.num_context, len(window.ids))))
+    assert padded.nats == pytest.approx(nats, rel=1e-5)

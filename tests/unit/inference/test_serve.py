@@ -21,10 +21,11 @@ import pytest
 
 from azrecipe.errors import CannotRun, CommandError
 from azrecipe.inference import serve
+from azrecipe.recipe.extras import is_installed
 from azrecipe.runs import finished_model
 from tests.conftest import ROOT, Done
 
-INSTALLED = all(importlib.util.find_spec(name) for name in serve.REQUIRED_MODULES["transformers"])
+INSTALLED = is_installed("serve")
 
 
 def free_port() -> int:

@@ -1,0 +1,85 @@
+"""The environment variables of azrecipe: names, defaults and meanings.
+
+All modules read them here, and docs/environment.md is generated from this table: python -m azrecipe.utils.environment_variables
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EnvironmentVariable:
+    """One environment variable; an empty value counts as none.
+
+    Attributes:
+        name: Its name.
+        default: The value without it; "" where it switches something on.
+        default_text: How docs name that value.
+        meaning: What it does, in Markdown.
+    """
+
+    name: str
+    default: str
+    default_text: str
+    meaning: str
+
+    @property
+    def is_set(self) -> bool:
+        return bool(os.environ.get(self.name))
+
+    def read(self) -> str:
+        """Return its value, or the default."""
+        return os.environ.get(self.name) or self.default
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PAGE = EnvironmentVariable("AZRECIPE_PAGE", "1", "1", "`0`: runs write no report.html (docs/report.md)")
+ESTIMATE = EnvironmentVariable(
+    "AZRECIPE_FORESEE", "", "on a GPU only", "The estimate before a run: `0` never, `1` on a CPU too (docs/plan.md)"
+)
+ESTIMATE_SECONDS = EnvironmentVariable("AZRECIPE_FORESEE_SECONDS", "30", "30", "How long that estimate may take, in seconds")
+STORAGE = EnvironmentVariable(
+    "AZRECIPE_STORAGE",
+    "shared",
+    "shared",
+    "`local`: each machine has a run directory of its own, which is uploaded in the background; `shared`: all see one (docs/backends.md)",
+)
+CACHE = EnvironmentVariable("AZRECIPE_CACHE", "", "`<runs_dir>/.cache`", "The folder of tokenised text")
+TENSORBOARD = EnvironmentVariable(
+    "AZRECIPE_TENSORBOARD", "", "`<run>/tensorboard`", "The folder of TensorBoard's files, with a subfolder for each phase"
+)
+EXIT_CODES = EnvironmentVariable(
+    "AZRECIPE_EXIT_CODES",
+    "",
+    "none",
+    "A folder where each process of a run writes its exit code, named by its rank, and its error message (`<rank>.reason`). azrecipe sets "
+    "it for the processes that it launches, as launchers turn every failure into exit code 1",
+)
+VARIABLES = (CACHE, EXIT_CODES, ESTIMATE, ESTIMATE_SECONDS, PAGE, STORAGE, TENSORBOARD)
+
+
+def generate_document() -> str:
+    """Generate docs/environment.md."""
+    rows = [f"| `{variable}` | {variable.default_text} | {variable.meaning} |" for variable in VARIABLES]
+    return "\n".join(
+        [
+            "# Environment variables",
+            "",
+            "Written by `python -m azrecipe.utils.environment_variables > docs/environment.md`; edit the table there. An empty value counts as",
+            "none. `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`, `CUDA_VISIBLE_DEVICES` and the other variables of libraries work as their own",
+            "documentation says.",
+            "",
+            "| variable | default | meaning |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(generate_document(), end="")
