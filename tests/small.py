@@ -21,6 +21,7 @@ import pytest
 
 from tests.conftest import QUESTIONS, ROOT, TALES, Done, jsonl, write
 from tests.forkserver import Server
+from tests.result_schemas import check_written_files
 
 BASE = """
 stage: pretrain
@@ -247,6 +248,8 @@ class Project:
         """Run a recipe in a process of its own and return what it printed."""
         done = called(self.command(recipe, *arguments, runs=runs, launcher=launcher), self.folder)
         assert done.code == code, f"exit code {done.code}\n{done.text}"
+        if code == 0:
+            check_written_files(self.path(recipe, runs))
         return done.text
 
     def started(self, recipe: str, *arguments: str, runs: str = "runs", printed: Path | None = None) -> Started:

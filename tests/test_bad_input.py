@@ -177,7 +177,7 @@ REFUSED_BY_READING = [
     Case("processes no number", PRETRAIN, ("--num-processes: must be a whole number, not 'two'",), args=("--num-processes", "two")),
     Case("unknown accelerate config", PRETRAIN, ("there is no accelerate config 'fsdpp'; did you mean 'fsdp'? Known: context, cpu, ddp",), args=("--accelerate-config", "fsdpp")),
     Case("missing accelerate config", PRETRAIN, ("no such accelerate config: ./my.yaml",), args=("--accelerate-config", "./my.yaml")),
-    Case("cpu is one process", PRETRAIN, ("is one process: for 2 say --accelerate-config ddp",), args=("--accelerate-config", "cpu", "--num-processes", "2")),
+    Case("cpu is one process", PRETRAIN, ("is for one process. For 2: --accelerate-config ddp",), args=("--accelerate-config", "cpu", "--num-processes", "2")),
     Case("validate a folder without recipes", None, ("d: no recipe in this folder",), files={"d/x": ""}, whole=("validate", "d")),
     Case("validate a lone fragment", "fragment: true\n", ("r.yaml: a fragment: it is checked through the recipes that extend it",), whole=("validate", "r.yaml")),
     Case("show a broken recipe", "stage: xyz\n", ("there is no stage 'xyz'",), whole=("show", "r.yaml")),

@@ -105,4 +105,6 @@ def test_every_environment_variable_is_read_through_the_table() -> None:
             assert not re.findall(r"""["']AZRECIPE_\w+["']""", file.read_text(encoding="utf-8")), f"{file}: use environment_variables"
     names = {variable.name for variable in environment_variables.VARIABLES}
     for file in [*(ROOT / "docs").glob("*.md"), *(ROOT / "azrecipe").rglob("*.py")]:
-        assert set(re.findall(r"\bAZRECIPE_[A-Z_]+\b", file.read_text(encoding="utf-8"))) <= names, f"{file}: a variable that is not in the table"
+        assert set(re.findall(r"\bAZRECIPE_[A-Z_]+\b", file.read_text(encoding="utf-8"))) <= names, (
+            f"{file}: a variable that is not in the table"
+        )

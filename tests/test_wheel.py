@@ -43,12 +43,15 @@ def test_the_wheel_carries_what_the_checkout_has(wheel: Path) -> None:
         for file in (ROOT / top).rglob("*"):
             if file.is_file():
                 assert f"azrecipe/_shipped/{file.relative_to(ROOT)}" in names
+    assert "azrecipe/py.typed" in names
     assert not [name for name in names if name.startswith("tests/")]
 
 
 def test_the_same_commands_work_elsewhere(installed: Path, tmp_path: Path) -> None:
     where = call(installed, tmp_path, "-c", "import azrecipe; print(azrecipe.__file__)")
     assert where.stdout.startswith(str(installed))
+    loaded = call(installed, tmp_path, "-c", "import azrecipe; print(azrecipe.load_recipe('recipes/quickstart/sft.yaml').stage)")
+    assert loaded.stdout == "sft\n", loaded.stderr
     valid = call(installed, tmp_path, "-m", "azrecipe", "validate", "recipes")
     assert valid.returncode == 0, valid.stderr
     assert "recipes valid" in valid.stdout

@@ -110,7 +110,7 @@ def _list_s3(path: str) -> tuple[DataFile, ...]:
     """List the files once; they do not change during a run."""
     from pyarrow import fs
 
-    key = path.removeprefix("s3://").strip("/")
+    key = path.removeprefix("s3://").rstrip("/")
     parts = key.split("/")
     first_glob = next((i for i, part in enumerate(parts) if any(c in part for c in GLOB_CHARACTERS)), None)
     if first_glob == 0 or not parts[0]:

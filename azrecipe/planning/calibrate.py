@@ -21,7 +21,7 @@ from azrecipe.planning.training_loops import PlannedLoop, plan_config_loops
 from azrecipe.recipe.load import load_run_config
 from azrecipe.recipe.types import PretrainConfig, SftConfig
 from azrecipe.runs import event_log
-from azrecipe.utils.atomic_files import read_json
+from azrecipe.runs.reader import RunRecord
 
 MIN_LOGGED_LINES = 5  # with fewer logged lines, one slow moment decides the median
 
@@ -76,8 +76,8 @@ def calibrate_from_run(run_dir: Path) -> str:
     head = f"{run_dir}: {run.cluster.machine.name}, {run.cluster.strategy}"
     if not entries:
         raise CommandError("\n".join([f"{head}: nothing to learn from", *report]))
-    card, run_id = run.cluster.machine.card.name, (read_json(run_dir / "status.json") or {}).get("run_id")
-    versions = (read_json(run_dir / "environment.json") or {}).get("versions", {})
+    record = RunRecord(run_dir, str(run_dir))
+    card, run_id, versions = run.cluster.machine.card.name, record.status.get("run_id"), record.environment.get("versions", {})
     calibration_file.add_calibrated_run(
         {"run_id": run_id or str(run_dir.resolve()), "run": str(run_dir.resolve()), "calibrated": event_log.format_current_time(), "card": card, "device": run.device,
          "hardware": run.cluster.machine.name, "backend": run.cluster.strategy, "versions": versions, "loops": entries}
@@ -121,7 +121,7 @@ def _load_run(path: Path) -> CalibrationRun:
     """
     if not (path / "recipe.yaml").is_file():
         raise CommandError(f"{path}: no run: there is no {path / 'recipe.yaml'}")
-    config, environment = load_run_config(path / "recipe.yaml"), read_json(path / "environment.json") or {}
+    config, environment = load_run_config(path / "recipe.yaml"), RunRecord(path, str(path)).environment
     if not isinstance(config, PretrainConfig | SftConfig):
         raise CommandError(f"{path}: a run of pretrain or sft is needed; this one trains no model")
     if isinstance(config, SftConfig) and not (config.method == "sft" and config.data.packing):
@@ -160,7 +160,7 @@ def _read_machines(path: Path, environment: Mapping[str, Any]) -> MachineGroup:
 
 def _load_model_shape(path: Path) -> ModelShape:
     """Read the trained model's shape from plan.json, or from the saved model."""
-    planned = (read_json(path / "plan.json") or {}).get("model")
+    planned = RunRecord(path, str(path)).plan.get("model")
     if planned:
         return ModelShape(planned["config"], planned["new_tokens"], ())
     if not (path / "final" / "config.json").is_file():
@@ -174,7 +174,7 @@ def _steady_rates(path: Path, loop: str, training: Any) -> Iterator[LoggedRate]:
     Left out are intervals with a checkpoint or an evaluation.
     """
     first_step = _find_first_step(path, loop)
-    lines = [line for line in event_log.read_json_lines(path / "metrics.jsonl") if line.get("phase") == loop]
+    lines = [line for line in RunRecord(path, str(path)).metrics if line.get("phase") == loop]
     logged = [
         line for line in lines if line.get("tokens_per_second") and "loss" in line and first_step is not None and line["step"] > first_step
     ]
@@ -192,7 +192,7 @@ def _find_first_step(path: Path, loop: str) -> int | None:
 
     Returns 0 without an event log, None where the last start did not reach the loop. Lines of an earlier start may be another machine's.
     """
-    events = event_log.read_events(path)
+    events = RunRecord(path, str(path)).history
     last_start = max((index for index, event in enumerate(events) if event.get("event") == "started"), default=None)
     if last_start is None:
         return 0

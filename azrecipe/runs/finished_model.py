@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import CommandError, did_you_mean
+from azrecipe.runs.reader import RunRecord
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.hub_errors import translate_hub_errors
@@ -115,7 +116,7 @@ def _is_run(folder: Path) -> bool:
 
 def _resolve_run(folder: Path) -> FinishedModel:
     run = RunDir(folder, False, folder.parent.parent)
-    status, stage = run.status, (read_json(folder / "result.json") or {}).get("stage")
+    status, stage = run.status, RunRecord(folder, folder.name).result.get("stage")
     if not run.is_complete:
         message = f": {status['message'].splitlines()[0]}" if status.get("message") else ""
         raise CommandError(

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from azrecipe.errors import CommandError, RecipeError
 from azrecipe.recipe.yaml_tree import parse_yaml
 from azrecipe.runs import event_log
+from azrecipe.runs.result_types import ComparisonResult, EvaluateResult, PretrainResult, RunPlan, SftResult, TokenizerResult
 from azrecipe.utils.atomic_files import read_json
 
 STEPS_FILE = "steps.json"  # in a pipeline's folder: its steps in the order in which they run, and their run directories
@@ -47,6 +48,45 @@ class RunRecord:
         if result is None and (phases := read_json(self.path / "phases.json")):
             result = {"stage": "pretrain", **phases}
         return result or {}
+
+    @property
+    def tokenizer_result(self) -> TokenizerResult:
+        """result.json of a complete tokenizer run. Raises CommandError."""
+        return cast(TokenizerResult, self._read_result("tokenizer"))
+
+    @property
+    def pretrain_result(self) -> PretrainResult:
+        """result.json of a complete pretrain run. Raises CommandError."""
+        return cast(PretrainResult, self._read_result("pretrain"))
+
+    @property
+    def sft_result(self) -> SftResult:
+        """result.json of a complete sft run. Raises CommandError."""
+        return cast(SftResult, self._read_result("sft"))
+
+    @property
+    def evaluate_result(self) -> EvaluateResult:
+        """result.json of a complete evaluate run. Raises CommandError."""
+        return cast(EvaluateResult, self._read_result("evaluate"))
+
+    @property
+    def comparison_result(self) -> ComparisonResult:
+        """result.json of a pipeline with `compare`. Raises CommandError."""
+        return cast(ComparisonResult, self._read_result("pipeline"))
+
+    def _read_result(self, stage: str) -> dict[str, Any]:
+        """Read the result.json of a complete run of a stage."""
+        result: dict[str, Any] | None = read_json(self.path / "result.json")
+        if result is None:
+            raise CommandError(f"{self.path}: not complete ({self.state}): there is no result.json")
+        if result.get("stage") != stage:
+            raise CommandError(f"{self.path}: a run of stage {result.get('stage')}, not {stage}")
+        return result
+
+    @property
+    def run_plan(self) -> RunPlan | None:
+        """plan.json, the estimate before the run; None without one."""
+        return cast(RunPlan, self.plan) if self.plan else None
 
     @property
     def stage(self) -> str:

@@ -36,7 +36,7 @@ def test_text_that_is_used_once_ends_the_phase_and_is_not_begun_again(tmp_path: 
     project = fill(tmp_path)
     said = project.run("base", *ONCE, code=2)
     assert "base.yaml:11:" in said
-    assert "phase english asks for 20 steps" in said
+    assert "phase english needs 20 steps" in said
     assert not project.path("base").exists()
     project.run("base", *ONCE, "--set", "data.packing=false", "--set", "phases[0].max_steps=null", "--set", "phases[0].num_train_epochs=1")
     result = project.result("base")

@@ -24,7 +24,7 @@ from tests.small import Project, called, fill
 BASE_STEPS = 6
 TINY_CARD = """
 cards:
-  tiny: {memory_gb: 1, total_memory_gib: 0.2, bf16_tflops: 10, fp32_tflops: 5, memory_gb_per_s: 100}
+  tiny: {memory_gb: 1, total_memory_gib: 0.2, bf16_tflops: 10, tf32_tflops: 5, fp32_tflops: 5, memory_gb_per_s: 100, link: {kind: pcie, gb_per_s: 10}}
 """
 BROKEN = """
 stage: pretrain
@@ -78,9 +78,11 @@ def test_torch_stays_out_of_the_notebook(project: Project) -> None:
 
 
 def test_a_recipe_is_loaded_as_the_command_line_shows_it(project: Project) -> None:
-    recipe = azrecipe.load_recipe("base.yaml", overrides={"training.learning_rate": 1e-5, "project": "a b"})
-    assert recipe.config.training.learning_rate == 1e-5
-    shown = command(project.folder, "show", "base.yaml", "--json", "--set", "training.learning_rate=0.00001", "--set", "project=a b")
+    recipe = azrecipe.load_recipe("base.yaml", overrides={"phases[0].learning_rate": 1e-5, "description": "a: b"})
+    assert recipe.config.phases[0].learning_rate == 1e-5
+    shown = command(
+        project.folder, "show", "base.yaml", "--json", "--set", "phases[0].learning_rate=0.00001", "--set", "description='a: b'"
+    )
     assert recipe.data == json.loads(shown.out)
     step = azrecipe.load_recipe("pipeline.yaml", step="cpt.yaml", overrides=["cpt.yaml:data.max_length=16"])
     assert (step.stage, step.config.data.max_length) == ("pretrain", 16)
@@ -198,8 +200,8 @@ def test_a_pipeline_is_run_and_its_steps_read(project: Project, base: Any) -> No
 def test_a_run_that_is_refused_raises_the_class_of_its_exit_code(project: Project) -> None:
     with pytest.raises(CommandError, match="there is no accelerate config 'fsdq'"):
         azrecipe.run("base.yaml", accelerate_config="fsdq", num_processes=2)
-    with pytest.raises(CannotRun, match="no_such_tracker is not installed"):
-        azrecipe.run("base.yaml", runs_dir="refused", overrides={"training.report_to": ["no_such_tracker"]})
+    with pytest.raises(CannotRun, match="wandb is not installed"):
+        azrecipe.run("base.yaml", runs_dir="refused", overrides={"training.report_to": ["wandb"]})
     assert not (project.folder / "refused").exists()
 
 

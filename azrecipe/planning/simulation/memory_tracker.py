@@ -33,7 +33,7 @@ _SELECTIONS = {_aten.embedding, _aten.nll_loss_forward, _aten.nll_loss_backward,
 
 
 def _flash(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Count the two products of each query head; key and value heads may be fewer.
+    """Count the two products of each query head.
 
     Written out because torch's own formula takes equal heads only before 2.13.
     """
@@ -42,7 +42,7 @@ def _flash(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **_
 
 
 def _flash_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Five products: the scores again, and the gradients of scores, values, queries and keys."""
+    """Count five products: the scores again, and four gradients."""
     batch, heads, queries, width = query
     return int(2 * batch * heads * queries * key[2] * (3 * width + 2 * value[3]))
 

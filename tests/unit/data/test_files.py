@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 
@@ -71,9 +72,10 @@ def test_a_glob_on_s3_means_what_it_does_on_a_disk(pattern: str, matches: list[s
         assert not files._matches(key.split("/"), pattern.split("/")), key
 
 
-def test_a_bucket_is_no_glob() -> None:
-    with pytest.raises(RecipeError, match=r"r\.yaml:3:9: no such file on S3: s3://\*/a\.txt"):
-        files.list_s3_files("s3://*/a.txt", PLACE)
+@pytest.mark.parametrize("path", ["s3://*/a.txt", "s3:///a.txt"])
+def test_a_bucket_is_a_name(path: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"r.yaml:3:9: no such file on S3: {path}")):
+        files.list_s3_files(path, PLACE)
 
 
 @pytest.mark.parametrize(

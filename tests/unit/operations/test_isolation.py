@@ -132,7 +132,8 @@ def test_a_process_that_a_killed_child_leaves_does_not_block() -> None:
 def start_and_interrupt(tmp_path: Path, function: str, count: int) -> tuple[int, str]:
     """Interrupt a process and its isolated call, as Ctrl-C does, and return its exit code and output."""
     code = (
-        "from azrecipe.operations.isolation import run_isolated\nfrom tests.unit.operations import isolated_functions\n"
+        "import signal\nfrom azrecipe.operations.isolation import run_isolated\nfrom tests.unit.operations import isolated_functions\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         f"try:\n    print(run_isolated(isolated_functions.{function}, marker={str(tmp_path / 'begun')!r}))\n"
         "except KeyboardInterrupt:\n    print('interrupted')"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -123,13 +122,14 @@ def test_changed_inputs_are_refused_by_name(recipe: Recipe) -> None:
     assert locate(recipe).status["state"] == "complete"
 
 
-def test_a_locked_folder_is_refused(recipe: Recipe) -> None:
-    run(recipe)
-    with (locate(recipe).path / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def test_a_run_under_way_is_not_opened_again(recipe: Recipe) -> None:
+    directory = locate(recipe)
+    with open_run(recipe, directory, INPUTS):
+        before = directory.status
         with pytest.raises(CannotRun, match="runs/p/r: another process is running this recipe"):
             run(recipe)
-    run(recipe)
+        assert directory.status == before
+    assert run(recipe)["resumed"] == 1
 
 
 def test_other_processes_write_nothing(recipe: Recipe) -> None:

@@ -153,17 +153,25 @@ def test_a_run_goes_on_from_a_checkpoint_in_the_background_exactly(tmp_path: Pat
     assert_same_state(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
 
 
-def test_a_failed_checkpoint_ends_training_and_keeps_the_one_before(tmp_path: Path) -> None:
-    """Something takes the place of the second checkpoint's file while the run goes on."""
+def test_a_failed_checkpoint_ends_training_at_the_next_step(tmp_path: Path) -> None:
+    """Something takes the place of the second checkpoint's file while the run goes on; the first checkpoint stays."""
     blocked = tmp_path / "checkpoints" / "checkpoint-4" / "optimizer.pt"
-    blocking = AtStep(3, lambda: blocked.mkdir(parents=True))
     steps: list[int] = []
-    counting = [AtStep(step, lambda step=step: steps.append(step)) for step in range(1, 7)]  # type: ignore[misc]
-    with pytest.raises(Exception, match=r"optimizer\.pt|directory"):
-        train(tmp_path, background=True, extra=(blocking, *counting))
-    assert steps[:4] == [1, 2, 3, 4]
-    assert [path.name for path in checkpoints.list_complete(tmp_path / "checkpoints")][:1] == ["checkpoint-2"]
-    assert not blocked.parent.exists()
+    trainer: SmallTrainer
+
+    def wait_for_the_thread() -> None:
+        assert trainer.checkpoint_writer is not None and trainer.checkpoint_writer.thread is not None
+        trainer.checkpoint_writer.thread.join()
+
+    actions = [AtStep(3, lambda: blocked.mkdir(parents=True)), AtStep(5, wait_for_the_thread, begin=True)]
+    actions += [AtStep(step, lambda step=step: steps.append(step)) for step in range(1, 7)]  # type: ignore[misc]
+    monitor = TrainingMonitor(SINGLE, tmp_path, UNITS, keep_last=10)
+    trainer = build_trainer(tmp_path, build_rows(12), callbacks=[monitor, *actions], background=True, **SAVING)
+    with pytest.raises(Exception, match="Is a directory"):
+        trainer.train()
+    assert steps == [1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+    assert checkpoints.is_complete(tmp_path / "checkpoints" / "checkpoint-2")
 
 
 def test_a_model_that_is_saved_by_name_is_written_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Where azrecipe changes or relies on the inside of a library.
+
+Each entry names the version that it was written for: look at it again when that library is updated. docs/library_patches.md is generated
+from this table: python -m azrecipe.utils.library_patches
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class LibraryPatch(NamedTuple):
+    """One place that changes or relies on the inside of a library.
+
+    Attributes:
+        module: The module of azrecipe, without the package's name.
+        target: What it assigns to, or the private method that it overrides or calls.
+        library: The library.
+        version: The version that it was written for.
+        upstream: Where in the library the code is that makes it necessary.
+        reason: Why.
+    """
+
+    module: str
+    target: str
+    library: str
+    version: str
+    upstream: str
+    reason: str
+
+
+PATCHES = (
+    LibraryPatch(
+        "distributed.cpu_backend", "PartialState._prepare_backend", "accelerate", "1.15.0", "accelerate/state.py, PartialState._prepare_backend",
+        "Without an accelerator the distributed type is NO, with which FSDP and DeepSpeed are dropped",
+    ),
+    LibraryPatch(
+        "distributed.cpu_backend", "deepspeed.ops.__compatible_ops__", "deepspeed", "0.19.8", "deepspeed/comm/torch.py, build_shm_op",
+        "DeepSpeed compiles shared-memory collectives at the first start; only inference uses them, and there is no setting",
+    ),
+    LibraryPatch(
+        "distributed.cpu_backend", "ring.custom_ops", "torch", "2.13.0",
+        "torch/distributed/tensor/experimental/_context_parallel/_attention.py, custom_ops",
+        "Its table of attention operators lacks those of the CPU",
+    ),
+    LibraryPatch(
+        "modeling.chunked_loss", "head.__class__", "transformers", "5.23.0", "the forward method of each model's ForCausalLM class",
+        "The head computes the loss in chunks; a wrapper would change the names of parameters",
+    ),
+    LibraryPatch(
+        "modeling.chunked_loss", "model.__class__", "transformers", "5.23.0", "the forward method of each model's ForCausalLM class",
+        "The model hands labels to its head instead of computing all logits",
+    ),
+    LibraryPatch(
+        "planning.simulation.kernel_stubs", "module.__class__", "torch", "2.13.0", "torch/nn/modules/linear.py, Linear",
+        "Linear layers stand for bitsandbytes' 4-bit layers, which need a GPU; in a simulated step only",
+    ),
+    LibraryPatch(
+        "planning.simulation.memory_tracker", "torch.UntypedStorage.resize_", "torch", "2.13.0",
+        "torch/distributed/fsdp/_fully_shard/_fsdp_param.py, which frees storages by it",
+        "FSDP 2 frees and refills storages outside the dispatcher; replaced while a simulated step runs only",
+    ),
+    LibraryPatch(
+        "training.async_checkpoint", "_save_optimizer_and_scheduler", "transformers", "5.23.0",
+        "transformers/trainer.py, Trainer._save_optimizer_and_scheduler",
+        "The optimizer's state is copied, and a thread writes it; there is no public hook",
+    ),
+    LibraryPatch(
+        "training.bad_step_guard", "_get_grad_norm", "transformers", "5.23.0", "transformers/trainer.py, Trainer._get_grad_norm",
+        "The norm of the gradients is judged before the optimizer's step",
+    ),
+    LibraryPatch(
+        "training.bad_step_guard", "_tr_loss", "transformers", "5.23.0", "transformers/trainer.py, Trainer._tr_loss",
+        "A skipped step's loss is taken out of the sum of losses that is logged",
+    ),
+    LibraryPatch(
+        "training.finetuning", "_prepare_dataset", "trl", "1.16.0", "trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset",
+        "The rows are tokenised already, by azrecipe's own checks",
+    ),
+)  # fmt: skip
+
+
+def generate_document() -> str:
+    """Generate docs/library_patches.md."""
+    rows = [
+        f"| {patch.library} {patch.version} | `azrecipe/{patch.module.replace('.', '/')}.py` | `{patch.target}` | {patch.upstream} | {patch.reason} |"
+        for patch in PATCHES
+    ]
+    return "\n".join(
+        [
+            "# Patches of libraries",
+            "",
+            "Written by `python -m azrecipe.utils.library_patches > docs/library_patches.md`; edit the table there. A test finds places that the",
+            "table lacks, and fails when an installed library is of another minor version than the one an entry was written for.",
+            "",
+            "| library | where | what | upstream | why |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(generate_document(), end="")
