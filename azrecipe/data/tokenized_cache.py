@@ -253,6 +253,8 @@ class _StoreWriter:
         self.committed_at = time.monotonic()
 
     def __enter__(self) -> _StoreWriter:
+        if self.folder.is_symlink():
+            raise CannotRun(f"{self.folder}: a link in the cache is not followed. Remove it")
         if not self._restore():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.num_pieces, self.stats, self.sizes = 0, PieceStats(), [0] * len(self.names)

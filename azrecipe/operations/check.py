@@ -13,7 +13,7 @@ from azrecipe.operations.selection import list_unfinished_upstream, select_recip
 from azrecipe.pipeline import preflight
 from azrecipe.recipe.load import Recipe
 from azrecipe.runs.run_dir import locate_run
-from azrecipe.runs.run_files import check_run_folder
+from azrecipe.runs.run_files import check_pipeline_folder, check_run_folder
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def check_recipes(
     preflight.check_local_files(recipes)
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warn about each other
     for one in [selection.recipe, *recipes]:
-        check_run_folder(locate_run(one, runs_dir).path)
+        check_folder = check_pipeline_folder if one.stage == "pipeline" else check_run_folder
+        check_folder(locate_run(one, runs_dir).path)
     checks = []
     for one in recipes:
         missing_runs = list_unfinished_upstream(one, runs_dir) if len(recipes) > 1 else ()

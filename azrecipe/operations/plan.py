@@ -119,6 +119,8 @@ def plan_recipes(
         raise CommandError(
             "which machine? --hardware p5.48xlarge, or cards: --hardware 'h100-80g x8'; several: --compare p4d.24xlarge,p5.48xlarge"
         )
+    if nodes < 1 or (vocab_size is not None and vocab_size < 1):
+        raise CommandError(f"nodes and vocab_size must be at least 1, not {nodes} and {vocab_size}")
     placements = [build_placement(_find_machine(name.strip(), hardware_file, price_per_hour), nodes, launch) for name in hardware]
     is_single = len(training) == 1
     planner = _Planner(placements, with_alternatives and is_single and len(placements) == 1, is_single)

@@ -13,7 +13,7 @@ from azrecipe.pipeline.run_request import RunRequest
 from azrecipe.pipeline.runner import check_order, check_run_dirs, run_steps, write_page
 from azrecipe.recipe.load import Recipe
 from azrecipe.runs.run_dir import locate_run
-from azrecipe.runs.run_files import check_run_folder
+from azrecipe.runs.run_files import check_pipeline_folder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run_recipe(
     if opened.stage == "pipeline":
         check_order(opened, selection.steps, runs_dir)
         preflight.check_launch([one for one in selection.recipes if not locate_run(one, runs_dir).is_complete], launch)
-        check_run_folder(path)
+        check_pipeline_folder(path)
         check_run_dirs(selection.steps, runs_dir)
         code = run_steps(opened, selection.steps, request, quiet=quiet)
         return _build_report(opened, path, code, f"{opened.path}: a step failed with exit code {code}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ RESULT_NAMES = {
     "checkpoints", "phases", "candidates", "models", "adapter", "final", "metrics.jsonl", "bad_batches.jsonl", "result.json", "report.html",
 }  # fmt: skip
 RUN_STATES = ("running", "complete", "failed", "interrupted")  # of status.json
+RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 def check_run_folder(path: Path) -> None:
@@ -45,23 +47,50 @@ def check_run_folder(path: Path) -> None:
         )
 
 
+def check_pipeline_folder(path: Path) -> None:
+    """Raise CommandError for a folder that is not a pipeline's. Changes nothing."""
+    check_run_folder(path)
+    if (path / "status.json").exists():
+        raise CommandError(f"{path}: this folder holds the run of a recipe, not a pipeline. Give the pipeline another name or project")
+
+
 def _holds_run(path: Path) -> bool:
     """Whether a folder is empty or a run wrote it."""
     names = {entry.name for entry in os.scandir(path) if not _is_temporary(entry.name)}
-    if not names or (LOCK_NAME in names and names <= FIRST_FILES):  # the run was killed right after its start
+    if not names or (_is_empty_file(path / LOCK_NAME) and names <= FIRST_FILES):  # the run was killed right after its start
         return True
     if local_storage.storage_is_local() and all(
         name in BOOKKEEPING_FILES | RESULT_NAMES or name.endswith((".sagemaker-uploading", ".sagemaker-uploaded")) for name in names
     ):
         return True  # files are uploaded one by one: those that identify a run may be missing
-    identifying_keys = (("environment.json", "azrecipe"), ("steps.json", "steps"))
-    has_state = _read_mapping(path / "status.json").get("state") in RUN_STATES
-    return has_state or any(key in _read_mapping(path / name) for name, key in identifying_keys)
+    return any(
+        (_is_status(_read_mapping(path / "status.json")), _is_environment(_read_mapping(path / "environment.json")), holds_pipeline(path))
+    )
+
+
+def holds_pipeline(path: Path) -> bool:
+    """Check whether a folder is a pipeline's: its steps.json lists runs."""
+    steps = _read_mapping(path / "steps.json").get("steps")
+    return isinstance(steps, list) and all(isinstance(step, dict) and {"step", "cell", "run"} <= step.keys() for step in steps)
+
+
+def _is_status(status: dict[str, Any]) -> bool:
+    """Check that a status.json is a run's: other programs write files of that name too."""
+    return status.get("state") in RUN_STATES and bool(RUN_ID.fullmatch(str(status.get("run_id"))))
+
+
+def _is_environment(environment: dict[str, Any]) -> bool:
+    return {"azrecipe", "python", "versions"} <= environment.keys()
+
+
+def _is_empty_file(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink() and file.stat().st_size == 0
 
 
 def _is_temporary(name: str) -> bool:
-    """Whether a file has a name that write_text uses temporarily."""
-    return name.startswith(".") and name.endswith(".tmp")
+    """Whether write_text left this file beside one that it was replacing."""
+    known = "|".join(re.escape(each) for each in sorted(BOOKKEEPING_FILES | RESULT_NAMES | {"steps.json"}))
+    return re.fullmatch(rf"\.({known})\.\d+\.tmp", name) is not None
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:

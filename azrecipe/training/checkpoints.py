@@ -6,6 +6,7 @@ A marker file is written last. A checkpoint without it is incomplete.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,13 @@ from azrecipe.errors import CannotRun, CommandError
 from azrecipe.utils.atomic_files import list_file_sizes, read_json, sync_tree, write_json
 
 MARKER = "COMPLETE.json"
+NAME = re.compile(r"checkpoint-\d+")
 BACKEND_FILE = "backend.json"
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """List the checkpoint-<step> folders. A copy by another name is the user's."""
+    return [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def get_step(folder: Path) -> int:
@@ -68,7 +75,7 @@ def _read_marker(folder: Path) -> dict[str, int] | None:
 
 def list_complete(folder: Path) -> list[Path]:
     """List the complete checkpoints in a folder, oldest first."""
-    return sorted((path for path in folder.glob("checkpoint-*") if is_complete(path)), key=get_step)
+    return sorted((path for path in list_folders(folder) if is_complete(path)), key=get_step)
 
 
 def find_last_complete(folder: Path) -> Path | None:
@@ -115,7 +122,7 @@ def _list_scattered(folder: Path) -> list[int]:
     This is a collective call.
     """
     files_by_process = local_storage.all_gather_object(
-        {get_step(path): (_read_marker(path), list_file_sizes(path)) for path in folder.glob("checkpoint-*")}
+        {get_step(path): (_read_marker(path), list_file_sizes(path)) for path in list_folders(folder)}
     )
     steps = []
     for step in sorted(set().union(*files_by_process)):
@@ -129,7 +136,7 @@ def _list_scattered(folder: Path) -> list[int]:
 
 def remove_incomplete(folder: Path) -> None:
     """Delete incomplete checkpoints that a crash left."""
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in list_folders(folder):
         if not is_complete(checkpoint):
             _remove(checkpoint)
 
@@ -139,7 +146,7 @@ def remove_after(folder: Path, step: int) -> None:
 
     Some other machine lacks them, and they will be written again.
     """
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in list_folders(folder):
         if get_step(checkpoint) > step:
             _remove(checkpoint)
 
@@ -149,7 +156,7 @@ def rotate(folder: Path, keep: int) -> None:
 
     It goes by the marker: the loop started without incomplete ones, and a machine with its own folder lacks the others' files.
     """
-    for checkpoint in sorted((marker.parent for marker in folder.glob("checkpoint-*/" + MARKER)), key=get_step)[:-keep]:
+    for checkpoint in sorted((path for path in list_folders(folder) if (path / MARKER).exists()), key=get_step)[:-keep]:
         _remove(checkpoint)
 
 
@@ -160,9 +167,9 @@ def mirror_deletions(folder: Path, main: bool) -> None:
     """
     if not local_storage.storage_is_local():
         return
-    names = local_storage.broadcast_from_main({path.name for path in folder.glob("checkpoint-*")})
+    names = local_storage.broadcast_from_main({path.name for path in list_folders(folder)})
     if local_storage.is_writer(main) and not main:
-        for checkpoint in folder.glob("checkpoint-*"):
+        for checkpoint in list_folders(folder):
             if checkpoint.name not in names:
                 _remove(checkpoint)
 
@@ -196,7 +203,7 @@ def check_readable(folder: Path, backend: Backend) -> None:
     Raises:
         CommandError: It cannot; the message says what can.
     """
-    for checkpoint in sorted({marker.parent for marker in folder.rglob("checkpoint-*/" + MARKER)}):
+    for checkpoint in sorted({marker.parent for marker in folder.rglob("checkpoint-*/" + MARKER) if NAME.fullmatch(marker.parent.name)}):
         newest = find_last_complete(checkpoint.parent)
         if newest != checkpoint:
             continue

@@ -101,6 +101,16 @@ def test_a_run_directory_behind_a_link_loses_only_what_the_run_wrote(recipe: Pat
     assert (empty / "final/model.safetensors").is_file()
 
 
+def test_a_pipeline_with_the_name_of_a_finished_run_is_refused(recipe: Path, cli: Cli) -> None:
+    assert cli("run", recipe, "--quiet").code == 0
+    before = contents(Path("runs/thesis/chapters"))
+    write("deep/other.yaml", PRETRAIN.replace("./", "../").replace("text.txt", "../text.txt").replace("heldout.txt", "../heldout.txt"))
+    pipeline = write("deep/chapters.yaml", "stage: pipeline\nproject: thesis\nsteps: [other.yaml]\n")
+    done = cli("run", pipeline)
+    assert done.code == 2 and "runs/thesis/chapters: this folder holds the run of a recipe" in done.text, done.text
+    assert contents(Path("runs/thesis/chapters")) == before
+
+
 @pytest.mark.parametrize("name", ["final", "candidates", "candidates/custom", "status.json", ".lock"])
 def test_links_inside_a_run_directory_are_refused_and_not_followed(project: Path, llama: Path, cli: Cli, name: str) -> None:
     (project / "llama").symlink_to(llama)

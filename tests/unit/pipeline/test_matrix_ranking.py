@@ -66,7 +66,7 @@ def made(recipe: Recipe, bpb: dict[str, float], size: tuple[int, int] = (4, 400)
     write(run / "recipe.yaml", to_yaml(recipe.data))
     write(run / "result.json", json.dumps(result))
     write(run / "metrics.jsonl", jsonl(*({"phase": "a", "step": 1, "tokens": t, "tokens_per_second": s} for t, s in speeds)))
-    write(run / "status.json", json.dumps({"state": "complete"}))
+    write(run / "status.json", json.dumps({"state": "complete", "run_id": "0" * 32}))
 
 
 def everything_made(found: dict[str, list[Recipe]]) -> None:
@@ -143,7 +143,7 @@ def test_cells_that_did_not_read_the_same_bytes_are_flagged(x: int, y: int, same
 def test_cells_that_are_not_finished_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]) -> None:
     pipeline, found = cells()
     made(found["x"][0], {"base": 1.0, "a": 1.0})
-    status = {"state": "failed", "exit_code": 3, "message": "the disk is full"}
+    status = {"state": "failed", "run_id": "0" * 32, "exit_code": 3, "message": "the disk is full"}
     write(locate_run(found["x"][1], RUNS).path / "status.json", json.dumps(status))
     everything_made({"z": found["z"]})
     other = found["y"][0]

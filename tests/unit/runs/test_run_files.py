@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from azrecipe.errors import CommandError
-from azrecipe.runs.run_files import check_run_folder, remove_bookkeeping
+from azrecipe.runs.run_files import check_pipeline_folder, check_run_folder, remove_bookkeeping
 from tests.conftest import write
+
+STATUS = '{"state": "failed", "run_id": "0123456789abcdef0123456789abcdef"}'
 
 
 def list_files(folder: Path) -> list[str]:
@@ -21,8 +23,9 @@ def list_files(folder: Path) -> list[str]:
         {},
         {".lock": "", "recipe.yaml": "stage: pretrain"},  # killed right after its start
         {".lock": "", ".status.json.17.tmp": "{"},
-        {"status.json": '{"state": "failed"}', "notes.txt": "the user's"},
-        {"environment.json": '{"azrecipe": "0.1.0"}', "final/model": "w"},
+        {"status.json": STATUS, "notes.txt": "the user's"},
+        {"environment.json": '{"azrecipe": "0.1.0", "python": "3.11.7", "versions": {}}', "final/model": "w"},
+        {"steps.json": '{"steps": [{"step": "a.yaml", "cell": null, "run": "p/a"}]}'},
         {"steps.json": '{"steps": []}'},
     ],
 )
@@ -41,6 +44,13 @@ def test_a_run_s_folder_or_an_empty_one_is_taken(tmp_path: Path, files: dict[str
         {"recipe.yaml": "eggs: 3"},  # without the lock it is nobody's
         {".lock": "", "thesis.tex": "the only copy"},
         {"status.json": '{"state": "married"}'},
+        {"status.json": '{"state": "running", "job": 17}', "final/thesis.docx": "the only copy"},  # another program's
+        {"status.json": '{"state": "running", "run_id": 17}'},
+        {"steps.json": '{"steps": ["write the introduction"]}', "final/thesis.docx": "the only copy"},
+        {"environment.json": '{"azrecipe": "a fish"}'},
+        {".lock": "held by an editor"},
+        {".draft.tmp": "the only copy"},
+        {".lock": "", ".chapter.17.tmp": "the only copy"},
         {"status.json": "[]"},
         {"status.json": '{"state": '},
         {"final/model": "w"},
@@ -73,7 +83,7 @@ def test_a_file_or_a_broken_link_in_the_place_is_refused(tmp_path: Path) -> None
 
 def test_links_inside_are_refused_and_the_folder_itself_may_be_one(tmp_path: Path) -> None:
     run, disk = tmp_path / "run", tmp_path / "disk"
-    write(run / "status.json", '{"state": "failed"}')
+    write(run / "status.json", STATUS)
     disk.mkdir()
     (tmp_path / "alias").symlink_to(run)
     check_run_folder(tmp_path / "alias")
@@ -114,3 +124,12 @@ def test_a_link_is_neither_followed_nor_removed(tmp_path: Path) -> None:
     write(tmp_path / "empty" / "status.json", "")
     assert remove_bookkeeping(tmp_path / "alias", keep_folder=False)
     assert (tmp_path / "alias").is_symlink() and list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_pipeline_takes_no_folder_of_a_recipe_s_run(tmp_path: Path) -> None:
+    check_pipeline_folder(tmp_path)
+    write(tmp_path / "steps.json", '{"steps": []}')
+    check_pipeline_folder(tmp_path)
+    write(tmp_path / "status.json", STATUS)
+    with pytest.raises(CommandError, match="holds the run of a recipe, not a pipeline"):
+        check_pipeline_folder(tmp_path)

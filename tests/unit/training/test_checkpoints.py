@@ -178,3 +178,15 @@ def test_machines_without_shared_storage_agree_on_a_checkpoint(tmp_path: Path) -
         assert answers["warning"] == "checkpoint-4 is incomplete for process 1: going on from checkpoint-2"
         assert answers["left"] == ["checkpoint-2"]
         assert f"{folder}/checkpoint-2 is complete on all machines together and not on each" in answers["scattered"]
+
+
+def test_a_copy_by_another_name_is_the_user_s(tmp_path: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-best"):
+        write(tmp_path / name / "weights", "w")
+    write(tmp_path / "checkpoint-notes.txt", "the only copy")
+    for name in ("checkpoint-2", "checkpoint-4"):
+        checkpoints.write_marker(tmp_path / name, {"weights": 1})
+    assert [path.name for path in checkpoints.list_complete(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    checkpoints.remove_incomplete(tmp_path)
+    checkpoints.remove_after(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-best", "checkpoint-notes.txt"]
