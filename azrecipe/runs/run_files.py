@@ -48,7 +48,7 @@ def check_run_folder(path: Path) -> None:
 
 
 def check_pipeline_folder(path: Path) -> None:
-    """Raise CommandError for a folder that is not a pipeline's. Changes nothing."""
+    """Raise CommandError for a folder that is not a pipeline's."""
     check_run_folder(path)
     if (path / "status.json").exists():
         raise CommandError(f"{path}: this folder holds the run of a recipe, not a pipeline. Give the pipeline another name or project")
@@ -75,7 +75,7 @@ def holds_pipeline(path: Path) -> bool:
 
 
 def _is_status(status: dict[str, Any]) -> bool:
-    """Check that a status.json is a run's: other programs write files of that name too."""
+    """Check that a status.json is a run's, not another program's."""
     return status.get("state") in RUN_STATES and bool(RUN_ID.fullmatch(str(status.get("run_id"))))
 
 

@@ -135,7 +135,7 @@ except CommandError as error:
 """
     done = called([sys.executable, "-c", script], tmp_path)
     assert done.code == 0, done.err
-    assert "does not have it: torch 2.13 or newer, or fused_linear_cross_entropy: liger" in done.out
+    assert "does not have it: use torch 2.13 or newer, or fused_linear_cross_entropy: liger" in done.out
 
 
 def test_a_model_without_named_blocks_is_not_compiled() -> None:
