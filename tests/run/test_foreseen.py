@@ -51,7 +51,7 @@ def test_a_look_ahead_that_takes_too_long_is_said_in_a_line_and_the_run_goes_on(
     write(small.folder / "sft.yaml", (small.folder / "sft.yaml").read_text().replace("{output_of: cpt.yaml}", f"{{name_or_path: {llama}}}"))
     run = small.path("sft")
     write(run / "plan.json", '{"loops": "of an earlier start"}')
-    write(run / "environment.json", '{"azrecipe": "0.1.0"}')
+    write(run / "environment.json", '{"azrecipe": "0.1.0", "python": "3.11.7", "versions": {}}')
     printed = small.run("sft", "--set", "training.max_steps=2")
     assert "  no estimate of memory and rate: it took more than 0.01 s (AZRECIPE_FORESEE_SECONDS allows more)\n" in printed
     assert small.status("sft")["state"] == "complete"
