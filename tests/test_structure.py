@@ -43,8 +43,8 @@ ROOMS: dict[str, set[str]] = {
     "sagemaker": {"operations", "planning", "pipeline", "runs", "hardware"},
     "api": {"operations", "sagemaker", "runs"},
     "cli": {
-        "operations",        "distributed", "tokenization", "runs", "data", "modeling", "evaluation", "training", "planning", "inference", "publishing", "report",
-        "stages", "pipeline", "sagemaker", "hardware",
+        "operations", "distributed", "tokenization", "runs", "data", "modeling", "evaluation", "training", "planning", "inference",
+        "publishing", "report", "stages", "pipeline", "sagemaker", "hardware",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -64,11 +64,11 @@ def _holds_run(path: Path) -> bool:
     ):
         return True  # files are uploaded one by one: those that identify a run may be missing
     return any(
-        (_is_status(_read_mapping(path / "status.json")), _is_environment(_read_mapping(path / "environment.json")), holds_pipeline(path))
+        (_is_status(_read_mapping(path / "status.json")), _is_environment(_read_mapping(path / "environment.json")), _holds_pipeline(path))
     )
 
 
-def holds_pipeline(path: Path) -> bool:
+def _holds_pipeline(path: Path) -> bool:
     """Check whether a folder is a pipeline's: its steps.json lists runs."""
     steps = _read_mapping(path / "steps.json").get("steps")
     return isinstance(steps, list) and all(isinstance(step, dict) and {"step", "cell", "run"} <= step.keys() for step in steps)

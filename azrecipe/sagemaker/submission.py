@@ -17,6 +17,7 @@ from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Interrupted,
 from azrecipe.operations.check import check_recipes
 from azrecipe.operations.isolation import run_isolated_silently
 from azrecipe.operations.plan import plan_recipes
+from azrecipe.pipeline.preflight import TRAINING_STAGES
 from azrecipe.planning.estimate_types import RecipeEstimate
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import parse_overrides
@@ -40,7 +41,6 @@ from azrecipe.sagemaker.submission_summary import (
 from azrecipe.utils import shipped_files
 from azrecipe.utils.console import print_progress
 
-TRAINING_STAGES = ("pretrain", "sft")
 GPU_FAMILIES = ("p", "g")  # first letters of the instance families with NVIDIA GPUs: ml.p4d, ml.g5
 UNSUPPORTED_FAMILIES = ("trn", "inf")  # AWS' own chips
 

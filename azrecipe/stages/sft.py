@@ -20,7 +20,6 @@ from azrecipe.data.finetuning_examples import FinetuningExamples, FinetuningPlan
 from azrecipe.data.inputs import Inputs
 from azrecipe.distributed import requirements
 from azrecipe.distributed.backend import Backend
-from azrecipe.distributed.requirements import check_context_parallel
 from azrecipe.errors import CommandError
 from azrecipe.evaluation import likelihood
 from azrecipe.modeling import liger_kernels, loading, lora
@@ -62,7 +61,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     inputs = Inputs(recipe, runs_dir)
 
     training_trainer.check_training(config.training, backend)
-    check_context_parallel(backend.context_parallel_size, recipe)
+    requirements.check_context_parallel(backend.context_parallel_size, recipe)
     checkpoints.check_readable(run_dir.checkpoints_dir, backend)
     requirements.check_adapter_backend(config.adapter, backend)
     extras.check_optimizers(optimizer_settings.list_optimizers(config))

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, found again, and readable or not.
+"""Write, find, check and delete checkpoints.
 
 A marker file is written last. A checkpoint without it is incomplete.
 """
