@@ -16,6 +16,7 @@ from typing import Any
 from azrecipe.errors import CommandError, Problem, RecipeError, SourceLocation, did_you_mean, list_choices
 from azrecipe.recipe import schema
 from azrecipe.recipe.compose import display_path
+from azrecipe.recipe.null_keys import check_null_keys, find_null_keys
 from azrecipe.recipe.yaml_tree import YamlNode, decode_utf8, parse_yaml
 from azrecipe.utils import shipped_files
 
@@ -174,11 +175,11 @@ def load_catalog(user_file: Path | None = None) -> HardwareCatalog:
 
     Raises RecipeError with every problem of that file.
     """
-    return (
-        _load_shipped_catalog()
-        if user_file is None
-        else _validate_catalog(_merge(read_shipped_file("hardware.yaml"), _read_user_file(user_file)))
-    )
+    if user_file is None:
+        return _load_shipped_catalog()
+    shipped, user_root = read_shipped_file("hardware.yaml"), _read_user_file(user_file)
+    null_keys = find_null_keys(user_root, [((), shipped)])
+    return _validate_catalog(_merge(shipped, user_root), list(check_null_keys(null_keys, schema.load_schema("hardware"))))
 
 
 @cache
@@ -222,8 +223,8 @@ def _merge(base: YamlNode, override: YamlNode, depth: int = 0) -> YamlNode:
     return replace(override, value=entries)
 
 
-def _validate_catalog(root: YamlNode) -> HardwareCatalog:
-    problems = schema.check_schema(root, "hardware")
+def _validate_catalog(root: YamlNode, problems: list[Problem]) -> HardwareCatalog:
+    problems = [*problems, *schema.check_schema(root, "hardware")]
     problems = problems or [*_find_unknown_cards(root), *_find_duplicate_names(root)]
     if problems:
         raise RecipeError(sorted(set(problems), key=lambda p: (p.location.file, p.location.line, p.location.column)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from azrecipe.errors import Problem, RecipeError, SourceLocation, did_you_mean, suggest_choices
+from azrecipe.recipe.null_keys import NullKey, drop_nulls, find_null_keys
 from azrecipe.recipe.overrides import Override
 from azrecipe.recipe.yaml_tree import Key, YamlNode, decode_utf8, parse_yaml
 
@@ -21,7 +22,6 @@ EXCLUSIVE_KEYS = (
     frozenset({"max_steps", "max_tokens", "max_bytes", "num_train_epochs"}),
 )
 _DEPENDENT_KEYS = {"name_or_path": {"revision"}, "config": set(), "output_of": {"candidate"}, "family": {"vocab_size"}}
-_LEVELS_ABOVE_CHANGES = {"set": 0, "matrix": 2}  # keys that change steps: the number of levels (cell, step) above the changes
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class ComposedRecipe:
     used_variables: frozenset[str]  # names of the variables that values refer to
     problems: tuple[Problem, ...]  # of overrides and variables; reported together with those of the schema
     is_fragment: bool  # a fragment is only extended, never run
+    null_keys: tuple[NullKey, ...]  # they are not in `root`
 
 
 def display_path(path: Path) -> str:
@@ -98,23 +99,17 @@ def load_ancestry(path: Path) -> list[tuple[Path, YamlNode]]:
         path = path.parent / extends.value
 
 
-def merge_nodes(parent: YamlNode, child: YamlNode, keep_nulls: bool = False) -> YamlNode:
+def merge_nodes(parent: YamlNode, child: YamlNode) -> YamlNode:
     """Merge a child over its parent.
 
-    Mappings merge, lists and scalars replace, null removes a key. Below a pipeline's `set` and `matrix` nulls stay, as
-    they remove keys of a step.
+    Mappings merge, lists and scalars replace. A null replaces too, and stays until all files are merged.
     """
     if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
         return child
     dropped = _list_dropped_keys(child.value)
     merged = {key: node for key, node in parent.value.items() if key not in dropped}
     for key, node in child.value.items():
-        if node.value is None and not keep_nulls:
-            merged.pop(key, None)
-        elif key in merged:
-            merged[key] = merge_nodes(merged[key], node, keep_nulls or key in _LEVELS_ABOVE_CHANGES)
-        else:
-            merged[key] = node
+        merged[key] = merge_nodes(merged[key], node) if key in merged else node
     return replace(child, value=merged)
 
 
@@ -129,21 +124,6 @@ def _list_dropped_keys(child: Mapping[str, YamlNode]) -> set[str]:
             for other in others:
                 dropped |= _DEPENDENT_KEYS.get(other, set()) - set(child)
     return dropped
-
-
-def drop_nulls(node: YamlNode, levels: int = 99) -> YamlNode:
-    """Return the tree without keys whose value is null.
-
-    Only the given number of levels is changed. The nulls have removed their keys when the files were merged.
-    """
-    if levels == 0:
-        return node
-    if isinstance(node.value, dict):
-        entries = {key: child for key, child in node.value.items() if child.value is not None}
-        return replace(node, value={key: drop_nulls(child, _LEVELS_ABOVE_CHANGES.get(key, levels - 1)) for key, child in entries.items()})
-    if isinstance(node.value, list):
-        return replace(node, value=[drop_nulls(item, levels) for item in node.value])
-    return node
 
 
 def compose_recipe(
@@ -172,6 +152,8 @@ def compose_recipe(
             merged = set_at_path(merged, override.keys, override.node)
         except RecipeError as error:
             problems.extend(error.problems)
+    inherited = [*(((), root) for _, root in files), *((override.keys, override.node) for override in overrides)]
+    null_keys = find_null_keys(merged, inherited)
     merged = drop_nulls(merged)
     declared = _get_variables(merged)
     for name, node in (variables or {}).items():
@@ -195,6 +177,7 @@ def compose_recipe(
         used_variables=frozenset(substitution.used),
         problems=tuple(problems),
         is_fragment=bool(fragment and fragment.value),
+        null_keys=null_keys,
     )
 
 
@@ -263,7 +246,9 @@ def set_at_path(root: YamlNode, keys: tuple[Key, ...], node: YamlNode) -> YamlNo
             entries.pop(dropped, None)
         entries[key] = node
     else:
-        child = entries.get(key) or YamlNode({}, node.location, node.entry_location)
+        child = entries.get(key)
+        if child is None or child.value is None:
+            child = YamlNode({}, node.location, node.entry_location)
         entries[key] = replace(set_at_path(child, rest, node), key_location=child.key_location)
     return replace(root, value=entries)
 

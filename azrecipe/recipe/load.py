@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import Problem, RecipeError, SourceLocation, suggest_choices
-from azrecipe.recipe import schema
+from azrecipe.recipe import null_keys, schema
 from azrecipe.recipe.compose import ComposedRecipe, compose_recipe, display_path
 from azrecipe.recipe.dataclass_builder import build_dataclass
 from azrecipe.recipe.overrides import Override
@@ -113,6 +113,7 @@ def build_recipe(path: Path, composed: ComposedRecipe) -> Recipe:
     reported = {problem.location for problem in composed.problems}  # a second message about the same value says nothing new
     problems = [
         *composed.problems,
+        *null_keys.check_null_keys(composed.null_keys, schema.load_schema(stage)),
         *(p for p in schema.check_schema(root, stage) + common.check_rules(root, stage) if p.location not in reported),
     ]
     if problems:

@@ -33,14 +33,15 @@ filled in. A first comment `# yaml-language-server: $schema=…/schema/<stage>.j
 | `5_000`, `-3` | a whole number |
 | `1.5`, `2e-5`, `1_000.0` | a number |
 | `true`, `false` | the only booleans |
-| `null`, `~`, nothing | no value: removes the key |
+| `null`, `~`, nothing | no value: removes an inherited key |
 | anything else: `no`, `on`, `True`, `2024-01-01`, `0x10`, `.inf` | text |
 
 Keys are always text. Tags (`!!str`) are refused, `<<` is an ordinary (so an unknown) key, and a file holds at most 20,000
 values, its aliases multiplied out.
 
 **Inheritance.** `extends: base.yaml` starts from another recipe, which may extend a further one. Mappings merge, lists and
-scalars replace, `null` removes an inherited key. Alternatives exclude each other: a file that sets one of `name_or_path`,
+scalars replace, `null` removes an inherited key. An unknown key is an error with `null` too, and so is a name of your own choice
+(a candidate, a validation set) whose `null` removes nothing. Alternatives exclude each other: a file that sets one of `name_or_path`,
 `output_of`, `config`, `family`, or one of `max_steps`, `max_tokens`, `max_bytes`, `num_train_epochs`, drops the inherited
 other ones in that mapping (and the `revision` or `vocab_size` that belonged to them). A file with `fragment: true` is only
 extended, never run, and is checked through the recipes that extend it.

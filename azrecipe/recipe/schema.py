@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from azrecipe.errors import Problem, did_you_mean, suggest_choices
 from azrecipe.recipe.overrides import format_key_path
-from azrecipe.recipe.yaml_tree import Key, YamlNode
+from azrecipe.recipe.yaml_tree import Key, YamlNode, suggest_number
 from azrecipe.utils import shipped_files
 
 STAGES = ("tokenizer", "pretrain", "sft", "evaluate", "pipeline")
@@ -129,6 +129,17 @@ def _describe_type(value: Any) -> str:
     return "empty"
 
 
+_BOOLEANS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
+
+
+def _suggest_value(text: str, kinds: Sequence[str]) -> str:
+    """Return the end of a message: how to write such a value."""
+    if "boolean" in kinds and (word := _BOOLEANS.get(text.strip().lower())):
+        return f": write {word} without quotes" if text == word else f": write {word}"
+    suggestion = suggest_number(text.strip()) if {"integer", "number"} & set(kinds) else None
+    return f": {suggestion}" if suggestion else ""
+
+
 def _format_error(error: Any, keys: tuple[Key, ...]) -> str:
     """Format a jsonschema error: the key, its value, the allowed values."""
     name, value, limit = format_key_path(keys) or "the recipe", error.instance, error.validator_value
@@ -136,7 +147,8 @@ def _format_error(error: Any, keys: tuple[Key, ...]) -> str:
     match error.validator:
         case "type":
             kinds = [limit] if isinstance(limit, str) else limit
-            return f"{name} must be {' or '.join(_TYPES[kind] for kind in kinds)}, not {text if isinstance(value, (dict, list)) else f'{_describe_type(value)} ({text})'}"
+            advice = _suggest_value(value, kinds) if isinstance(value, str) else ""
+            return f"{name} must be {' or '.join(_TYPES[kind] for kind in kinds)}, not {text if isinstance(value, (dict, list)) else f'{_describe_type(value)} ({text})'}{advice}"
         case "enum":
             limit = [word for word in limit if word is not None]
             suggestion = did_you_mean(value, limit) if isinstance(value, str) else ""
@@ -185,6 +197,8 @@ def _fill(value: Any, schema: Schema) -> Any:
     if isinstance(value, list):
         items = schema.get("items", {})
         return [_fill(item, items) for item in value]
+    if isinstance(value, float) and schema.get("type") == "integer":
+        return int(value)  # 1e3
     if not isinstance(value, dict):
         return value
     filled = {}

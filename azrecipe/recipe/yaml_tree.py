@@ -120,8 +120,13 @@ class _TreeBuilder:
         if isinstance(node, yaml.SequenceNode):
             return YamlNode([self.build(item) for item in node.value], location)
         entries: dict[str, YamlNode] = {}
+        previous: yaml.Node | None = None
         for key, value in node.value:
             key_location = self.to_location(key.start_mark)
+            if previous is not None and (number := _join_decimal_comma(previous, key, value)):
+                self.problems.append(Problem(self.to_location(previous.start_mark), number))
+                continue
+            previous = value
             if not isinstance(key, yaml.ScalarNode):
                 self.problems.append(Problem(key_location, "a key must be text"))
                 continue
@@ -131,6 +136,45 @@ class _TreeBuilder:
                 continue
             entries[key.value] = replace(self.build(value), key_location=key_location)
         return YamlNode(entries, location)
+
+
+def _join_decimal_comma(before: yaml.Node, key: yaml.Node, value: yaml.Node) -> str | None:
+    """Describe a decimal comma: `{weight: 1,5}` reads `{weight: 1, 5: null}`.
+
+    Returns None where there is none.
+    """
+    nodes = (before, key, value)
+    if not all(isinstance(node, yaml.ScalarNode) and node.style is None for node in nodes) or value.value:
+        return None
+    is_adjacent = before.end_mark.index + 1 == key.start_mark.index
+    if not is_adjacent or not _INTEGER.fullmatch(before.value) or not _FLOAT.fullmatch(key.value) or key.value[0] in "+-.":
+        return None
+    return f"{before.value},{key.value} has a comma: {suggest_number(f'{before.value},{key.value}')}"
+
+
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def suggest_number(text: str) -> str | None:
+    """Return how to write a text that is a number in another notation.
+
+    Returns None for other texts.
+    """
+    match = re.fullmatch(r"([-+]?[0-9]+)((?:,[0-9]{3})+|,[0-9]*)?([eE][-+]?[0-9]+)?", text)
+    if match and match[2]:
+        whole, point = text.replace(",", ""), text.replace(",", ".")
+        if match[2].count(",") > 1:
+            return f"write {whole}"
+        is_thousands = len(match[2]) == 4 and not match[3] and match[1].lstrip("+-0")
+        return f"write {point}, or {whole} if thousands are meant" if is_thousands else f"write {point}"
+    if match := re.fullmatch(r"([0-9]+)(?:\.([0-9]+))? ?([kKmMgG])", text):
+        number = int(match[1] + (match[2] or "")) * _UNITS[match[3].lower()] // 10 ** len(match[2] or "")
+        return f"write the number without a unit: {number}"
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?%", text):
+        return f"write the share: {float(match[1]) / 100:g}"
+    if isinstance(parse_scalar(text), int | float) and not isinstance(parse_scalar(text), bool):
+        return "write it without quotes"
+    return None
 
 
 def parse_yaml(text: str, file: str, location: SourceLocation | None = None) -> YamlNode:
