@@ -167,6 +167,11 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_trainable_bytes(model: torch.nn.Module) -> int:
+    """Count the bytes of the parameters that train, a tied matrix once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from azrecipe.distributed import batch_size
+from azrecipe.distributed import batch_size, gradient_sync
 from azrecipe.distributed.backend import Backend
 from azrecipe.hardware import GIB
 from azrecipe.planning.simulation.step_cost import StepCost
@@ -70,8 +70,9 @@ def compute_memory_budget(cost: StepCost, step: StepSpec, batch: int, world_size
         replicate: Copies of the model, for HSDP.
     """
     shards = world_size // replicate if step.uses_fsdp else None
-    by_kind = cost.get_peak_memory(batch, shards, step.keeps_gradients)
     trainable_bytes = float(cost.parameters.trainable_bytes)
+    synced = gradient_sync.syncs_each_batch(step.sync_each_batch, shards or 1, trainable_bytes)
+    by_kind = cost.get_peak_memory(batch, shards, step.keeps_gradients, sync_each_batch=synced and step.uses_fsdp)
     if step.strategy == "ddp":
         by_kind["communication"] += trainable_bytes  # the reducer's buckets are as large as the gradients
     elif step.strategy in ("zero1", "zero2"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
+from azrecipe.distributed import gradient_sync
 from azrecipe.distributed.backend import Backend
 from azrecipe.hardware import Card, Machine, load_catalog, read_shipped_file
 from azrecipe.planning import calibration_file
@@ -145,7 +146,13 @@ def compute_peak_seconds(cost: StepCost, step: StepSpec, batch: int, card: Card)
         card: The card.
     """
     peak = card.fp32_tflops if step.precision == "float32" else card.bf16_tflops
-    return cost.compute_seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9, step.keeps_gradients)
+    synced = _syncs_each_batch(cost, step)
+    return cost.compute_seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9, accumulates=step.keeps_gradients, sync_each_batch=synced)
+
+
+def _syncs_each_batch(cost: StepCost, step: StepSpec) -> bool:
+    """Return whether a split model's gradients are summed after every batch."""
+    return cost.shards > 1 and gradient_sync.syncs_each_batch(step.sync_each_batch, cost.shards, cost.parameters.trainable_bytes)
 
 
 class CommunicationBytes(NamedTuple):
@@ -159,12 +166,13 @@ def count_communication_bytes(cost: StepCost, step: StepSpec, accumulation: int)
     """Count the bytes that a process gathers and reduces.
 
     FSDP 2 as Accelerate sets it up gathers all parameters for the forward pass, and again for the backward pass, without the head's.
-    Gradients accumulate in each process and are reduced once; DeepSpeed's ZeRO 2 and 3 reduce them after every batch.
+    Gradients accumulate in each process and are reduced once, or after every batch (training.sync_each_batch); DeepSpeed's ZeRO 2 and 3
+    reduce them after every batch.
     """
     parameters = cost.parameters
     width = 4 if step.precision == "float32" else 2
     reduced = parameters.trainable * (2 if step.precision == "bf16_pure" else 4)
-    if step.strategy in ("zero2", "zero3"):
+    if step.strategy in ("zero2", "zero3") or _syncs_each_batch(cost, step):
         reduced *= accumulation
     if cost.shards == 1:
         updated = parameters.trainable * width if step.uses_deepspeed else 0

@@ -75,6 +75,7 @@ def plan_config_loops(
         kernels=_list_kernels(training),
         activation_checkpointing=training.activation_checkpointing,
         accumulates=split.accumulation > 1,
+        sync_each_batch=training.sync_each_batch,
         strategy=backend.strategy,
         shards=backend.num_shards,
         reshard_after_forward=reshard,

@@ -223,7 +223,7 @@ def _format_limits(schema: Schema) -> str:
 
 
 def _format_codes(words: Any) -> str:
-    return ", ".join(f"`{word}`" for word in words)
+    return ", ".join(f"`{word if isinstance(word, str) else json.dumps(word)}`" for word in words)
 
 
 def _escape(text: str) -> str:

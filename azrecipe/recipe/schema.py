@@ -150,7 +150,7 @@ def _format_error(error: Any, keys: tuple[Key, ...]) -> str:
             advice = _suggest_value(value, kinds) if isinstance(value, str) else ""
             return f"{name} must be {' or '.join(_TYPES[kind] for kind in kinds)}, not {text if isinstance(value, (dict, list)) else f'{_describe_type(value)} ({text})'}{advice}"
         case "enum":
-            limit = [word for word in limit if word is not None]
+            limit = [word if isinstance(word, str) else json.dumps(word) for word in limit if word is not None]
             suggestion = did_you_mean(value, limit) if isinstance(value, str) else ""
             total = f", … ({len(limit)} in all)" if len(limit) > MAX_WORDS_SHOWN else ""
             return f"{name} = {text} is not known{suggestion or '.'} Allowed: {', '.join(limit[:MAX_WORDS_SHOWN])}{total}"

@@ -17,7 +17,7 @@ from azrecipe.data.finetuning_examples import FinetuningExamples, FinetuningPlan
 from azrecipe.data.packing import Collator
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
-from azrecipe.modeling import parameter_groups
+from azrecipe.modeling import loading, parameter_groups
 from azrecipe.recipe.types import SftConfig
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.tokenization.chat_templates import TokenizedExample
@@ -116,6 +116,7 @@ def tune_model(
         max_steps=plan.steps,
         learning_rate=config.training.learning_rate,
         seed=config.seed,
+        gradient_bytes=0 if tuned_model.adapter is not None else loading.count_trainable_bytes(tuned_model.model),
         profile=config.training.profile,
     )
     arguments = training_trainer.build_training_arguments(config.training, loop, backend) | {

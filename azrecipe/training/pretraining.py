@@ -270,6 +270,7 @@ def run_phase_loop(
         max_steps=planned_phase.steps,
         learning_rate=planned_phase.phase.learning_rate,
         seed=config.seed,
+        gradient_bytes=loading.count_trainable_bytes(model),
         profile=config.training.profile,
     )
     batch_size = config.training.global_batch_size

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from azrecipe.distributed import local_storage
+from azrecipe.distributed import gradient_sync, local_storage
 from azrecipe.distributed.backend import Backend
 from azrecipe.distributed.batch_size import split_batch
 from azrecipe.distributed.requirements import check_compiler, check_device_count, check_precision
@@ -32,7 +32,7 @@ from azrecipe.utils.console import print_progress
 class LoopConfig:
     """The settings of one training loop.
 
-    `checkpoint_dir` is where its checkpoints are written, `learning_rate` the peak.
+    `checkpoint_dir` is where its checkpoints are written, `learning_rate` the peak, `gradient_bytes` the size of all gradients.
     """
 
     name: str
@@ -41,6 +41,7 @@ class LoopConfig:
     max_steps: int
     learning_rate: float
     seed: int
+    gradient_bytes: int = 0
     profile: Profile | None = None
 
 
@@ -83,6 +84,7 @@ def build_training_arguments(training: Training, loop: LoopConfig, backend: Back
         CommandError: The batch does not divide.
     """
     batch = split_batch(training.global_batch_size, training.per_device_train_batch_size, backend.data_parallel_size)
+    sync_each_batch = gradient_sync.syncs_each_batch(training.sync_each_batch, backend.num_shards, loop.gradient_bytes)
     if training.report_to:
         folder = Path(environment_variables.TENSORBOARD.read() or loop.run_path / "tensorboard")
         if os.environ.get("TENSORBOARD_LOGGING_DIR", str(folder)).startswith(str(folder)):  # a user's own setting stays
@@ -120,6 +122,7 @@ def build_training_arguments(training: Training, loop: LoopConfig, backend: Back
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": sync_each_batch}},
         **training.trainer_arguments,
     }
 

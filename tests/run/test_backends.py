@@ -23,7 +23,7 @@ from tests.conftest import write
 from tests.small import Project, copied, weights
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
-# Accumulation, activation checkpointing and measurements between steps
+# Accumulation, gradients summed after every batch, activation checkpointing and measurements between steps
 EVERYTHING = (
     "--set",
     "training.per_device_train_batch_size=2",
@@ -31,6 +31,8 @@ EVERYTHING = (
     "training.activation_checkpointing=true",
     "--set",
     "training.eval_steps=5",
+    "--set",
+    "training.sync_each_batch=true",
 )
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

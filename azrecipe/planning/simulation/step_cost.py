@@ -27,7 +27,7 @@ MEMORY_KINDS = (
 )
 SHARDED_KINDS = ("weights", "gradients", "optimizer")  # a process has a part of them, where the model is split
 
-_TEMPORARY, _ACCUMULATED = MEMORY_KINDS.index("temporary"), MEMORY_KINDS.index("accumulated")
+_GRADIENTS, _TEMPORARY, _ACCUMULATED = (MEMORY_KINDS.index(kind) for kind in ("gradients", "temporary", "accumulated"))
 _SHARDED_COLUMNS, _ONE_BATCH_COLUMNS = slice(len(SHARDED_KINDS)), slice(_ACCUMULATED)
 
 
@@ -154,8 +154,8 @@ class OperatorGroup:
 class StepCost:
     """The cost of a step, on each of its processes.
 
-    length: tokens of a sequence. shards: processes that the model is split over. adding: bytes that move where a batch's gradients are
-    added to those of earlier batches.
+    length: tokens of a sequence. shards: processes that the model is split over. gradient_bytes: a process' part of all gradients.
+    adding: bytes that move where a batch's gradients are added to those of earlier batches.
     """
 
     length: int
@@ -164,19 +164,29 @@ class StepCost:
     head: HeadShape
     lines: tuple[MemoryLine, ...]
     work: tuple[OperatorGroup, ...]
+    gradient_bytes: float
     adding: float
 
-    def get_peak_memory(self, batch: int, shards: int | None = None, accumulates: bool = False) -> dict[str, float]:
+    def get_peak_memory(
+        self, batch: int, shards: int | None = None, accumulates: bool = False, *, sync_each_batch: bool = False
+    ) -> dict[str, float]:
         """Return the bytes by kind at the peak.
 
-        The kinds are MEMORY_KINDS and `tile`. shards: another number of processes than the simulated one. accumulates: whether gradients of
-        earlier batches are there.
+        The kinds are MEMORY_KINDS and `tile`.
+
+        Args:
+            batch: Sequences on the device.
+            shards: Another number of processes than the simulated one.
+            accumulates: Whether gradients of earlier batches are there.
+            sync_each_batch: Whether these are summed over the processes, so that each process has its part of them.
         """
         tile_rows = self.head.count_tile_rows(batch, self.length)
         share = self.shards / shards if shards else 1.0
         peak: dict[str, float] = {}
         for line in self.lines:
             by_kind = {kind: base + each * batch for kind, base, each in zip(MEMORY_KINDS, line.base, line.each, strict=True)}
+            if accumulates and sync_each_batch:
+                by_kind |= {"gradients": self.gradient_bytes, "accumulated": 0.0}
             if self.shards > 1:
                 by_kind |= {kind: by_kind[kind] * share for kind in SHARDED_KINDS}
             by_kind["accumulated"] *= accumulates
@@ -189,7 +199,9 @@ class StepCost:
         """Count the FLOPs of a batch on a device."""
         return sum(group.count * group.flops.at_batch(batch) for group in self.work)
 
-    def compute_seconds(self, batch: int, flops_per_second: float, bytes_per_second: float, accumulates: bool = False) -> RooflineSeconds:
+    def compute_seconds(
+        self, batch: int, flops_per_second: float, bytes_per_second: float, *, accumulates: bool = False, sync_each_batch: bool = False
+    ) -> RooflineSeconds:
         """Compute the roofline's seconds of a batch and of the optimizer.
 
         An operator takes as long as its arithmetic or its memory traffic, whichever is longer.
@@ -199,8 +211,10 @@ class StepCost:
             flops_per_second: The card's peak.
             bytes_per_second: The peak of the card's memory.
             accumulates: Whether gradients of earlier batches are added to.
+            sync_each_batch: Whether these are this process' part of them only.
         """
-        of_batch, of_optimizer = self.adding / bytes_per_second if accumulates else 0.0, 0.0
+        added = 3 * self.gradient_bytes if sync_each_batch else self.adding
+        of_batch, of_optimizer = added / bytes_per_second if accumulates else 0.0, 0.0
         for group in self.work:
             flops, moved = group.flops.at_batch(batch), group.moved.at_batch(batch)
             seconds = group.count * max(flops / flops_per_second, moved / bytes_per_second)
@@ -229,6 +243,7 @@ def parse_step_cost(data: Mapping[str, Any]) -> StepCost:
         shards=data["shards"],
         parameters=ParameterCounts(**data["parameters"]),
         head=HeadShape(*data["head"]),
+        gradient_bytes=data["gradient_bytes"],
         adding=data["adding"],
         lines=tuple(MemoryLine(tuple(line["base"]), tuple(line["each"]), line["tile"]) for line in data["lines"]),
         work=tuple(
@@ -257,12 +272,13 @@ def compute_step_cost(recorded: RecordedStep, layers: int, parameters: Parameter
     # The number of processes scales sharded bytes, which can move the peak: keep the peaks of an eighth and of eight times as many too
     sharded = base[:, _SHARDED_COLUMNS].sum(1)[:, None]
     shifts = [(share - 1) * sharded for share in ((1.0, 8.0, 0.125) if shards > 1 else (1.0,))]
-    peaks = {
-        int(i) for accumulated in (0.0, base[:, _ACCUMULATED, None]) for shift in shifts for i in (total + accumulated + shift).argmax(0)
-    }
+    gradient_bytes = float(base[:, _GRADIENTS].max())
+    earlier = (0.0, base[:, _ACCUMULATED, None], gradient_bytes - base[:, _GRADIENTS, None])  # of no batch, whole, and this process' part
+    peaks = {int(i) for gradients in earlier for shift in shifts for i in (total + gradients + shift).argmax(0)}
     adding = float(base[0, _ACCUMULATED]) * (2 + recorded.grad_dtype_ratio)  # the sum is read and written, the new gradient is read
     lines = tuple(MemoryLine(tuple(base[i].tolist()), tuple(each[i].tolist()), float(tiles[i])) for i in sorted(peaks))
-    return StepCost(recorded.length, shards, parameters, recorded.head, lines, _group_operators(recorded, layers), adding)
+    work = _group_operators(recorded, layers)
+    return StepCost(recorded.length, shards, parameters, recorded.head, lines, work, gradient_bytes, adding)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class StepSpec:
         kernels: Liger's kernels that are on.
         head: How the loss is computed: logits (all at once), or liger, torch, trl (a tile at a time).
         accumulates: Whether an optimizer step has several batches.
+        sync_each_batch: The recipe's key: whether each batch's gradients are summed over the processes.
         shards: Processes that the model is split over; 1: it is not.
         cuda: Whether the step runs on a GPU.
     """
@@ -67,6 +68,7 @@ class StepSpec:
     max_grad_norm: float = 1.0
     activation_checkpointing: bool = False
     accumulates: bool = False
+    sync_each_batch: bool | str = "auto"
     strategy: str = "single"
     shards: int = 1
     reshard_after_forward: bool = True
@@ -96,10 +98,10 @@ class StepSpec:
         """Return the step that is simulated for this one.
 
         Sharded strategies are simulated as FSDP 2 over `shards` processes, all others as one process. One batch is simulated: its cost
-        holds for a first batch and for later ones.
+        holds for a first batch and for later ones, whenever gradients are summed.
         """
         strategy, split = ("fsdp2", shards) if self.uses_fsdp else ("single", 1)
-        return replace(self, strategy=strategy, shards=split, accumulates=False)
+        return replace(self, strategy=strategy, shards=split, accumulates=False, sync_each_batch="auto")
 
     def get_cache_key(self, length: int) -> str:
         """Hash the step, its length, the code and the libraries."""

@@ -66,6 +66,7 @@ class Training:
     use_liger_kernel: bool
     torch_compile: bool
     activation_checkpointing: bool
+    sync_each_batch: bool | str
     logging_steps: int
     save_steps: int
     save_total_limit: int

@@ -54,7 +54,9 @@ def seconds(*sets: str) -> float:
     (loop,) = plan_loops(load_recipe("base.yaml", parse_overrides(sets)), ModelShape(config(), 0, ()), Backend("single", 1, 0))
     (cost,) = cost_cache.load_or_simulate_costs([(loop.step, loop.length)])
     card = hardware.load_catalog().cards["a100-40g"]
-    batch, optimizer = cost.compute_seconds(loop.batch, card.fp32_tflops * 1e12, card.memory_gb_per_s * 1e9, loop.step.accumulates)
+    batch, optimizer = cost.compute_seconds(
+        loop.batch, card.fp32_tflops * 1e12, card.memory_gb_per_s * 1e9, accumulates=loop.step.accumulates
+    )
     return batch * loop.accumulation + optimizer
 
 

@@ -91,6 +91,27 @@ def test_arguments_of_the_recipe_come_last(tmp_path: Path, training: Training) -
 
 
 @pytest.mark.parametrize(
+    ("setting", "backend", "gibibytes", "sync"),
+    [
+        ("auto", Backend("fsdp2", 8, 0), 8, True),
+        ("auto", Backend("fsdp2", 8, 0), 7, False),
+        ("auto", Backend("ddp", 8, 0, 8), 30, False),  # every process holds all gradients anyway
+        ("auto", Backend("fsdp2", 1, 0), 30, False),
+        (False, Backend("fsdp2", 8, 0), 30, False),
+        (True, Backend("fsdp2", 8, 0), 1, True),
+    ],
+)
+def test_accelerate_gets_whether_each_batch_is_summed(
+    tmp_path: Path, training: Training, setting: bool | str, backend: Backend, gibibytes: int, sync: bool
+) -> None:
+    """Trainer passes over Accelerate's no_sync where its gradient_state says so."""
+    training, loop = replace(training, sync_each_batch=setting, global_batch_size=16), configure(tmp_path, gradient_bytes=gibibytes * 2**30)
+    values = trainer.build_training_arguments(training, loop, backend)
+    small = SmallTrainer(build_model(), TrainingArguments(**values, use_cpu=True), train_dataset=build_rows(2))
+    assert small.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False) is sync
+
+
+@pytest.mark.parametrize(
     ("settings", "scheduler", "arguments"),
     [
         ({"lr_scheduler_type": "cosine", "min_lr_ratio": 0.0}, "cosine", None),

@@ -63,23 +63,24 @@ def test_four_layers_tell_what_six_take(asked: StepSpec, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "asked",
+    ("asked", "sync"),
     [
-        replace(PLAIN, precision="bf16_mixed"),
-        replace(PLAIN, shards=2, strategy="fsdp2", activation_checkpointing=True),
-        replace(PLAIN, precision="bf16_mixed", shards=2, strategy="fsdp2"),
-        replace(PLAIN, precision="bf16_mixed", shards=8, strategy="fsdp2", trainable=("embeddings",)),
+        (replace(PLAIN, precision="bf16_mixed"), False),
+        (replace(PLAIN, shards=2, strategy="fsdp2", activation_checkpointing=True), False),
+        (replace(PLAIN, precision="bf16_mixed", shards=2, strategy="fsdp2"), False),
+        (replace(PLAIN, precision="bf16_mixed", shards=2, strategy="fsdp2"), True),
+        (replace(PLAIN, precision="bf16_mixed", shards=8, strategy="fsdp2", trainable=("embeddings",)), False),
     ],
-    ids=["whole", "FSDP, one type", "FSDP, two types", "FSDP, little trains"],
+    ids=["whole", "FSDP, one type", "FSDP, two types", "FSDP, summed each batch", "FSDP, little trains"],
 )
-def test_a_batch_tells_what_it_would_take_after_another_one(asked: StepSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_tells_what_it_would_take_after_another_one(asked: StepSpec, sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = asked.with_config({**asked.config, "num_hidden_layers": 2})
     alone = step_simulation.measure_step(asked, 128)
     real = gradient_accumulation.track_gradients
 
     def after_another(model: Any, asked: StepSpec, tracker: MemoryTracker) -> Any:
         if asked.uses_fsdp:
-            model.set_requires_gradient_sync(False)
+            model.set_requires_gradient_sync(sync)
         with tracker.record():
             model(**step_simulation._build_inputs(asked, BatchShape(step_simulation.SIMULATED_BATCH, 128)))["loss"].backward()
         if asked.uses_fsdp:
@@ -90,11 +91,12 @@ def test_a_batch_tells_what_it_would_take_after_another_one(asked: StepSpec, mon
     monkeypatch.setattr(gradient_accumulation, "track_gradients", after_another)
     second = step_simulation.measure_step(asked, 128)
     for batch in (1, 3, 8):
-        memory = alone.get_peak_memory(batch, accumulates=True)
+        memory = alone.get_peak_memory(batch, accumulates=True, sync_each_batch=sync)
         assert sum(memory.values()) == pytest.approx(sum(second.get_peak_memory(batch).values()), rel=1e-4)
-        if not asked.uses_fsdp or asked.trainable == ("all",):
+        if not asked.uses_fsdp or (asked.trainable == ("all",) and not sync):
             assert sum(memory.values()) > 1.02 * sum(alone.get_peak_memory(batch).values())
-        seconds = [alone.compute_seconds(batch, 1e15, 1e12, True)[0], second.compute_seconds(batch, 1e15, 1e12)[0]]
+        computed = alone.compute_seconds(batch, 1e15, 1e12, accumulates=True, sync_each_batch=sync)
+        seconds = [computed[0], second.compute_seconds(batch, 1e15, 1e12)[0]]
         assert seconds[0] == pytest.approx(seconds[1], rel=1e-3)
 
 
