@@ -1,4 +1,4 @@
-"""Whether a split model's gradients are summed over the processes after every batch. No torch."""
+"""Whether a split model's gradients are summed after every batch. No torch."""
 
 from __future__ import annotations
 
