@@ -1,6 +1,9 @@
 """The published training of Llama 3.2 1B beside what the planner says of it: memory, largest batches, model states, times.
 
     python benchmarks/plan_published.py
+    python benchmarks/plan_published.py --points [SOURCE …]
+
+With --points: the published trainings of benchmarks/published_points.yaml, of all sources or of those named; the first time it takes some minutes.
 
 Published: 8 × H100 (p5.48xlarge) and 16 × A100 40 GB (two p4d.24xlarge), sequences of 2,048, bfloat16, AdamW. What was not published is said
 beside each figure. Nothing here is tuned to agree: memory has no constant of ours but those in planning/memory_budget.py, and each time is predicted
@@ -9,13 +12,21 @@ from the others' efficiency (leave one out).
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.metadata
+import os
 import platform
 import statistics
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 
+import point_coverage
+import published_points
+
 from azrecipe import hardware
+from azrecipe.errors import CommandError
 from azrecipe.planning import memory_budget, step_time
 from azrecipe.planning.model_config import load_model_config
 from azrecipe.planning.simulation import cost_cache
@@ -139,7 +150,41 @@ def calibration() -> None:
         line(run.card, run.title, f"{run.efficiency:.3f}", f"{run.compute_efficiency(cost):.3f}")
 
 
+def points(chosen: list[str]) -> int:
+    """Print the planner's answer for each published point, and how many of them its ranges hold."""
+    known = published_points.read_points()
+    if unknown := set(chosen) - {point.source for point in known}:
+        print(
+            f"unknown sources: {', '.join(sorted(unknown))}. Known: {', '.join(sorted({point.source for point in known}))}", file=sys.stderr
+        )
+        return 2
+    asked = [point for point in known if not chosen or point.source in chosen]
+    predictions, failed = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CONFIG_HOME"] = folder  # the user's own calibrated runs do not count here
+        with contextlib.suppress(CommandError):  # simulates all that it can, in parallel; what fails is named below
+            cost_cache.load_or_simulate_costs([(point.step, point.length) for point in asked])
+        for point in asked:
+            try:
+                (cost,) = cost_cache.load_or_simulate_costs([(point.step, point.length)])
+                predictions.append(point_coverage.predict_point(point, cost))
+            except CommandError as error:
+                failed.append(f"{point.name}: {error}")
+    point_coverage.print_points(predictions)
+    point_coverage.print_coverage(predictions)
+    point_coverage.print_left_out(predictions)
+    print("".join(f"\nnot planned: {text}" for text in failed))
+    return 0
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--points", nargs="*", metavar="SOURCE", help="hold the published points against the planner")
+    arguments = parser.parse_args()
+    return compare_llama() if arguments.points is None else points(arguments.points)
+
+
+def compare_llama() -> int:
     config = llama()
     plain = StepSpec(config=config, precision="bf16_pure", strategy="fsdp2", shards=8)
     liger = replace(plain, **LIGER)

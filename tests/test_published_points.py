@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from azrecipe.errors import RecipeError
+from azrecipe.planning.step_time import Span
 from tests.conftest import ROOT
+from tests.small import called
 
 COMPLETE = """\
 sources:
@@ -83,3 +88,72 @@ def test_an_incomplete_point_is_refused_at_its_place(reader: ModuleType, tmp_pat
     with pytest.raises(RecipeError) as caught:
         reader.read_points(path)
     assert expected in str(caught.value)
+
+
+def make_prediction(reader: ModuleType, coverage: ModuleType, source: str, rate: float, **changes: Any) -> Any:
+    """A step of one A100 whose roofline is 1,000 tokens a second, and which is planned at 800 (700 to 900)."""
+    point = replace(
+        reader.read_points()[0], name=f"{source} {rate:g}", source=source, tokens_per_second=rate, batch=1, length=1000, accumulation=1
+    )
+    values = {
+        "rate": Span(700.0, 800.0, 900.0),
+        "bottleneck": "compute",
+        "roofline": 1.0,
+        "links": 0.0,
+        "peak": 95.0,
+        "least": 96.0,
+        "most": 110.0,
+    }
+    return coverage.Prediction(replace(point, memory_bytes=100, memory_of="reserved"), **(values | changes))
+
+
+@pytest.fixture
+def coverage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("point_coverage")
+
+
+def test_a_rate_is_predicted_from_other_sources_alone(reader: ModuleType, coverage: ModuleType) -> None:
+    a, b, c = (make_prediction(reader, coverage, source, rate) for source, rate in (("a", 500.0), ("b", 600.0), ("c", 900.0)))
+    found = coverage.leave_source_out([a, b, c])
+    span, basis = found["a 500"]
+    assert (span.low, span.middle, span.high, basis) == (
+        pytest.approx(600),
+        pytest.approx(750),
+        pytest.approx(900),
+        "chip, method, execution",
+    )
+    assert found["c 900"][0].middle == pytest.approx(550)
+    assert coverage.leave_source_out([a]) == {}, "nobody else has run on this chip"
+    bound = make_prediction(reader, coverage, "d", 100.0, bottleneck="links", links=10.0)
+    assert coverage.leave_source_out([a, bound])["d 100"][0].middle == pytest.approx(100), "links hold it up"
+    assert "a 500" not in coverage.leave_source_out([a, bound]), "a step that waits for links does not show what cards reach"
+
+
+def test_coverage_counts_the_rates_and_peaks_that_the_ranges_hold(reader: ModuleType, coverage: ModuleType) -> None:
+    inside, outside = (make_prediction(reader, coverage, "a", rate) for rate in (880.0, 1000.0))
+    assert (inside.rate_inside, outside.rate_inside) == (True, False)
+    assert outside.rate_error == pytest.approx(-0.2)
+    assert inside.efficiency == pytest.approx(0.88)
+    assert inside.memory_inside and inside.memory_error == pytest.approx(0.1), "reserved memory lies in the range around the tensors"
+    allocated = replace(inside, point=replace(inside.point, memory_of="allocated"))
+    assert allocated.memory_inside and allocated.memory_error == pytest.approx(-0.04), "allocated memory is that of the tensors, within 5 %"
+    rates = [(p.rate, p.point.tokens_per_second) for p in (inside, outside)]
+    assert coverage.summarize_rates(rates) == ("2", "1 (50%)", "-14.5%", "± 12%")
+    assert coverage.summarize_rates([(inside.rate, None)])[0] == "0"
+
+
+def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
+    done = called([sys.executable, str(ROOT / "benchmarks" / "plan_published.py"), "--points", "litgtp"], tmp_path)
+    assert done.code == 2
+    assert "unknown sources: litgtp. Known: " in done.err and "litgpt" in done.err
+
+
+@pytest.mark.long
+def test_points_of_a_source_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = called([sys.executable, str(ROOT / "benchmarks" / "plan_published.py"), "--points", "peft-metamath"], tmp_path, timeout=300)
+    assert done.code == 0, done.err
+    rows = [line for line in done.out.splitlines() if "| peft-metamath | " in line]
+    assert len(rows) == 4, "three points, and one line of coverage by source"
+    assert "not planned" not in done.out
