@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "stages": {"training", "planning", "evaluation", "modeling", "data", "tokenization", "runs", "distributed"},
     "pipeline": {"report", "evaluation", "data", "runs", "distributed"},  # stages by name, when one is run
     "operations": {"pipeline", "stages", "planning", "data", "tokenization", "runs", "distributed", "hardware"},
-    "sagemaker": {"operations", "planning", "pipeline", "runs", "hardware"},
+    "sagemaker": {"operations", "planning", "pipeline", "data", "runs", "hardware"},
     "api": {"operations", "sagemaker", "runs"},
     "cli": {
         "operations", "distributed", "tokenization", "runs", "data", "modeling", "evaluation", "training", "planning", "inference",

@@ -95,9 +95,11 @@ def _format_dry_run(request: dict[str, Any]) -> str:
     """Format the answer of a dry run."""
     lines = [f"{request['run']}: the request (CreateTrainingJob)", json.dumps(request["request"], indent=2), "what would be uploaded"]
     code = request["uploads"]["code"]
-    lines += [f"  {size / 1e3:9,.1f} kB  {name}{f' ({count} files)' if count > 1 else ''}" for name, (count, size) in code["files"].items()]
+    for name, file in sorted(code["files"].items(), key=lambda item: not item[0].startswith("azrecipe/")):  # the user's own files last
+        source = f" (from {file['from']})" if file["from"] else ""
+        lines.append(f"  {file['bytes'] / 1e3:9,.1f} kB  {name}{source}")
     lines += [f"  {size / 1e3:9,.1f} kB  {key} (from {file})" for key, (file, size) in request["uploads"]["data"].items()]
-    lines.append(f"  as one file to {code['uri']}; nothing else leaves this machine: no .git, no caches, no runs, no credentials")
+    lines.append(f"  code as one file to {code['uri']}, data one by one; nothing else leaves this machine")
     lines.append(request["cost"])
     if not request["account"]:
         lines.append("no AWS credentials: 000000000000 replaces the account, and role, bucket and quota were not checked")

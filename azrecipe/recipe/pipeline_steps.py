@@ -14,6 +14,7 @@ from azrecipe.recipe import matrix
 from azrecipe.recipe.compose import ComposedRecipe, compose_recipe, display_path
 from azrecipe.recipe.load import MatrixCell, Recipe, load_recipe
 from azrecipe.recipe.overrides import Override, parse_key_path
+from azrecipe.recipe.secrets import check_secrets
 from azrecipe.recipe.yaml_tree import YamlNode
 
 
@@ -232,7 +233,7 @@ def open_recipe(
         The recipe and its steps. Only a pipeline that is loaded without `step` has steps.
 
     Raises:
-        RecipeError: A recipe is wrong.
+        RecipeError: A recipe is wrong, or holds what looks like a secret.
         CommandError: There is no such step or cell.
     """
     composed = compose_recipe(Path(path), [o for o in overrides if o.step is None])
@@ -241,8 +242,11 @@ def open_recipe(
         if step is not None or cell is not None:
             option, subject = ("--step", "a step") if step is not None else ("--cell", "a cell of the matrix")
             raise CommandError(f"{display_path(Path(path))}: {option} names {subject} of a pipeline, and this is none")
-        return load_recipe(path, overrides), []
+        recipe = load_recipe(path, overrides)
+        check_secrets([recipe])
+        return recipe, []
     pipeline, steps = load_pipeline(path, overrides)
+    check_secrets([pipeline, *(step.recipe for step in steps)])
     if cell is not None:
         steps = _select_cell(pipeline, steps, cell)
     return (pipeline, steps) if step is None else (_select_step(pipeline, steps, step, cell), [])

@@ -11,6 +11,7 @@ from azrecipe.recipe.compose import compose_recipe, display_path, read_tree
 from azrecipe.recipe.load import build_recipe
 from azrecipe.recipe.overrides import Override
 from azrecipe.recipe.pipeline_steps import check_candidate, resolve_steps
+from azrecipe.recipe.secrets import list_secret_problems
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,15 @@ def validate_recipes(paths: Sequence[Path], overrides: Sequence[Override] = ()) 
             extended |= {file.resolve() for file in composed.files}
             recipe = build_recipe(path, composed)
             step_overrides = [o for o in overrides if o.step is not None]
+            recipes = [recipe]
             if recipe.stage == "pipeline":
-                recipe_problems = resolve_steps(recipe, step_overrides)[1]
+                steps, recipe_problems = resolve_steps(recipe, step_overrides)
+                recipes += [step.recipe for step in steps]
             else:
                 message = f"names a step, and {display_path(path)} is no pipeline"
                 recipe_problems = [Problem(o.node.entry_location, f"{o.step}: {message}") for o in step_overrides]
                 recipe_problems = recipe_problems or check_candidate(recipe)
+            recipe_problems = [*recipe_problems, *list_secret_problems(recipes)]
             problems += recipe_problems
             if not recipe_problems:
                 valid.append(display_path(path))

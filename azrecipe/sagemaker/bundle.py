@@ -1,19 +1,19 @@
 """The files that a training job needs from this machine.
 
 They are the package, the recipe with the paths of the container, and local data where the settings allow their upload. Nothing else is
-uploaded: no .git, no caches, no run directories, no credentials. Data are uploaded as files of their own, not with the code.
+uploaded: no .git, no caches, no run directories, nothing that lies beside the recipe. Data are uploaded as files of their own.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import io
 import json
+import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
@@ -24,11 +24,12 @@ from azrecipe.errors import Problem, RecipeError
 from azrecipe.recipe import schema
 from azrecipe.recipe.extras import list_required_packages
 from azrecipe.recipe.load import Recipe, load_recipe
-from azrecipe.recipe.overrides import format_key_path
+from azrecipe.recipe.task_files import read_task_files
 from azrecipe.recipe.to_yaml import to_yaml
 from azrecipe.recipe.yaml_tree import Key
 from azrecipe.runs.run_dir import locate_named_run, locate_run
-from azrecipe.sagemaker.settings import SECRET_PATTERN, SageMakerSettings, find_secrets
+from azrecipe.sagemaker import local_files
+from azrecipe.sagemaker.settings import SageMakerSettings
 from azrecipe.utils import shipped_files
 from azrecipe.utils.atomic_files import hash_file
 from azrecipe.utils.paths import DATA_SUFFIXES, LOCAL_PATH_CHECKS, is_s3
@@ -36,7 +37,6 @@ from azrecipe.utils.paths import DATA_SUFFIXES, LOCAL_PATH_CHECKS, is_s3
 ENTRY_POINT = "sagemaker_entry.py"
 JOB_FILE = "job.json"
 INPUT_DATA_DIR = "/opt/ml/input/data"
-CODE_SUFFIXES = (".py", ".json", ".yaml", ".html", ".css", ".js", ".svg")
 MAX_CHANNELS = 15  # SageMaker allows 20; code, drivers and earlier runs need some
 ENTRY_POINT_TEXT = '''"""Entry point of a training job. Arguments: none, or a recipe and what `python -m azrecipe` takes."""
 
@@ -79,6 +79,7 @@ class Bundle:
         run_path: The run's path below a runs directory: <project>/<name>, or that of its cell.
         recipe: The recipe with the paths of the container.
         source_files: File contents by path below the source folder.
+        local_sources: The user's files among them, by the same path.
         data_uploads: Local data to upload.
         channels: Inputs by channel name: an S3 URI, or a key below the prefix.
         input_runs: Runs of other recipes that this one reads, by channel name.
@@ -87,6 +88,7 @@ class Bundle:
     run_path: str
     recipe: Recipe
     source_files: dict[str, bytes] = field(default_factory=dict)
+    local_sources: dict[str, str] = field(default_factory=dict)
     data_uploads: list[Upload] = field(default_factory=list)
     channels: dict[str, str] = field(default_factory=dict)
     input_runs: dict[str, InputRun] = field(default_factory=dict)
@@ -115,15 +117,9 @@ class Bundle:
 def build_bundle(recipe: Recipe, settings: SageMakerSettings) -> Bundle:
     """Collect the files of a recipe's job.
 
-    Raises RecipeError for local data without upload_data, for secrets, and for a recipe that the container could not read.
+    Raises RecipeError for local data without upload_data, for secrets in files, for links out of the tree, and for a recipe that the
+    container could not read.
     """
-    problems = [
-        Problem(
-            recipe.locate(*keys),
-            f"{format_key_path(keys)} looks like a secret, which everyone who may read the bucket would see: remove it",
-        )
-        for keys in find_secrets(recipe.data)
-    ]
     bundle = Bundle(_run_path(recipe), recipe)
     rewriter = _PathRewriter(recipe, settings, bundle)
     # The keys of the recipe without defaults: some defaults are allowed with some keys only.
@@ -133,9 +129,8 @@ def build_bundle(recipe: Recipe, settings: SageMakerSettings) -> Bundle:
     if trackers is not None and "tensorboard" not in trackers:
         data["training"] = {**data.get("training", {}), "report_to": [*trackers, "tensorboard"]}  # SageMaker shows it
     bundle.recipe = replace(recipe, data=data)
-    problems += rewriter.problems
-    if problems:
-        raise RecipeError(problems)
+    if rewriter.problems:
+        raise RecipeError(rewriter.problems)
     bundle.source_files.update(_read_package())
     bundle.source_files[f"job/{recipe.name}.yaml"] = to_yaml(data).encode()
     for name in rewriter.upstream:  # a recipe names other recipes by file; only their runs are read, so an empty recipe is enough
@@ -153,6 +148,7 @@ def build_bundle(recipe: Recipe, settings: SageMakerSettings) -> Bundle:
         "runs": {channel: run.container_path for channel, run in bundle.input_runs.items()},
         "accelerate_config": settings.accelerate_config,
         "hub_token_secret": settings.hub_token_secret,
+        "allow_code": settings.allow_code,
     }
     bundle.source_files[JOB_FILE] = (json.dumps(job, indent=2) + "\n").encode()
     _check_readable(bundle, recipe)
@@ -189,19 +185,12 @@ def _read_package() -> tuple[tuple[str, bytes], ...]:
 
 def _iterate_package_files() -> Iterator[tuple[str, bytes]]:
     package = Path(azrecipe.__file__).resolve().parent
-    for file in sorted(package.rglob("*")):
+    for file in sorted(package.rglob("*.py")):
         relative = file.relative_to(package)
-        if _is_source_file(relative) and relative.parts[0] != "_shipped" and file.is_file():
+        if relative.parts[0] != "_shipped" and not any(part.startswith(".") for part in relative.parts) and file.is_file():
             yield f"azrecipe/{relative.as_posix()}", file.read_bytes()
-    for top in shipped_files.SHIPPED_FOLDERS:
-        for file in sorted((shipped_files.locate_root() / top).rglob("*")):
-            relative = file.relative_to(shipped_files.locate_root())
-            if (_is_source_file(relative) or relative.suffix in (".jinja", ".txt")) and "data" not in relative.parts and file.is_file():
-                yield f"azrecipe/_shipped/{relative.as_posix()}", file.read_bytes()
-
-
-def _is_source_file(relative: Path) -> bool:
-    return relative.suffix in CODE_SUFFIXES and not any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+    for name in shipped_files.RUNTIME_FILES:
+        yield f"azrecipe/_shipped/{name}", (shipped_files.locate_root() / name).read_bytes()
 
 
 class _PathRewriter:
@@ -209,11 +198,12 @@ class _PathRewriter:
 
     def __init__(self, recipe: Recipe, settings: SageMakerSettings, bundle: Bundle) -> None:
         self.recipe, self.settings, self.bundle = recipe, settings, bundle
+        self.folders = (Path.cwd(), recipe.path.absolute().parent)
         self.problems: list[Problem] = []
         self.upstream: dict[str, None] = {}
         self.container_paths: dict[str, str] = {}
         self.rewriters: dict[str, Callable[[str, tuple[Key, ...]], str]] = {
-            "recipe": self._rewrite_recipe, "data": self._rewrite_data, "model": self._rewrite_data, "template": self._rewrite_file, "task": self._rewrite_file,
+            "recipe": self._rewrite_recipe, "data": self._rewrite_data, "model": self._rewrite_model, "template": self._rewrite_template, "task": self._rewrite_task,
         }  # fmt: skip
 
     def rewrite(self, value: Any, definition: schema.Schema, keys: tuple[Key, ...]) -> Any:
@@ -242,25 +232,58 @@ class _PathRewriter:
             self.bundle.input_runs[f"run{len(self.bundle.input_runs)}"] = InputRun(f"{self.recipe.project}/{name}", run_path)
         return f"./{name}.yaml"
 
-    def _rewrite_file(self, value: str, keys: tuple[Key, ...]) -> str:
-        """Add a small file of the recipe: a chat template, a task."""
-        name = f"files/{len(self.bundle.source_files)}/{Path(value).name}"
-        try:
-            data = Path(value).read_bytes()
-        except OSError as error:
-            self.problems.append(Problem(self.recipe.locate(*keys), f"{value}: cannot be read: {error.strerror}"))
-            return value
-        if SECRET_PATTERN.search(data.decode("utf-8", "replace")):
-            self.problems.append(
-                Problem(
-                    self.recipe.locate(*keys),
-                    f"{value} holds what looks like a secret, which everyone who may read the bucket would see: remove it",
-                )
-            )
-        self.bundle.source_files[f"job/{name}"] = data
-        return f"./{name}"
+    def _rewrite_template(self, value: str, keys: tuple[Key, ...]) -> str:
+        return self._add_files(value, [Path(value)], keys)
 
-    def _rewrite_data(self, value: str, keys: tuple[Key, ...]) -> str:
+    def _rewrite_task(self, value: str, keys: tuple[Key, ...]) -> str:
+        """Add a task file with what it includes and the data that it names."""
+        task = read_task_files(Path(value))
+        self.problems += task.problems if self.settings.allow_code else [*task.problems, *task.functions]
+        if task.data_files and not self.settings.upload_data:
+            names = ", ".join(file.name for file in task.data_files)
+            self._report(
+                keys, f"{value} names data on this machine ({names}), which the job cannot read: set upload_data: true (--upload-data)"
+            )
+            return value
+        modules = task.modules if self.settings.allow_code else []
+        return self._add_files(value, [*task.files, *task.data_files, *modules], keys)
+
+    def _add_files(self, value: str, files: Sequence[Path], keys: tuple[Key, ...]) -> str:
+        """Add small files beside the recipe, in folders as they are here.
+
+        Args:
+            value: The first file, as the recipe names it.
+            files: The files.
+            keys: The keys that lead to the value.
+
+        Returns:
+            The first file's path in the container.
+        """
+        base = Path(os.path.commonpath([file.absolute().parent for file in map(_normalize, files)]))
+        folder = f"files/{len(self.bundle.source_files)}"
+        messages = list(local_files.describe_outward_links(files, Path(value), self.folders))
+        names = []
+        for file in files if not messages else ():
+            try:
+                data = file.read_bytes()
+            except OSError as error:
+                messages.append(f"{file}: cannot be read: {error.strerror}")
+                continue
+            messages += local_files.describe_secrets(file, data.decode("utf-8", "replace"))
+            names.append(f"{folder}/{_normalize(file).absolute().relative_to(base).as_posix()}")
+            self.bundle.source_files[f"job/{names[-1]}"] = data
+            self.bundle.local_sources[f"job/{names[-1]}"] = str(file)
+        for message in messages:
+            self._report(keys, message)
+        return f"./{names[0]}" if names else value
+
+    def _report(self, keys: tuple[Key, ...], message: str) -> None:
+        self.problems.append(Problem(self.recipe.locate(*keys), message))
+
+    def _rewrite_model(self, value: str, keys: tuple[Key, ...]) -> str:
+        return self._rewrite_data(value, keys, is_model=True)
+
+    def _rewrite_data(self, value: str, keys: tuple[Key, ...], is_model: bool = False) -> str:
         """Add data or a model: a channel from S3, or an upload."""
         if value in self.container_paths:
             return self.container_paths[value]
@@ -269,24 +292,33 @@ class _PathRewriter:
                 return value  # the run reads it from S3
             is_file = value.endswith(DATA_SUFFIXES)  # a folder gets a slash: without it the prefix would match other folders too
             return self._add_channel(value, value if is_file else f"{value.rstrip('/')}/", PurePosixPath(value).name if is_file else "")
-        files = _list_local_files(value)
-        if len(self.bundle.channels) >= MAX_CHANNELS:
-            message = f"{value}: a job can read data from at most {MAX_CHANNELS} places: put several into one folder, or use a glob on S3"
-            self.problems.append(Problem(self.recipe.locate(*keys), message))
-        if not files:
-            self.problems.append(Problem(self.recipe.locate(*keys), f"{value}: there is nothing"))
-            return value
-        if not self.settings.upload_data:
-            size = sum(file.stat().st_size for file in files.values())
-            problem = f"{value} is on this machine ({len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB)"
-            remedy = "use a path on S3 (s3://bucket/…), or set upload_data: true in the settings (--upload-data)"
-            self.problems.append(Problem(self.recipe.locate(*keys), f"{problem}, which the job cannot read: {remedy}"))
+        files = local_files.list_model_files(value) if is_model else local_files.list_data_files(value)
+        problems = list(self._check_upload(value, files, is_model))
+        for problem in problems:
+            self._report(keys, problem)
+        if problems:
             return value
         listing = "\n".join(f"{name} {hash_file(file)}" for name, file in sorted(files.items()))
         folder = f"data/{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
         self.bundle.data_uploads += [Upload(file, f"{folder}/{name}") for name, file in sorted(files.items())]
         is_file = len(files) == 1 and Path(value).is_file()
         return self._add_channel(value, f"{folder}/", next(iter(files)) if is_file else "")
+
+    def _check_upload(self, value: str, files: Mapping[str, Path], is_model: bool) -> Iterator[str]:
+        """Yield what stands in the way of an upload of data or a model."""
+        if len(self.bundle.channels) >= MAX_CHANNELS:
+            yield f"{value}: a job can read data from at most {MAX_CHANNELS} places: put several into one folder, or use a glob on S3"
+        if not files:
+            expected = "file of a model" if is_model else f"data file ({', '.join(DATA_SUFFIXES)})"
+            yield f"{value}: there is nothing that is read: no {expected}"
+        elif not self.settings.upload_data:
+            size = sum(file.stat().st_size for file in files.values())
+            problem = f"{value} is on this machine ({len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:,.1f} MB)"
+            remedy = "use a path on S3 (s3://bucket/…), or set upload_data: true in the settings (--upload-data)"
+            yield f"{problem}, which the job cannot read: {remedy}"
+        else:
+            outward = list(local_files.describe_outward_links(files.values(), Path(value), self.folders))
+            yield from outward or local_files.describe_data_secrets(files)
 
     def _add_channel(self, value: str, source: str, file_name: str) -> str:
         name = f"data{sum(channel.startswith('data') for channel in self.bundle.channels)}"
@@ -295,20 +327,6 @@ class _PathRewriter:
         return self.container_paths[value]
 
 
-def _list_local_files(value: str) -> dict[str, Path]:
-    """List the files of a path, folder or glob.
-
-    Returns:
-        Files by their path below the folder that all have in common.
-    """
-    path = Path(value).expanduser()
-    if path.is_file():
-        return {path.name: path}
-    if path.is_dir():
-        base, files = path, [file for file in path.rglob("*") if file.is_file()]
-    else:
-        fixed = next((i for i, part in enumerate(path.parts) if any(c in part for c in "*?[")), len(path.parts))
-        base = Path(*path.parts[:fixed])
-        files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
-    visible = [file for file in files if not any(part.startswith(".") for part in file.relative_to(base).parts)]
-    return {file.relative_to(base).as_posix(): file for file in visible}
+def _normalize(path: Path) -> Path:
+    """Return a path without `..`, as it is named: links are not followed."""
+    return Path(os.path.normpath(path))

@@ -42,6 +42,7 @@ class JobFile:
     runs: Mapping[str, str]
     accelerate_config: str | None
     hub_token_secret: str | None
+    allow_code: bool = False
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -172,7 +173,10 @@ def _build_environment(machines: cluster.TrainingCluster, job: JobFile) -> dict[
         environment_variables.STORAGE.name: "local",  # SageMaker copies files to S3 one by one, in any order
         environment_variables.CACHE.name: str(CACHE_DIR),
         environment_variables.TENSORBOARD.name: str(TENSORBOARD_DIR),
+        environment_variables.ALLOW_SECRETS.name: "1",  # the recipe was scanned where it was submitted, with the comments that it has there
     }
+    if job.allow_code:
+        variables[environment_variables.ALLOW_CODE.name] = "1"
     if job.hub_token_secret is not None and "HF_TOKEN" not in variables:
         variables["HF_TOKEN"] = _read_secret(job.hub_token_secret)
     return variables

@@ -13,13 +13,14 @@ from azrecipe.recipe import schema
 from azrecipe.recipe.compose import display_path, read_tree
 from azrecipe.recipe.dataclass_builder import build_dataclass
 from azrecipe.recipe.overrides import format_key_path
+from azrecipe.recipe.secrets import find_secret_values
 from azrecipe.recipe.to_yaml import to_yaml
-from azrecipe.recipe.yaml_tree import Key, YamlNode, parse_yaml
+from azrecipe.recipe.yaml_tree import YamlNode, parse_yaml
 from azrecipe.utils import shipped_files
+from azrecipe.utils.secret_scan import WAY_OUT, find_secrets
 
 MAX_RUNTIME_SECONDS = 2_419_200  # 28 days, SageMaker's quota for a training job
 SECRET_NAME_PATTERN = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
-SECRET_PATTERN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{30,})\b")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class SageMakerSettings:
     environment: Mapping[str, str]
     hub_token_secret: str | None
     upload_data: bool
+    allow_code: bool
     price_per_hour: float | None
     steps: Mapping[str, Mapping[str, Any]]
     changes: Mapping[str, Any] = field(default_factory=dict)  # from the command line, which wins over `steps` too
@@ -108,13 +110,13 @@ def _check_rules(root: YamlNode) -> Iterator[Problem]:
         node = root.get(one)
         if node is not None and node.value and not _value(root, other):
             yield Problem(node.entry_location, f"{one} without {other}: a VPC needs both")
-    for keys in find_secrets(root.to_plain()):
-        if keys[0] != "environment":
-            message = f"{format_key_path(keys)} looks like a secret, which everyone who may describe the job would see: remove it"
-            yield Problem(root.find_nearest(keys).location, message)
+    for keys, node, kind in find_secret_values(root):
+        if keys[:1] != ("environment",):
+            message = f"{format_key_path(keys)} looks like a secret ({kind}), which everyone who may describe the job would see: remove it"
+            yield Problem(node.location, f"{message}; {WAY_OUT}")
     environment = root.get("environment")
     for name, node in environment.value.items() if environment is not None and isinstance(environment.value, dict) else ():
-        if SECRET_NAME_PATTERN.search(name) or SECRET_PATTERN.search(str(node.value)):
+        if SECRET_NAME_PATTERN.search(name) or find_secrets(f"{name}: {node.value}"):
             message = f"environment.{name} looks like a secret, which everyone who may describe the job would see: store it in Secrets Manager, and name it in hub_token_secret"
             yield Problem(node.entry_location, message)
 
@@ -130,23 +132,3 @@ def _check_changes(changes: Mapping[str, Any]) -> None:
     messages = [problem.message for problem in problems if not problem.message.startswith("the recipe: missing key")]
     if messages:
         raise CommandError("\n".join(f"the command line: {message}" for message in messages))
-
-
-def find_secrets(data: object, keys: tuple[Key, ...] = ()) -> Iterator[tuple[Key, ...]]:
-    """Find strings that look like tokens or keys.
-
-    Args:
-        data: Plain data of a recipe or settings file.
-        keys: The keys that lead to it.
-
-    Yields:
-        The keys that lead to each such string.
-    """
-    if isinstance(data, Mapping):
-        for key, inner in data.items():
-            yield from find_secrets(inner, (*keys, key))
-    elif isinstance(data, list):
-        for i, inner in enumerate(data):
-            yield from find_secrets(inner, (*keys, i))
-    elif isinstance(data, str) and SECRET_PATTERN.search(data):
-        yield keys

@@ -40,19 +40,17 @@ def open_bucket(spec: training_job.JobSpec, account: Account) -> Bucket:
 
 
 def describe_uploads(submission: Submission, account: Account) -> dict[str, Any]:
-    """Describe the files of a job: code by folder, data by file.
+    """Describe the files of a job, one by one.
 
     It counts the missing ones too. Sizes are in bytes.
     """
     bundle = submission.spec.bundle
-    folders: dict[str, list[int]] = {}
-    for name, content in bundle.source_files.items():
-        folders.setdefault(name.rpartition("/")[0] if not name.startswith("job/") and "/" in name else name, []).append(len(content))
+    files = {name: {"bytes": len(content), "from": bundle.local_sources.get(name)} for name, content in sorted(bundle.source_files.items())}
     missing = (
         open_bucket(submission.spec, account).list_missing(bundle) if account.authenticated else MissingFiles(True, bundle.data_uploads)
     )
     return {
-        "code": {"uri": submission.spec.code_uri, "files": {name: [len(sizes), sum(sizes)] for name, sizes in sorted(folders.items())}},
+        "code": {"uri": submission.spec.code_uri, "files": files},
         "data": {upload.key: [str(upload.file), upload.size] for upload in bundle.data_uploads},
         "archive": len(bundle.archive),
         "to_upload": {"code": missing.code, "data": len(missing.data)},

@@ -59,7 +59,20 @@ EXIT_CODES = EnvironmentVariable(
     "A folder where each process of a run writes its exit code, named by its rank, and its error message (`<rank>.reason`). azrecipe sets "
     "it for the processes that it launches, as launchers turn every failure into exit code 1",
 )
-VARIABLES = (CACHE, EXIT_CODES, ESTIMATE, ESTIMATE_SECONDS, PAGE, STORAGE, TENSORBOARD)
+ALLOW_SECRETS = EnvironmentVariable(
+    "AZRECIPE_ALLOW_SECRETS",
+    "",
+    "none",
+    "`1`: what looks like a password, token or private key in a recipe or an upload is not refused (docs/sagemaker.md). azrecipe sets it in "
+    "the container of a job, whose recipe was scanned before",
+)
+ALLOW_CODE = EnvironmentVariable(
+    "AZRECIPE_ALLOW_CODE",
+    "",
+    "none",
+    "`1`: functions that a recipe's own task files name are run, as with `--allow-code` (docs/evaluation.md)",
+)
+VARIABLES = (ALLOW_CODE, ALLOW_SECRETS, CACHE, EXIT_CODES, ESTIMATE, ESTIMATE_SECONDS, PAGE, STORAGE, TENSORBOARD)
 
 
 def generate_document() -> str:

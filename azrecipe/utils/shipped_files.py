@@ -10,6 +10,14 @@ from pathlib import Path
 import azrecipe
 
 SHIPPED_FOLDERS = ("recipes", "schema", "accelerate_configs", "hardware", "sagemaker")
+# What a run reads. They are listed by name: other files may lie beside them in a checkout.
+RUNTIME_FILES = (
+    *(f"schema/{name}.json" for name in (
+        "common", "evaluate", "hardware", "pipeline", "plan", "pretrain", "result", "sagemaker", "sft", "tokenizer",
+    )),
+    *(f"accelerate_configs/{name}.yaml" for name in ("context", "cpu", "ddp", "fsdp", "hsdp", "zero2", "zero3")),
+    *(f"hardware/{name}.yaml" for name in ("calibration", "hardware", "models")),
+)  # fmt: skip
 _PACKAGE = Path(azrecipe.__file__).resolve().parent
 
 
