@@ -1,4 +1,4 @@
-"""Read task files of lm-evaluation-harness without running anything that they name."""
+"""Read task files of lm-evaluation-harness; run nothing that they name."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def _list_scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
 
 
 def _walk(node: yaml.Node, visited: set[int]) -> Iterator[yaml.Node]:
-    """Yield a node and all below it, each once: aliases may go in a circle."""
+    """Yield a node and all below it, each once.
+
+    Aliases may go in a circle.
+    """
     if id(node) in visited:
         return
     visited.add(id(node))

@@ -236,7 +236,7 @@ class _PathRewriter:
         return self._add_files(value, [Path(value)], keys)
 
     def _rewrite_task(self, value: str, keys: tuple[Key, ...]) -> str:
-        """Add a task file with what it includes and the data that it names."""
+        """Add a task file, what it includes and its data."""
         task = read_task_files(Path(value))
         self.problems += task.problems if self.settings.allow_code else [*task.problems, *task.functions]
         if task.data_files and not self.settings.upload_data:
@@ -305,7 +305,7 @@ class _PathRewriter:
         return self._add_channel(value, f"{folder}/", next(iter(files)) if is_file else "")
 
     def _check_upload(self, value: str, files: Mapping[str, Path], is_model: bool) -> Iterator[str]:
-        """Yield what stands in the way of an upload of data or a model."""
+        """Yield what stands in the way of an upload."""
         if len(self.bundle.channels) >= MAX_CHANNELS:
             yield f"{value}: a job can read data from at most {MAX_CHANNELS} places: put several into one folder, or use a glob on S3"
         if not files:

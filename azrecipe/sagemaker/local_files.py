@@ -1,4 +1,4 @@
-"""Local files that a job may need: listed by kind, never through a link out, scanned for secrets."""
+"""Local files that a job needs, without outward links and secrets."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def describe_outward_links(files: Iterable[Path], named: Path, folders: Iterable[Path]) -> Iterator[str]:
-    """Describe each file that a link takes out of the tree it is named in.
+    """Describe each file that a link takes out of its tree.
 
     The tree is the first of `folders` that the path is in, without following links; for a path in none of them, the folder that holds it.
 

@@ -20,7 +20,10 @@ WAY_OUT = f"if it is none, end the line with the comment '# {PRAGMA}', or set {A
 
 
 class _Kind(NamedTuple):
-    """A pattern for one kind of secret; `hints`: one of them is in every match."""
+    """A pattern for one kind of secret.
+
+    One of `hints` is in every match.
+    """
 
     name: str
     hints: tuple[str, ...]
@@ -75,7 +78,10 @@ _WINDOW = 120  # characters around such a run
 
 @dataclass(frozen=True)
 class SecretMatch:
-    """What looks like a secret: where it begins, from 1, and its kind; not its text."""
+    """What looks like a secret: its place, from 1, and its kind.
+
+    Its text is not kept.
+    """
 
     line: int
     column: int
