@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from azrecipe.errors import CommandError, RunFailed, did_you_mean, explain_error, list_choices
-from azrecipe.modeling import attention, new_tokens
+from azrecipe.modeling import attention, config_file, new_tokens
 from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.modeling.vocabulary_swap import adopt_special_tokens
 from azrecipe.tokenization.tokenizer import count_embedding_rows, save_tokenizer
@@ -193,6 +193,7 @@ def save_model(
     """
     with atomic_folder(folder) as partial_folder:
         model.save_pretrained(partial_folder, state_dict=state_dict)
+        config_file.add_legacy_keys(partial_folder, model.config)
         if state_dict is not None:
             _check_saved(partial_folder, state_dict)
         save_tokenizer(tokenizer, partial_folder)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import models
 
 from azrecipe.errors import CannotRun
+from azrecipe.utils.atomic_files import read_json, write_json
 from azrecipe.utils.hub_errors import translate_hub_errors
 
 if TYPE_CHECKING:
@@ -106,7 +107,27 @@ def have_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedToken
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer so that AutoTokenizer loads it as it is now."""
+    """Save a tokenizer so that transformers 5 and 4 load it unchanged."""
     with contextlib.redirect_stdout(None):
         saved: Any = tokenizer.save_pretrained(folder)
     assert saved
+    file = folder / "tokenizer_config.json"
+    write_json(file, _use_legacy_names(read_json(file), tokenizer))
+
+
+def _use_legacy_names(data: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return a tokenizer_config.json whose names transformers 4 knows.
+
+    transformers 5 reads both.
+    """
+    renamed = {key: value for key, value in data.items() if key != "extra_special_tokens"}
+    extra_special_tokens = data.get("extra_special_tokens")
+    if isinstance(extra_special_tokens, dict):  # tokens by name are the same in both
+        renamed["extra_special_tokens"] = extra_special_tokens
+    elif extra_special_tokens:
+        renamed["additional_special_tokens"] = extra_special_tokens
+    if data.get("tokenizer_class") == "TokenizersBackend":
+        renamed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.chat_template, str):  # also in chat_template.jinja, which older programs do not read
+        renamed["chat_template"] = tokenizer.chat_template
+    return dict(sorted(renamed.items()))
