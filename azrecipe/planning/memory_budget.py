@@ -72,10 +72,11 @@ def compute_memory_budget(cost: StepCost, step: StepSpec, batch: int, world_size
     shards = world_size // replicate if step.uses_fsdp else None
     trainable_bytes = float(cost.parameters.trainable_bytes)
     synced = gradient_sync.syncs_each_batch(step.sync_each_batch, shards or 1, trainable_bytes)
-    by_kind = cost.get_peak_memory(batch, shards, step.keeps_gradients, sync_each_batch=synced and step.uses_fsdp)
-    if step.strategy == "ddp":
-        by_kind["communication"] += trainable_bytes  # the reducer's buckets are as large as the gradients
-    elif step.strategy in ("zero1", "zero2"):
+    if step.strategy == "ddp":  # gradients lie in the reducer's buckets, which are there all the time
+        by_kind = cost.get_peak_memory(batch, accumulates=True, sync_each_batch=True)
+    else:
+        by_kind = cost.get_peak_memory(batch, shards, step.keeps_gradients, sync_each_batch=synced and step.uses_fsdp)
+    if step.strategy in ("zero1", "zero2"):
         by_kind["optimizer"] /= world_size
         width = trainable_bytes / max(cost.parameters.trainable, 1)
         by_kind["communication"] += min(2 * DEEPSPEED_BUCKET_ELEMENTS * width, 2 * trainable_bytes)

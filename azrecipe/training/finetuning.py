@@ -6,7 +6,7 @@ The trainers get our rows, in our order, with an adapter or all weights, and lea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +17,11 @@ from azrecipe.data.finetuning_examples import FinetuningExamples, FinetuningPlan
 from azrecipe.data.packing import Collator
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
-from azrecipe.modeling import loading, parameter_groups
+from azrecipe.modeling import frozen_weights, loading, parameter_groups
 from azrecipe.recipe.types import SftConfig
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.tokenization.chat_templates import TokenizedExample
+from azrecipe.training import precision
 from azrecipe.training import trainer as training_trainer
 from azrecipe.training.monitor import LoopUnits
 
@@ -33,12 +34,14 @@ class TunedModel:
     """A model to finetune, with its tokenizer and adapter configuration.
 
     `adapter` is None where all weights train. `reference_model` is the frozen model of DPO; None where it is the model without its adapter.
+    `round_frozen`: whether what is frozen is rounded to bfloat16.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     adapter: Any = None
     reference_model: PreTrainedModel | None = None
+    round_frozen: bool = False
 
 
 def resolve_learning_rates(model: torch.nn.Module, rates: Mapping[str, float], trainable_only: bool = True) -> dict[str, float]:
@@ -69,9 +72,19 @@ def resolve_learning_rates(model: torch.nn.Module, rates: Mapping[str, float], t
 
 
 class LearningRatesMixin(training_trainer.NonEmptyParamGroupsMixin):
-    """A mixin for Trainer with learning rates by part."""
+    """A mixin for Trainer with learning rates by part.
+
+    `round_frozen`: whether frozen matrices are rounded to bfloat16.
+    """
 
     learning_rates: Mapping[str, float] = {}
+    round_frozen = False
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Move the model; its adapter is there now, and what is frozen takes less room on the device."""
+        if self.round_frozen:
+            frozen_weights.round_frozen_matrices(model)
+        super()._move_model_to_device(model, device)
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """Create the optimizer, its parameter groups split by learning rate."""
@@ -127,6 +140,7 @@ def tune_model(
     }
     if not examples.held_out:
         arguments |= {"eval_strategy": "no", "eval_steps": None}
+    tuned_model = replace(tuned_model, round_frozen=precision.rounds_frozen_weights(config.training.precision, backend))
     build_trainer = {"sft": _prepare_sft, "dpo": _prepare_dpo}[config.method](config, tuned_model, examples, plan, arguments)
     lengths = [len(row.example) if config.method == "dpo" else len(row.example.input_ids) for row in examples.train]
     sequence_lengths = [sum(lengths[row] for row in sequence) for sequence in plan.sequences]
@@ -160,6 +174,7 @@ def _prepare_sft(
         """
 
         learning_rates = config.training.learning_rates
+        round_frozen = tuned_model.round_frozen
 
     held_out = examples.held_out
     if config.data.packing:
@@ -219,6 +234,7 @@ def _prepare_dpo(
         """DPOTrainer for pairs that are tokens already."""
 
         learning_rates = config.training.learning_rates
+        round_frozen = tuned_model.round_frozen
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset

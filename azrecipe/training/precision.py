@@ -1,6 +1,7 @@
 """Apply `training.precision` on each backend, and check the live weights.
 
-float32: everything. bf16_mixed: float32 weights, gradients summed and optimizer state in float32, bfloat16 arithmetic.
+float32: everything. bf16_mixed: float32 weights, gradients summed and optimizer state in float32, bfloat16 arithmetic; what is frozen
+and only multiplied is stored in bfloat16 where autocast computes.
 bf16_pure: weights, gradients and optimizer state in bfloat16, with no float32 copy anywhere.
 """
 
@@ -33,6 +34,14 @@ def configure_autocast(precision: str, backend: Backend) -> dict[str, bool]:
         return {"bf16": True, "use_cpu": True}
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # bf16=True needs a GPU or use_cpu=True, which drops the sharding
     return off
+
+
+def rounds_frozen_weights(precision: str, backend: Backend) -> bool:
+    """Tell whether frozen matrices are stored in bfloat16.
+
+    So it is under autocast. A sharded backend gathers its float32 shards in bfloat16, a group at a time.
+    """
+    return precision == "bf16_mixed" and not backend.sharded
 
 
 def apply_precision(trainer: Trainer, precision: str, backend: Backend) -> None:

@@ -22,13 +22,13 @@ from azrecipe.data.phase_schedule import PhaseSchedule
 from azrecipe.distributed import local_storage
 from azrecipe.distributed.backend import Backend
 from azrecipe.evaluation import bits_per_byte
-from azrecipe.modeling import chunked_loss, liger_kernels, loading, parameter_groups
+from azrecipe.modeling import chunked_loss, frozen_weights, liger_kernels, loading, parameter_groups
 from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.modeling.row_gradient_mask import RowGradientMask
 from azrecipe.recipe import optimizer_settings
 from azrecipe.recipe.types import PretrainConfig
 from azrecipe.runs.run_dir import RunDir
-from azrecipe.training import checkpoints, throughput
+from azrecipe.training import checkpoints, precision, throughput
 from azrecipe.training import trainer as training_trainer
 from azrecipe.training.async_checkpoint import AsyncCheckpointMixin, AsyncCheckpointWriter
 from azrecipe.training.bad_step_guard import BadStepGuard, BadStepGuardMixin
@@ -134,6 +134,7 @@ class TextTrainer(AsyncCheckpointMixin, BadStepGuardMixin, training_trainer.NonE
 
     def __init__(self, job: PretrainJob, trainable: parameter_groups.TrainableParameters, guard: BadStepGuard, **arguments: Any) -> None:
         self.job, self.trainable = job, trainable
+        self.exact_weights: dict[str, torch.Tensor] = {}
         self.predicted_tokens: Any = 0  # since the last log line, on all processes. A tensor on a GPU, so that no step waits
         super().__init__(**arguments, eval_dataset=dict(job.held_out))
         self.loss_arguments = liger_kernels.build_loss_arguments(self.model)  # of the model's forward, beside a batch
@@ -230,6 +231,7 @@ def train_phase(job: PretrainJob, model: PreTrainedModel, phase_index: int) -> N
     model = training_trainer.unwrap_model(trainer)
     model.config.use_cache = True
     if main:
+        frozen_weights.restore_frozen_matrices(model, trainer.exact_weights)
         loading.save_model(model, job.tokenizer, job.model_folder(phase_index), state, job.new_token_ids)
     summary |= trainer.checkpoint_writer.timings if trainer.checkpoint_writer else {}
     job.record.finish_phase(name, summary, job.model_folder(phase_index))
@@ -260,6 +262,9 @@ def run_phase_loop(
         checkpoints.remove_incomplete(job.run_dir.checkpoints_dir / planned_phase.name)
     job.run_dir.require_disk_space(required_disk_bytes(job, model, phase_index), "the phase's checkpoints and its model")
     model.config.use_cache = False
+    exact_weights = {}  # of what is rounded, for the model that is saved
+    if precision.rounds_frozen_weights(config.training.precision, job.backend):
+        exact_weights = frozen_weights.round_frozen_matrices(model, keep_exact=main)
     if config.training.fused_linear_cross_entropy == "torch":
         chunked_loss.enable_chunked_loss(model)
     data = job.schedule.build_dataset(phase_index)
@@ -290,7 +295,7 @@ def run_phase_loop(
 
     def build_trainer(callbacks: list[Any]) -> Trainer:
         args = training_trainer.create_training_arguments(TrainingArguments, **arguments, train_sampling_strategy="sequential")
-        return TextTrainer(
+        trainer = TextTrainer(
             job,
             trainable,
             guard,
@@ -300,6 +305,8 @@ def run_phase_loop(
             callbacks=[*callbacks, RowGradientMask(trainable, job.backend.strategy), *more_callbacks],
             args=args,
         )
+        trainer.exact_weights = exact_weights
+        return trainer
 
     trainer, summary = training_trainer.train_loop(build_trainer, loop, units, job.backend, config.training)
     return trainer, {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from azrecipe.distributed import gradient_sync, local_storage
@@ -138,6 +139,20 @@ def create_training_arguments(arguments_class: Callable[..., TrainingArguments],
         raise CommandError(f"training: transformers refuses these arguments: {error}") from None
 
 
+class BucketViewMixin(Trainer):  # type: ignore[misc]
+    """A mixin for Trainer whose gradients are DDP's buckets, not copies of them.
+
+    transformers has no argument for it. One process and sharded backends have no buckets.
+    """
+
+    def _build_accelerator_args(self, **values: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._build_accelerator_args(**values)
+        for handler in arguments["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True
+        return arguments
+
+
 class IntegerTokenCountMixin(Trainer):  # type: ignore[misc]
     """A mixin for Trainer whose step counts its tokens in integers.
 
@@ -151,7 +166,7 @@ class IntegerTokenCountMixin(Trainer):  # type: ignore[misc]
         return batches, count.round().long() if torch.is_tensor(count) and count.is_floating_point() else count
 
 
-class NonEmptyParamGroupsMixin(IntegerTokenCountMixin):
+class NonEmptyParamGroupsMixin(IntegerTokenCountMixin, BucketViewMixin):
     """A mixin for Trainer whose optimizer has no empty parameter group.
 
     transformers makes one group that decays and one that does not; either may be empty. FSDP's checkpoints do not return the settings of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from azrecipe.recipe.load import load_recipe
 from azrecipe.tokenization.bpe_extension import extend_tokenizer
 from azrecipe.tokenization.bpe_training import train_llama3
 from azrecipe.tokenization.tokenizer import save_tokenizer
+from azrecipe.training.checkpoints import MARKER, list_complete
 from tests.conftest import ROOT, TALES, Done, write
 from tests.small import CPT, Project, assert_same_weights, fill, weights
 
@@ -149,3 +151,19 @@ def test_new_tokens_are_refused_where_the_vocabulary_stays(
     assert "none.yaml:4:" in done.text
     assert "new_tokens matches nothing: no token is known to be new" in done.text
     assert "new_tokens_head matches nothing" in done.text
+
+
+def test_frozen_matrices_are_rounded_while_a_phase_trains_and_saved_as_they_were(small: Project) -> None:
+    """Also after a kill: the checkpoint has them rounded, and the next phase begins with the base model's own numbers."""
+    mixed = ("--set", "training.precision=bf16_mixed")
+    small.interrupt("phase1", lambda run: any(run.glob("checkpoints/*/*/" + MARKER)), signal.SIGTERM, *mixed)
+    (checkpoint, *_) = list_complete(small.path("phase1") / "checkpoints" / "embeddings")
+    base = weights(small.path("base") / "final")
+    frozen = [name for name, tensor in base.items() if tensor.dim() == 2 and name != EMBEDDINGS]
+    stored = weights(checkpoint)
+    assert {stored[name].dtype for name in frozen} == {torch.bfloat16} and stored[EMBEDDINGS].dtype == torch.float32
+    assert "going on from" in small.run("phase1", *mixed)
+    saved = weights(small.path("phase1") / "final")
+    assert all(torch.equal(saved[name], base[name]) for name in frozen)
+    assert not any(torch.equal(base[name], base[name].bfloat16().float()) for name in frozen)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}

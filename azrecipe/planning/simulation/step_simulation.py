@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from azrecipe.modeling import frozen_weights, parameter_groups
 from azrecipe.modeling import lora as adapters
-from azrecipe.modeling import parameter_groups
 from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.planning.simulation import gradient_accumulation, kernel_stubs
 from azrecipe.planning.simulation.memory_tracker import MemoryTracker
@@ -52,14 +52,17 @@ def build_meta_model(spec: StepSpec) -> Any:
     model.config.use_cache = False
     if spec.lora is None:
         parameter_groups.set_trainable_parameters(model, list(spec.trainable), range(spec.new_rows))
-        return model
-    from peft import get_peft_model
+    else:
+        from peft import get_peft_model
 
-    config = adapters.build_lora_config(spec.lora, model, range(spec.new_rows) if spec.lora.train_new_tokens else ())
-    if spec.quantized:
-        kernel_stubs.quantize_model(model)
-    with torch.device("meta"):
-        return get_peft_model(model, config)
+        config = adapters.build_lora_config(spec.lora, model, range(spec.new_rows) if spec.lora.train_new_tokens else ())
+        if spec.quantized:
+            kernel_stubs.quantize_model(model)
+        with torch.device("meta"):
+            model = get_peft_model(model, config)
+    if spec.rounds_frozen_weights:
+        frozen_weights.round_frozen_matrices(model)
+    return model
 
 
 def _get_param_dtype(spec: StepSpec) -> torch.dtype:

@@ -21,6 +21,7 @@ SOURCE_MODULES = (
     "azrecipe.planning.simulation.kernel_stubs",
     "azrecipe.planning.simulation.step_cost",
     "azrecipe.planning.simulation.loss_tiles",
+    "azrecipe.modeling.frozen_weights",
     "azrecipe.modeling.parameter_groups",
     "azrecipe.modeling.lora",
 )  # the modules that compute a cost
@@ -84,6 +85,11 @@ class StepSpec:
         return self.strategy.startswith("zero")
 
     @property
+    def rounds_frozen_weights(self) -> bool:
+        """Whether frozen matrices are stored in bfloat16 (training.precision)."""
+        return self.precision == "bf16_mixed" and self.strategy in ("single", "ddp")
+
+    @property
     def keeps_gradients(self) -> bool:
         """Whether gradients of earlier batches are there while a batch runs.
 
@@ -100,7 +106,7 @@ class StepSpec:
         Sharded strategies are simulated as FSDP 2 over `shards` processes, all others as one process. One batch is simulated: its cost
         holds for a first batch and for later ones, whenever gradients are summed.
         """
-        strategy, split = ("fsdp2", shards) if self.uses_fsdp else ("single", 1)
+        strategy, split = ("fsdp2", shards) if self.uses_fsdp else ("zero2" if self.uses_deepspeed else "single", 1)
         return replace(self, strategy=strategy, shards=split, accumulates=False, sync_each_batch="auto")
 
     def get_cache_key(self, length: int) -> str:

@@ -109,6 +109,7 @@ def test_accelerate_gets_whether_each_batch_is_summed(
     values = trainer.build_training_arguments(training, loop, backend)
     small = SmallTrainer(build_model(), TrainingArguments(**values, use_cpu=True), train_dataset=build_rows(2))
     assert small.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False) is sync
+    assert small.accelerator.ddp_handler.gradient_as_bucket_view  # DDP's gradients have no copies
 
 
 @pytest.mark.parametrize(
