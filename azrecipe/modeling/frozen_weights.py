@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 
-def find_frozen_matrices(model: Any) -> dict[str, nn.Parameter]:
+def find_frozen_matrices(model: Any) -> dict[str, torch.Tensor]:
     """Find the frozen float32 weights of linear layers, without the head's.
 
     There are none beside a DoRA adapter, whose magnitudes are computed from these weights.
