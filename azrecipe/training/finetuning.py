@@ -81,7 +81,7 @@ class LearningRatesMixin(training_trainer.NonEmptyParamGroupsMixin):
     round_frozen = False
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """Move the model; its adapter is there now, and what is frozen takes less room on the device."""
+        """Round what is frozen, then move the model: its adapter is there now."""
         if self.round_frozen:
             frozen_weights.round_frozen_matrices(model)
         super()._move_model_to_device(model, device)
