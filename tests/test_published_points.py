@@ -100,8 +100,8 @@ def make_prediction(reader: ModuleType, coverage: ModuleType, source: str, rate:
         "bottleneck": "compute",
         "roofline": 1.0,
         "links": 0.0,
-        "peak": 95.0,
-        "least": 96.0,
+        "peak": 96.0,
+        "least": 97.0,
         "most": 110.0,
     }
     return coverage.Prediction(replace(point, memory_bytes=100, memory_of="reserved"), **(values | changes))
