@@ -23,7 +23,7 @@ from azrecipe.utils import shipped_files
 MAX_CARDS_PER_MACHINE = 16  # cards of one machine, where only a card is named
 GIB = 2**30
 # With such a word, a device is another chip than the one that the rest of its name says: a slice of it, or a variant.
-VARIANT_WORDS = frozenset({"LAPTOP", "MIG", "TI", "SUPER", "D"})
+VARIANT_WORDS = frozenset({"LAPTOP", "MIG", "TI", "SUPER", "D", "MAX"})
 _MAKER = re.compile(r"\b(nvidia|geforce|tesla)\b")
 _TIMES = r"[x×*]"
 _COUNT_FIRST = re.compile(rf"(?P<count>\d{{1,3}})\s*{_TIMES}?\s+(?P<card>.*)|(?P<count2>\d{{1,3}}){_TIMES}(?P<card2>.*)")
@@ -34,11 +34,12 @@ _COUNT_LAST = re.compile(rf"(?P<card>.*?)(?<![rg]t)\s*{_TIMES}\s*(?P<count>\d+)"
 class Link:
     """The link between the cards of one machine.
 
-    kind: `nvlink` or `pcie`. gb_per_s: what one card can send at most, in one direction.
+    gb_per_s: what one card can send at most, in one direction. cards: how many it joins at most; None: all of a machine.
     """
 
-    kind: str
+    kind: str  # nvlink, pcie, infinity_fabric
     gb_per_s: float
+    cards: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Network:
     gbit_per_s: float
     efa_interfaces: int = 0
     gpudirect_rdma: bool = False
+    kind: str | None = None  # efa, infiniband, roce, slingshot, ethernet
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Card:
     """A GPU.
 
     Peaks are those of dense matrices. total_memory_gib: what PyTorch reports. memory_gb: what the seller says.
+    bridge: joins a few cards; more talk over link. bf16: whether it has units for bfloat16. fp16_tflops: None: as bf16_tflops.
     """
 
     name: str
@@ -80,6 +83,10 @@ class Card:
     link: Link
     aliases: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    capability: str | None = None
+    bf16: bool = True
+    fp16_tflops: float | None = None
+    bridge: Link | None = None
     source: str | None = None
     memory_source: str | None = None
 
@@ -89,12 +96,15 @@ class Machine:
     """A machine: cards of one kind, its network, its prices.
 
     None stands for an unknown value. price: the list price on demand; SageMaker's where the name begins with `ml.`.
+    billed_in: `usd`, or `node_hours` where hours are allotted.
     """
 
     name: str
     card: Card
     count: int
     link: Link
+    provider: str | None = None
+    billed_in: str = "usd"
     network: Network | None = None
     vcpus: int | None = None
     memory_gib: float | None = None
@@ -140,10 +150,7 @@ def find_machine(text: str, user_file: Path | None = None) -> Machine:
 
 
 def find_instance_type(instance_type: str) -> Machine | None:
-    """Find the machine of a SageMaker instance type, such as ml.p4d.24xlarge.
-
-    Returns None for a type that is not listed: those without GPUs are not.
-    """
+    """Find the machine of a SageMaker instance type; None for one without GPUs."""
     return load_catalog().machines.get(instance_type.removeprefix("ml."))
 
 
@@ -163,10 +170,9 @@ def find_card(device: str) -> Card | None:
     The card's listed name must be in it, word for word. Of several, the longest counts.
     """
     words = _pad_words(device)
-    if VARIANT_WORDS & set(words.split()):
-        return None
-    cards = load_catalog().cards.values()
-    matches = [(len(_pad_words(listed)), card) for card in cards for listed in card.devices if _pad_words(listed) in words]
+    listed = [(_pad_words(name), card) for card in load_catalog().cards.values() for name in card.devices]
+    variant = VARIANT_WORDS & set(words.split())
+    matches = [(len(name), card) for name, card in listed if name in words and VARIANT_WORDS & set(name.split()) == variant]
     return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
@@ -216,10 +222,9 @@ def _merge(base: YamlNode, override: YamlNode, depth: int = 0) -> YamlNode:
     for key, node in override.value.items():
         if node.value is None:
             entries.pop(key, None)
-        elif key in entries and (depth < 2 or key == "prices"):
-            entries[key] = _merge(entries[key], node, depth + 1)
         else:
-            entries[key] = node
+            merged = key in entries and (depth < 2 or key == "prices")
+            entries[key] = _merge(entries[key], node, depth + 1) if merged else node
     return replace(override, value=entries)
 
 
@@ -272,6 +277,8 @@ def _build_catalog(data: Mapping[str, Any]) -> HardwareCatalog:
             card,
             values["count"],
             Link(**values["link"]) if "link" in values else card.link,
+            values.get("provider"),
+            values.get("billed_in", "usd"),
             Network(**values["network"]) if "network" in values else None,
             **{key: values.get(key) for key in ("vcpus", "memory_gib", "local_disk_gb")},
             price=prices.get("on_demand"),
@@ -284,14 +291,11 @@ def _build_catalog(data: Mapping[str, Any]) -> HardwareCatalog:
 
 
 def _build_card(name: str, values: Mapping[str, Any], sources: Mapping[str, str]) -> Card:
-    converted = {
-        "link": Link(**values["link"]),
-        "aliases": tuple(values.get("aliases", ())),
-        "devices": tuple(values.get("devices", ())),
-        "source": _get_source(values, sources),
-        "memory_source": _get_source(values, sources, "memory_source") or _get_source(values, sources),
-    }
-    return Card(name, **{**values, **converted})
+    links = {key: Link(**values[key]) for key in ("link", "bridge") if key in values}
+    names = {key: tuple(values.get(key, ())) for key in ("aliases", "devices")}
+    source = _get_source(values, sources)
+    memory_source = _get_source(values, sources, "memory_source") or source
+    return Card(name, **{**values, **links, **names, "source": source, "memory_source": memory_source})
 
 
 def _build_price(value: Any, sources: Mapping[str, str]) -> Price:
@@ -359,7 +363,8 @@ def _split_count(text: str) -> tuple[str, int]:
 
 
 def _build_machine(card: Card, count: int) -> Machine:
-    return Machine(f"{card.name} x{count}", card, count, card.link)
+    bridged = card.bridge is not None and count <= (card.bridge.cards or count)
+    return Machine(f"{card.name} x{count}", card, count, card.bridge if card.bridge and bridged else card.link)
 
 
 def _unknown_name_error(text: str, card_name: str, catalog: HardwareCatalog) -> CommandError:

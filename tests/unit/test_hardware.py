@@ -42,6 +42,13 @@ SHIPPED = ROOT / "hardware" / "hardware.yaml"
         ("NVIDIA A100 80GB PCIe x2", "a100-80g-pcie", 2),
         ("NVIDIA GeForce RTX 3090", "rtx-3090", 1),
         ("L4", "l4", 1),
+        ("A10", "a10", 1),
+        ("mi300x x8", "mi300x", 8),
+        ("Standard_ND96isr_H100_v5", "h100-80g", 8),
+        ("8x_H100-SXM_SECURE", "h100-80g", 8),
+        ("BM.GPU.MI355X.8", "mi355x", 8),
+        ("a3-ultragpu-8g", "h200", 8),
+        ("lumi-g", "mi250x-gcd", 8),
     ],
 )
 def test_a_machine_is_found_by_the_names_that_people_use(text: str, card: str, count: int) -> None:
@@ -57,7 +64,33 @@ def test_every_name_that_ships_finds_its_own() -> None:
         assert find_machine(f"ml.{name}").name == f"ml.{name}"
     for card in known.cards.values():
         for name in (card.name, *card.aliases):
-            assert find_machine(f"{name} x2") == Machine(f"{card.name} x2", card, 2, card.link)
+            assert find_machine(f"{name} x2") == Machine(f"{card.name} x2", card, 2, card.bridge or card.link)
+
+
+def test_a_bridge_joins_as_many_cards_as_it_has_places() -> None:
+    two, four, eight = (find_machine(f"h200-nvl x{count}").link for count in (2, 4, 8))
+    assert two == four == Link("nvlink", 450, 4)
+    assert eight == Link("pcie", 64)
+    assert find_machine("h100-nvl x4").link == Link("pcie", 64)
+
+
+def test_what_a_card_computes_in_is_said() -> None:
+    known = hardware.load_catalog().cards
+    without = {name for name, card in known.items() if not card.bf16}
+    assert without == {"t4", "v100-16g", "v100-32g"}
+    assert all(known[name].fp16_tflops and known[name].bf16_tflops == known[name].fp32_tflops for name in without)
+    assert all(card.capability for card in known.values())
+    assert {card.link.kind for card in known.values() if (card.capability or "").startswith("gfx")} == {"infinity_fabric"}
+
+
+def test_a_network_says_what_it_is() -> None:
+    known = hardware.load_catalog().machines.values()
+    networks = [machine.network for machine in known if machine.network]
+    assert {network.kind for network in networks} == {"efa", "infiniband", "roce", "slingshot", "ethernet"}
+    assert all((network.kind == "efa") == bool(network.efa_interfaces) for network in networks)
+    assert all(network.gpudirect_rdma for network in networks if network.kind in ("infiniband", "roce", "slingshot"))
+    assert {machine.provider for machine in known} == {"aws", "gcp", "azure", "lambda", "coreweave", "nebius", "runpod", "oci", "eurohpc"}
+    assert all((machine.billed_in == "node_hours") == (machine.provider == "eurohpc") for machine in known)
 
 
 def test_sagemaker_has_a_price_of_its_own_or_none() -> None:
@@ -113,11 +146,17 @@ def test_a_name_that_is_unknown_or_unclear_is_refused_with_what_there_is(text: s
         ("NVIDIA A10G", "a10g"),
         ("NVIDIA GeForce RTX 5090", "rtx-5090"),
         ("NVIDIA GeForce RTX 5090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "rtx-3090-ti"),
+        ("NVIDIA GeForce RTX 4080 SUPER", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000-server"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
+        ("AMD Instinct MI300X", "mi300x"),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
-        ("NVIDIA L40", None),
-        ("NVIDIA A10", None),
-        ("Tesla T4", None),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA A10", "a10"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-32GB", "v100-32g"),
+        ("NVIDIA A16", None),
     ],
 )
 def test_the_cards_of_this_machine_are_known_by_the_name_that_cuda_gives(device: str, card: str | None) -> None:
@@ -138,17 +177,21 @@ def test_every_figure_has_its_source_and_every_price_its_day() -> None:
     known = hardware.load_catalog()
     keys = set(re.findall(r"^  ([a-z0-9-]+): ", SHIPPED.read_text(encoding="utf-8").partition("cards:")[0], re.MULTILINE))
     for card in known.cards.values():
-        assert card.source and card.memory_source and card.devices
+        assert card.source and card.memory_source and (card.devices or card.name == "h100-96g")
         assert not {card.source, card.memory_source} & keys, "a key stands for what it names"
         assert card.total_memory_gib * 2**30 < card.memory_gb * 1.08e9 and card.total_memory_gib > 0.9 * card.memory_gb
-        assert card.fp32_tflops < card.bf16_tflops
+        assert card.fp32_tflops < (card.fp16_tflops or card.bf16_tflops)
     prices = [p for machine in known.machines.values() for p in (machine.price, machine.spot) if p] + list(known.sagemaker_prices.values())
     assert len(prices) > len(known.machines)
     assert all(p.region and p.source and p.as_of for p in prices)
     for machine in known.machines.values():
-        assert machine.source and machine.network and machine.vcpus and machine.memory_gib and machine.local_disk_gb
+        assert machine.source and machine.provider
+        if machine.provider == "aws":
+            assert machine.network and machine.vcpus and machine.memory_gib and machine.local_disk_gb
         assert machine.spot is None or (machine.price and machine.spot.usd_per_hour < machine.price.usd_per_hour)
-    assert [name for name, machine in known.machines.items() if machine.price is None] == ["p5e.48xlarge"]
+        assert machine.billed_in == "usd" or machine.price is None
+    unpriced = [name for name, machine in known.machines.items() if machine.price is None and machine.billed_in == "usd"]
+    assert [name for name in unpriced if known.machines[name].provider not in ("gcp", "azure")] == ["p5e.48xlarge"]
 
 
 def test_the_schema_has_the_fields_of_the_dataclasses() -> None:
@@ -165,6 +208,7 @@ def test_the_schema_has_the_fields_of_the_dataclasses() -> None:
     assert below(*card) == names(Card) - {"name"}
     assert below(*machine) - {"prices"} == names(Machine) - {"name", "price", "spot"}
     assert below(*card, "properties", "link") == below(*machine, "properties", "link") == names(Link)
+    assert below(*card, "properties", "bridge") == names(Link)
     assert below(*machine, "properties", "network") == names(Network)
     assert below("$defs", "price") == names(Price)
 
@@ -230,7 +274,7 @@ machine: {}
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("machines: {a: {card: h20, count: 1}}", "mine.yaml:1:22: machines.a.card: there is no card 'h20'; did you mean 'h200'? Cards: "),
+        ("machines: {a: {card: h2000, count: 1}}", "mine.yaml:1:22: machines.a.card: there is no card 'h2000'; did you mean 'h200'? Cards: "),
         ("machines: {H100: {card: h200, count: 1}}", "mine.yaml:1:12: the name 'H100' is taken: "),
         ("- p5", "mine.yaml:1:1: a hardware file is a mapping with the keys machines, cards, sources"),
         ("", "mine.yaml:1:1: a hardware file is a mapping"),
