@@ -274,7 +274,10 @@ machine: {}
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("machines: {a: {card: h2000, count: 1}}", "mine.yaml:1:22: machines.a.card: there is no card 'h2000'; did you mean 'h200'? Cards: "),
+        (
+            "machines: {a: {card: h2000, count: 1}}",
+            "mine.yaml:1:22: machines.a.card: there is no card 'h2000'; did you mean 'h200'? Cards: ",
+        ),
         ("machines: {H100: {card: h200, count: 1}}", "mine.yaml:1:12: the name 'H100' is taken: "),
         ("- p5", "mine.yaml:1:1: a hardware file is a mapping with the keys machines, cards, sources"),
         ("", "mine.yaml:1:1: a hardware file is a mapping"),
