@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from azrecipe.data.best_fit_packing import BestFitLayout, DocumentSpan
 from azrecipe.data.mixture import TOKEN_COLUMN, Mixture, TextCounts
 from azrecipe.errors import CannotRun
+from azrecipe.recipe.attention_kinds import needs_borders
 from azrecipe.tokenization.encoding import IGNORE_INDEX
 from azrecipe.utils.bootstrap import IntArray
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from azrecipe.recipe.types import PretrainData
 
 PADDED_MULTIPLE = 64  # of a measured batch's length: cuDNN's attention plans anew for every length, 0.28 s each on an H100
-VARLEN = "varlen"  # an attn_implementation: documents are isolated by their borders, without a mask
 
 TokenSequence = dict[str, torch.Tensor]
 
@@ -277,36 +277,35 @@ def compute_document_borders(position_ids: torch.Tensor) -> dict[str, Any]:
         position_ids: [rows, tokens]; each row begins with a document.
 
     Returns:
-        `cu_seq_lens_q`, int32 [documents + 1] over the rows end to end, and `max_length_q`, the length of a row, which stays the same
-        from batch to batch.
+        `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [documents + 1] over the rows end to end, and `max_length_q` and `max_length_k`, the
+        length of a row, which stays the same from batch to batch.
     """
     starts = (position_ids == 0).reshape(-1)
     starts = starts.clone()
     starts[:: position_ids.shape[1]] = True  # a row begins a document, whatever its positions say
     begins = starts.nonzero().view(-1)
     borders = torch.cat([begins, begins.new_tensor([starts.numel()])]).to(torch.int32)
-    return {"cu_seq_lens_q": borders, "max_length_q": position_ids.shape[1]}
+    length = position_ids.shape[1]
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": length, "max_length_k": length}
 
 
 @dataclass(frozen=True)
 class Collator:
     """Join sequences to a batch.
 
-    Each field is [sequences, longest] or, flat, [1, all tokens].
+    Each field is [sequences, longest].
 
-    There is no attention mask: the position ids isolate the documents. transformers' flash attention reads them in a batch
-    of one row only (`_is_packed_sequence` in its modeling_flash_attention_utils); with more rows, documents would see each
-    other. So flash attention takes the flat form. The loss is the same: the first label of a sequence is ignored anyway.
+    There is no attention mask: the position ids isolate the documents, or their borders do. transformers' flash attention would read
+    the position ids in a batch of one row only (`_is_packed_sequence` in its modeling_flash_attention_utils), and wait for the GPU in
+    every layer: it gets the borders.
 
     Attributes:
         pad_token_id: The token that pads a shorter sequence.
-        flat: Whether the sequences become one row.
         length_multiple: What the length of a batch is a multiple of, by padding.
         with_borders: Whether the model is told where documents begin, as variable-length attention needs it.
     """
 
     pad_token_id: int
-    flat: bool
     length_multiple: int = 1
     with_borders: bool = False
 
@@ -315,8 +314,6 @@ class Collator:
         return {**batch, **compute_document_borders(batch["position_ids"])} if self.with_borders else batch
 
     def _build_batch(self, sequences: list[TokenSequence]) -> TokenSequence:
-        if self.flat:
-            return {key: torch.cat([s[key] for s in sequences])[None] for key in sequences[0]}
         longest = -(-max(len(s["input_ids"]) for s in sequences) // self.length_multiple) * self.length_multiple
         return {key: torch.stack([self._pad(key, s[key], longest) for s in sequences]) for key in sequences[0]}
 
@@ -341,9 +338,8 @@ def build_collator(packing: Packing, attn_implementation: str, context: int = 1)
     """
     return Collator(
         packing.pad_token_id,
-        flat=attn_implementation.startswith("flash"),
         length_multiple=2 * context if context > 1 else 1,
-        with_borders=attn_implementation == VARLEN,
+        with_borders=needs_borders(attn_implementation),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from azrecipe.distributed.backend import Backend, has_accelerator
 from azrecipe.distributed.batch_size import split_batch
 from azrecipe.errors import CannotRun, Problem, RecipeError
+from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.extras import check_adapter
 from azrecipe.recipe.optimizer_settings import list_optimizers
 from azrecipe.recipe.types import Lora, PretrainConfig, SftConfig
@@ -80,7 +81,7 @@ def check_context_parallel(context: int, recipe: Recipe) -> None:
     if config.data.packing:
         message = "the accelerate config splits sequences over processes, which drops masks: packed documents would see each other. packing: false"
         problems.append(Problem(recipe.locate("data", "packing"), message))
-    if config.model.attn_implementation != "sdpa":
+    if config.model.attn_implementation not in (AUTO, "sdpa"):
         problems.append(
             Problem(
                 recipe.locate("model", "attn_implementation"),

@@ -16,6 +16,7 @@ from azrecipe.data.inputs import Inputs
 from azrecipe.errors import CannotRun, CommandError, Problem, RecipeError
 from azrecipe.modeling import loading
 from azrecipe.modeling.lora import BaseModel, merge_adapter
+from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.types import EvaluateModel, Model
 from azrecipe.tokenization import tokenizer
 
@@ -42,11 +43,11 @@ class EvaluatedModel:
         """Load the model's tokenizer."""
         return tokenizer.load_tokenizer(self.tokenizer_path, self.revision if self.tokenizer_path == self.path else None)
 
-    def load(self, precision: str) -> PreTrainedModel:
+    def load(self, precision: str, attn_implementation: str = AUTO) -> PreTrainedModel:
         """Load the model in evaluation mode, with its adapter merged."""
         if self.adapter is None:
-            return loading.load_model(self.path, precision, revision=self.revision).eval()
-        base = BaseModel(self.path, Model(self.path, self.revision), self.load_tokenizer())
+            return loading.load_model(self.path, precision, attn_implementation, self.revision).eval()
+        base = BaseModel(self.path, Model(self.path, self.revision, attn_implementation=attn_implementation), self.load_tokenizer())
         return merge_adapter(base, Path(self.adapter), precision).eval()
 
     @property

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from azrecipe.data.packing import VARLEN
-from azrecipe.errors import CannotRun
+from azrecipe.recipe.attention_kinds import AUTO, FLEX, ONLY_CAUSAL, VARLEN, find_width_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MIN_CAPABILITY = (8, 0)  # of a GPU: FlashAttention needs Ampere or newer
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,20 @@ class VarlenKernel:
 _kernel: VarlenKernel | None = None  # read once: torch.compile cannot trace through the reading of a signature
 
 
+def prepare_attention(name: str) -> str | None:
+    """Register a recipe's attention with transformers; may be called again.
+
+    Returns the name that transformers takes: None for `auto`, where it chooses by itself.
+    """
+    if name == AUTO:
+        return None
+    if name == VARLEN:
+        register_varlen()
+    return name
+
+
 def register_varlen() -> None:
-    """Make `attn_implementation="varlen"` known to transformers; may be called again."""
+    """Make `attn_implementation="varlen"` known to transformers."""
     global _kernel
     from transformers import AttentionInterface
 
@@ -52,31 +62,95 @@ def register_varlen() -> None:
         _kernel = VarlenKernel(varlen_attn, causal, "scale" in parameters, "enable_gqa" in parameters)
 
 
-def find_varlen_obstacle() -> str:
-    """Say why the kernel cannot run on this machine's GPU, or "".
+def find_model_obstacles(meta_model: PreTrainedModel) -> dict[str, str]:
+    """Find why a model cannot run kinds of attention, by kind.
 
-    On a CPU the same numbers come from a loop, for tests.
+    A forward pass on PyTorch's meta device, which costs nothing, shows what each layer asks of its attention.
+
+    Args:
+        meta_model: The model on the meta device.
+
+    Returns:
+        The reason for each kind that the model cannot run; `flash` stands for all kinds of flash attention.
     """
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen: torch 2.10 or newer"
-    if not torch.cuda.is_available():
-        return ""
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < MIN_CAPABILITY:
-        return f"a {torch.cuda.get_device_name()} has compute capability {major}.{minor}, and FlashAttention needs 8.0 or newer"
-    return ""
+    model_type = meta_model.config.model_type
+    obstacles = {
+        kind: f"transformers' {model_type} does not support it"
+        for kind, supports in {"sdpa": "_supports_sdpa", "flash": "_supports_flash_attn", FLEX: "_supports_flex_attn"}.items()
+        if not getattr(meta_model, supports, False)
+    }
+    requests = _record_requests(meta_model)
+    if requests is None:
+        return obstacles | {VARLEN: f"a {model_type}'s attention does not all go through transformers' interface"}
+    features = sorted({feature for request in requests for feature in request.features})
+    if features:
+        obstacles[VARLEN] = f"a {model_type}'s attention has {' and '.join(features)}, and {ONLY_CAUSAL}"
+    elif problem := next((problem for request in requests if (problem := request.find_width_problem())), ""):
+        obstacles[VARLEN] = problem
+    if DROPOUT in features:
+        obstacles |= dict.fromkeys((FLEX, "flash_attention_3"), f"a {model_type}'s attention has {DROPOUT}, which it lacks")
+    if SOFT_CAP in features:
+        obstacles["sdpa"] = f"a {model_type}'s attention has {SOFT_CAP}, which it lacks"
+    return obstacles
 
 
-def check_attention(attn_implementation: str, precision: str) -> None:
-    """Raise CannotRun for an attention that cannot run here, before anything is read."""
-    if attn_implementation == VARLEN and (reason := find_varlen_obstacle()):
-        raise CannotRun(f"attn_implementation: {VARLEN}: {reason}, or --set model.attn_implementation=sdpa")
-    half_only = attn_implementation == VARLEN or attn_implementation.startswith("flash_attention")
-    if half_only and precision == "float32" and torch.cuda.is_available():
-        raise CannotRun(
-            f"attn_implementation: {attn_implementation} computes in bfloat16 only, and precision: float32 asks for float32: "
-            "--set training.precision=bf16_mixed, or --set model.attn_implementation=sdpa"
-        )
+def find_common_obstacles(meta_models: Iterable[PreTrainedModel]) -> dict[str, str]:
+    """Find why one of several models cannot run kinds of attention, by kind."""
+    obstacles: dict[str, str] = {}
+    for meta_model in meta_models:
+        obstacles = find_model_obstacles(meta_model) | obstacles
+    return obstacles
+
+
+DROPOUT, SOFT_CAP = "dropout", "a soft cap"
+_FEATURES = {"sliding_window": "a sliding window", "softcap": SOFT_CAP, "s_aux": "sinks", "position_bias": "a bias of positions"}
+_RECORDER = "azrecipe_recorder"
+
+
+class _AttentionRequest(NamedTuple):
+    """A layer's request of its attention: features, and widths of a head."""
+
+    features: tuple[str, ...]
+    query_width: int
+    value_width: int
+
+    def find_width_problem(self) -> str:
+        if self.query_width != self.value_width:
+            return (
+                f"its heads are {self.query_width} wide for queries and {self.value_width} for values, and FlashAttention takes one width"
+            )
+        return find_width_problem(self.query_width)
+
+
+def _record_requests(meta_model: PreTrainedModel) -> list[_AttentionRequest] | None:
+    """Record what each layer asks; None where a layer asks nothing."""
+    from transformers import AttentionInterface
+
+    requests: list[_AttentionRequest] = []
+
+    def record(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **more: Any) -> tuple[Tensor, None]:
+        features = [feature for argument, feature in _FEATURES.items() if more.get(argument) is not None]
+        if more.get("dropout"):
+            features.append(DROPOUT)
+        causal = more.get("is_causal")
+        if not (getattr(module, "is_causal", True) if causal is None else causal):
+            features.append("no causal order")
+        requests.append(_AttentionRequest(tuple(features), query.shape[-1], value.shape[-1]))
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    AttentionInterface.register(_RECORDER, record)
+    before, was_training = meta_model.config._attn_implementation, meta_model.training
+    tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    try:
+        meta_model.set_attn_implementation(_RECORDER)
+        with torch.no_grad():
+            meta_model.train()(input_ids=tokens, position_ids=torch.arange(8, device="meta")[None], use_cache=False)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError):
+        return None
+    finally:
+        meta_model.set_attn_implementation(before)
+        meta_model.train(was_training)
+    return requests if len(requests) == meta_model.config.get_text_config().num_hidden_layers else None
 
 
 def attend_varlen(

@@ -12,6 +12,7 @@ from azrecipe.errors import CommandError, RunFailed, did_you_mean, explain_error
 from azrecipe.modeling import attention, config_file, new_tokens
 from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.modeling.vocabulary_swap import adopt_special_tokens
+from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.tokenization.tokenizer import count_embedding_rows, save_tokenizer
 from azrecipe.utils.atomic_files import atomic_folder
 from azrecipe.utils.hub_errors import translate_hub_errors
@@ -30,13 +31,13 @@ class EmbeddingShape(NamedTuple):
     matrices: int  # 1 where input and output are tied, else 2
 
 
-def load_model(path: str, precision: str, attn_implementation: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
+def load_model(path: str, precision: str, attn_implementation: str = AUTO, revision: str | None = None) -> PreTrainedModel:
     """Load a causal language model from a folder or the hub.
 
     Args:
         path: A folder, or a name on the hub.
         precision: The recipe's precision, which sets the type of the weights.
-        attn_implementation: As transformers names it.
+        attn_implementation: As a recipe names it.
         revision: Of the hub's repository; None for main.
 
     Raises:
@@ -44,25 +45,22 @@ def load_model(path: str, precision: str, attn_implementation: str = "sdpa", rev
     """
     from transformers import AutoModelForCausalLM
 
-    attention.register_varlen()
+    attention_name = attention.prepare_attention(attn_implementation)
     with translate_hub_errors("model", path):
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=WEIGHT_DTYPES[precision], attn_implementation=attn_implementation, revision=revision or "main"
+            path, dtype=WEIGHT_DTYPES[precision], attn_implementation=attention_name, revision=revision or "main"
         )
 
 
-def load_meta_model(path: str, attn_implementation: str = "sdpa", revision: str | None = None) -> PreTrainedModel:
+def load_meta_model(path: str, revision: str | None = None) -> PreTrainedModel:
     """Load a model without weights, on PyTorch's meta device.
 
-    It is enough to check names and shapes before weights are loaded.
+    It is enough to check names and shapes before weights are loaded. Its attention is what transformers takes by itself.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    attention.register_varlen()
     with translate_hub_errors("model", path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(path, revision=revision or "main"), attn_implementation=attn_implementation
-        )
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision or "main"))
 
 
 def find_context_parallel_obstacle(model: PreTrainedModel) -> str:
@@ -105,7 +103,7 @@ def build_model(
         config: The fields of the configuration, `model_type` among them.
         tokenizer: It gives the size of the vocabulary and the special tokens.
         precision: The recipe's precision, which sets the type of the weights.
-        attn_implementation: As transformers names it.
+        attn_implementation: As a recipe names it.
         seed: Of the random weights.
 
     Raises:
@@ -114,7 +112,7 @@ def build_model(
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    attention.register_varlen()
+    attention_name = attention.prepare_attention(attn_implementation)
     fields = dict(config)
     model_type = fields.pop("model_type")
     try:
@@ -140,7 +138,7 @@ def build_model(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model = AutoModelForCausalLM.from_config(model_config, dtype=WEIGHT_DTYPES[precision], attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=WEIGHT_DTYPES[precision], attn_implementation=attention_name)
     except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
         if explain_error(error) is not None:
             raise

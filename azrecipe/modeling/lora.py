@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from azrecipe.errors import CannotRun, CommandError, did_you_mean
+from azrecipe.modeling.attention import prepare_attention
 from azrecipe.modeling.loading import WEIGHT_DTYPES, load_model
 from azrecipe.modeling.vocabulary_swap import add_embedding_rows
 from azrecipe.recipe.types import Lora, Model
@@ -126,7 +127,7 @@ class BaseModel:
                     self.path,
                     dtype=compute_dtype,
                     quantization_config=quantization,
-                    attn_implementation=self.settings.attn_implementation,
+                    attn_implementation=prepare_attention(self.settings.attn_implementation),
                     revision=self.settings.revision or "main",
                 )
             )

@@ -13,6 +13,7 @@ from typing import Any
 
 from azrecipe.data import readers
 from azrecipe.distributed import backend, cpu_backend, local_storage, requirements
+from azrecipe.distributed.attention_choice import AttentionUse, check_attention
 from azrecipe.distributed.batch_size import split_batch
 from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, RecipeError
 from azrecipe.evaluation import lm_harness, output_metrics
@@ -158,6 +159,7 @@ def _iter_recipe_problems(recipe: Recipe, launch: LaunchConfig) -> Iterator[Azre
         lambda: extras.check_word_vectors(getattr(tokenizer, "new_embeddings", "")),
         lambda: requirements.check_precision(training.precision, training.use_liger_kernel),
         lambda: requirements.check_compiler(training.torch_compile),
+        lambda: check_attention(recipe.config.model.attn_implementation, AttentionUse(recipe.stage, training.precision)),
         lambda: extras.check_trackers(training.report_to),
         lambda: extras.check_adapter(getattr(recipe.config, "adapter", "")),
         lambda: extras.check_optimizers(optimizer_settings.list_optimizers(recipe.config)),
@@ -182,6 +184,7 @@ def _iter_evaluation_problems(recipe: Recipe) -> Iterator[AzrecipeError]:
     if recipe.stage != "evaluate":
         return
     try:
+        check_attention(recipe.config.attn_implementation, AttentionUse("evaluate", recipe.config.precision))
         output_metrics.check_evaluation_packages(recipe.config)
         lm_harness.check_harness_installed(recipe.config)
         lm_harness.Harness(recipe).check_task_names()

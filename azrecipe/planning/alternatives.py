@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from azrecipe.distributed.attention_choice import find_config_obstacles
 from azrecipe.planning.placement import Placement
 from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.planning.training_loops import PlannedLoop
+from azrecipe.recipe.attention_kinds import VARLEN
 from azrecipe.recipe.types import Lora, PretrainConfig, SftConfig
 
 ALTERNATIVE_PRECISIONS = {"bf16_mixed": "bf16_pure", "bf16_pure": "bf16_mixed", "float32": "bf16_mixed"}
@@ -72,9 +74,9 @@ def _compute_changes(loop: PlannedLoop) -> Iterator[_LoopChange]:
     yield _LoopChange(
         f"precision {precision}", f"--set training.precision={precision}", _with_step(loop, replace(loop.step, precision=precision))
     )
-    if step.masked:
-        changed = _with_step(loop, replace(loop.step, masked=False, attn_implementation="flash_attention_2"))
-        yield _LoopChange("flash attention, no masks", "--set model.attn_implementation=flash_attention_2", changed)
+    if step.masked and step.precision != "float32" and not find_config_obstacles(step.config):
+        changed = _with_step(loop, replace(loop.step, masked=False, attn_implementation=VARLEN))
+        yield _LoopChange("varlen attention, no masks", f"--set model.attn_implementation={VARLEN}", changed)
 
 
 def _size_changes(config: PretrainConfig | SftConfig, loop: PlannedLoop) -> Iterator[_LoopChange]:

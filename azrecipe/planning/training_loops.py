@@ -7,11 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from azrecipe.distributed import batch_size
+from azrecipe.distributed.attention_choice import (
+    MIN_CAPABILITY,
+    AttentionDevice,
+    AttentionUse,
+    choose_attention,
+    find_config_obstacles,
+)
 from azrecipe.distributed.backend import Backend
 from azrecipe.modeling import liger_kernels
 from azrecipe.planning.model_config import ModelShape
 from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.recipe import optimizer_settings
+from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import PretrainConfig, SftConfig, Training
 
@@ -53,6 +61,31 @@ def plan_loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool =
     return plan_config_loops(recipe.config, model, backend, cuda, reshard)
 
 
+def resolve_attention(config: PretrainConfig | SftConfig, model: ModelShape, backend: Backend, cuda: bool) -> str:
+    """Resolve `auto` as a run on these cards will; see choose_attention.
+
+    A run asks the model itself. Here its configuration decides, and the cards and PyTorch are taken to be new enough.
+
+    Args:
+        config: The recipe's config.
+        model: The shapes of its model.
+        backend: The processes.
+        cuda: Whether they run on GPUs.
+    """
+    name = config.model.attn_implementation
+    if name != AUTO:
+        return name
+    use = AttentionUse(
+        config.stage,
+        config.training.precision,
+        config.data.packing,
+        backend.context_parallel_size,
+        find_config_obstacles(model.config),
+    )
+    device = AttentionDevice("the card", MIN_CAPABILITY) if cuda else AttentionDevice()
+    return choose_attention(name, use, device).name
+
+
 def plan_config_loops(
     config: PretrainConfig | SftConfig, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True
 ) -> list[PlannedLoop]:
@@ -67,11 +100,12 @@ def plan_config_loops(
     """
     training = config.training
     split = batch_size.split_batch(training.global_batch_size, training.per_device_train_batch_size, backend.data_parallel_size)
+    attention = resolve_attention(config, model, backend, cuda)
     step = StepSpec(
         config=dict(model.config),
         precision=training.precision,
-        attn_implementation=config.model.attn_implementation,
-        masked=config.data.packing and config.model.attn_implementation == "sdpa" and backend.context_parallel_size == 1,
+        attn_implementation=attention,
+        masked=config.data.packing and attention == "sdpa" and backend.context_parallel_size == 1,
         kernels=_list_kernels(training),
         activation_checkpointing=training.activation_checkpointing,
         accumulates=split.accumulation > 1,

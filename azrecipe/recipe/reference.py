@@ -215,6 +215,8 @@ def _format_limits(schema: Schema) -> str:
     limits = [f"`{schema['const']}`"] if "const" in schema else []
     values = schema if "enum" in schema else schema["items"] if "enum" in schema.get("items", {}) else {}
     limits += [_format_codes(values.get("enum", []))]
+    for choice in schema.get("anyOf", []):
+        limits += [_format_codes(choice.get("enum", []))] + ([f"`{choice['pattern']}`"] if "pattern" in choice else [])
     limits += [f"{sign} {schema[key]:,}" for key, sign in (_LOWER | _UPPER).items() if key in schema]
     limits += [f"`{node['pattern']}`" for node in (schema, schema.get("propertyNames", {})) if "pattern" in node]
     limits += ["not empty" for key in ("minLength", "minItems", "minProperties") if key in schema][:1]

@@ -149,11 +149,8 @@ def _format_error(error: Any, keys: tuple[Key, ...]) -> str:
             kinds = [limit] if isinstance(limit, str) else limit
             advice = _suggest_value(value, kinds) if isinstance(value, str) else ""
             return f"{name} must be {' or '.join(_TYPES[kind] for kind in kinds)}, not {text if isinstance(value, (dict, list)) else f'{_describe_type(value)} ({text})'}{advice}"
-        case "enum":
-            limit = [word if isinstance(word, str) else json.dumps(word) for word in limit if word is not None]
-            suggestion = did_you_mean(value, limit) if isinstance(value, str) else ""
-            total = f", … ({len(limit)} in all)" if len(limit) > MAX_WORDS_SHOWN else ""
-            return f"{name} = {text} is not known{suggestion or '.'} Allowed: {', '.join(limit[:MAX_WORDS_SHOWN])}{total}"
+        case "enum" | "anyOf":
+            return f"{name} = {text} is not known{_list_allowed(value, limit)}"
         case "const":
             return f"{name} must be {limit}, not {text}"
         case "minimum":
@@ -182,6 +179,16 @@ def _format_error(error: Any, keys: tuple[Key, ...]) -> str:
             return f"{name} = {text} must be {expected}"
         case _:
             return f"{name}: {error.message}"
+
+
+def _list_allowed(value: Any, choices: list[Any]) -> str:
+    """List the words of an enum, or the words and patterns of anyOf."""
+    values = [value for choice in choices for value in (choice.get("enum", ()) if isinstance(choice, Mapping) else (choice,))]
+    words = [word if isinstance(word, str) else json.dumps(word) for word in values if word is not None]
+    patterns = [f"what matches {choice['pattern']}" for choice in choices if isinstance(choice, Mapping) and "pattern" in choice]
+    suggestion = did_you_mean(value, words) if isinstance(value, str) else ""
+    total = f", … ({len(words)} in all)" if len(words) > MAX_WORDS_SHOWN else ""
+    return f"{suggestion or '.'} Allowed: {', '.join([*words[:MAX_WORDS_SHOWN], *patterns])}{total}"
 
 
 def fill_defaults(root: YamlNode, stage: str) -> Any:

@@ -119,6 +119,7 @@ class PretrainResult(TypedDict):
     """The result of a pretrain recipe; bpb is by moment and validation set."""
 
     stage: Literal["pretrain"]
+    attn_implementation: NotRequired[str]
     parameters: int | None
     vocabulary: dict[str, Any] | None
     vocab_size: int
@@ -154,6 +155,7 @@ class SftResult(TypedDict):
     """The result of an sft recipe."""
 
     stage: Literal["sft"]
+    attn_implementation: NotRequired[str]
     method: Literal["sft", "dpo"]
     adapter: Literal["lora", "qlora", "none"]
     parameters: int
@@ -188,6 +190,7 @@ class EvaluateResult(TypedDict):
     """The result of an evaluate recipe."""
 
     stage: Literal["evaluate"]
+    attn_implementation: NotRequired[str]
     baseline: str
     models: dict[str, ModelResult]
     validation: dict[str, ValidationSize]

@@ -187,7 +187,7 @@ def open_run(recipe: Recipe, run: RunDir, inputs: Mapping[str, str]) -> Iterator
             is_new = not (run.path / "recipe.yaml").exists()
             run_files.check_run_folder(run.path)  # again, now that no other process can write here
             write_recipe_files(recipe, run)
-            write_json(run.path / "environment.json", collect_environment())
+            write_json(run.path / "environment.json", collect_environment() | _describe_attention(recipe.config))
             run.update_status(state="running", run_id=status.get("run_id") or uuid.uuid4().hex, inputs=dict(inputs), recipe=str(recipe.path),
                        started=status.get("started") or format_current_time(), resumed=status.get("resumed", -1) + 1, exit_code=None, message="", finished=None)  # fmt: skip
             event_log.log_start(run.path)
@@ -195,6 +195,13 @@ def open_run(recipe: Recipe, run: RunDir, inputs: Mapping[str, str]) -> Iterator
                 yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise CannotRun(f"{error.filename}: cannot be written: {error.strerror}") from None
+
+
+def _describe_attention(config: Any) -> dict[str, str]:
+    """Return the attention of a run that has one, for environment.json."""
+    holder: Any = config if hasattr(config, "attn_implementation") else getattr(config, "model", None)
+    name = getattr(holder, "attn_implementation", None)
+    return {} if name is None else {"attn_implementation": name}
 
 
 @contextlib.contextmanager

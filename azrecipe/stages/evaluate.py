@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from azrecipe.data.inputs import Inputs
+from azrecipe.distributed.attention_choice import AttentionUse, check_attention, check_model_attention
 from azrecipe.distributed.backend import Backend, has_accelerator
 from azrecipe.distributed.requirements import check_precision
 from azrecipe.errors import CommandError, RecipeError
@@ -24,9 +25,10 @@ from azrecipe.evaluation import answer_metrics, bits_per_byte, generation, lm_ha
 from azrecipe.evaluation.answer_metrics import HeldOutQuestion
 from azrecipe.evaluation.models import EvaluatedModel
 from azrecipe.evaluation.output_metrics import ExpectedOutput
-from azrecipe.modeling import loading
+from azrecipe.modeling import attention, loading
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import EvaluateConfig
+from azrecipe.runs.run_attention import settle_attention
 from azrecipe.runs.run_dir import locate_run, open_run
 from azrecipe.utils import bootstrap
 from azrecipe.utils.atomic_files import read_json, write_json
@@ -57,10 +59,11 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     """Measure every model; measurements of an interrupted run are kept."""
     if not backend.main:
         return {}
-    config: EvaluateConfig = recipe.config
     run_dir = locate_run(recipe, runs_dir)
     inputs = Inputs(recipe, runs_dir)
     checked = check(recipe, inputs)
+    recipe = settle_attention(recipe, checked.attention, run_dir)
+    config: EvaluateConfig = recipe.config
 
     with open_run(recipe, run_dir, inputs.fingerprints):
         job = EvaluationRun(config, run_dir.path / "models", checked.held_out, checked.prompts, checked.questions, checked.tasks)
@@ -71,6 +74,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             {
                 "stage": "evaluate",
                 "baseline": baseline,
+                "attn_implementation": config.attn_implementation,
                 "models": _summarize_models(job, checked.models, baseline=baseline, document_groups=inputs.document_groups),
                 "validation": {key: _count_texts(texts) for key, texts in checked.held_out.items()},
                 "prompts": [generation.get_prompt_title(prompt) for prompt in checked.prompts],
@@ -113,6 +117,7 @@ class EvaluateInputs:
     prompts: Sequence[generation.PromptContent]
     selection: QuestionSelection
     tasks: lm_harness.Harness
+    attention: AttentionUse
 
     @property
     def questions(self) -> Sequence[HeldOutQuestion]:
@@ -127,10 +132,14 @@ def check(recipe: Recipe, inputs: Inputs) -> EvaluateInputs:
     config: EvaluateConfig = recipe.config
     warning = check_precision("bf16_pure" if config.precision == "bfloat16" else "float32", use_liger_kernel=False)
     print_progress(warning, bool(warning))
+    check_attention(config.attn_implementation, AttentionUse("evaluate", config.precision))
     output_metrics.check_evaluation_packages(config)
     lm_harness.check_harness_installed(config)
     evaluated, tokenizers = models.find_models(inputs, config.models)
     meta_models = {name: loading.load_meta_model(model.path, revision=model.revision) for name, model in evaluated.items()}
+    default = "sdpa" if all(model.config._attn_implementation == "sdpa" for model in meta_models.values()) else "eager"
+    use = AttentionUse("evaluate", config.precision, obstacles=attention.find_common_obstacles(meta_models.values()), default=default)
+    check_model_attention(recipe, use)
     held_out = inputs.read_validation(config.data.validation)
     prompts = [generation.to_prompt_content(prompt) for prompt in config.prompts]
     limits = {name: getattr(model.config, "max_position_embeddings", None) for name, model in meta_models.items()}
@@ -140,7 +149,7 @@ def check(recipe: Recipe, inputs: Inputs) -> EvaluateInputs:
     if config.tasks:
         _check_tasks(recipe, tasks, tokenizers)
         inputs.fingerprints |= tasks.hash_inputs()
-    return EvaluateInputs(evaluated, tokenizers, held_out, prompts, selection, tasks)
+    return EvaluateInputs(evaluated, tokenizers, held_out, prompts, selection, tasks, use)
 
 
 @dataclass(frozen=True)
@@ -238,7 +247,7 @@ def _measure_model(job: EvaluationRun, name: str, evaluated: EvaluatedModel, tok
     model_file = job.folder / name / "model.json"
     if not (missing_sets or missing_outputs or missing_tasks) and model_file.exists():
         return
-    model = _load_model(evaluated, config.precision)
+    model = _load_model(evaluated, config.precision, config.attn_implementation)
     write_json(model_file, {"parameters": loading.count_parameters(model), "vocab_size": len(tokenizer)})
     for key in missing_sets:
         score = bits_per_byte.score_texts(model, tokenizer, job.held_out[key], config.data.max_length, config.per_device_eval_batch_size)
@@ -259,8 +268,8 @@ def _measure_model(job: EvaluationRun, name: str, evaluated: EvaluatedModel, tok
         torch.cuda.empty_cache()
 
 
-def _load_model(evaluated: EvaluatedModel, precision: str) -> PreTrainedModel:
-    model = evaluated.load(precision)
+def _load_model(evaluated: EvaluatedModel, precision: str, attn_implementation: str) -> PreTrainedModel:
+    model = evaluated.load(precision, attn_implementation)
     return model.to(torch.accelerator.current_accelerator()) if has_accelerator() else model
 
 

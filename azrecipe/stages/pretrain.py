@@ -17,6 +17,7 @@ from azrecipe.data.pretrain_inputs import PretrainInputs
 from azrecipe.data.readers import DataSource
 from azrecipe.data.sources import read_texts
 from azrecipe.distributed import local_storage, requirements
+from azrecipe.distributed.attention_choice import AttentionUse, check_attention, check_model_attention
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
 from azrecipe.modeling import attention, chunked_loss, liger_kernels, loading, new_tokens, parameter_groups, word_vectors
@@ -24,8 +25,10 @@ from azrecipe.modeling.vocabulary_swap import EmbeddingInit, SwapReport, check_s
 from azrecipe.planning import run_estimate
 from azrecipe.planning.model_config import ModelShape
 from azrecipe.recipe import extras, optimizer_settings
+from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import PretrainConfig
+from azrecipe.runs.run_attention import settle_attention
 from azrecipe.runs.run_dir import RunDir, check_run_matches, connect_processes, locate_run, open_run
 from azrecipe.tokenization.tokenizer import count_embedding_rows, have_same_vocabulary, load_tokenizer
 from azrecipe.training import checkpoints, profiling, trainer
@@ -46,12 +49,14 @@ class _AdaptedModel:
         new_token_ids: Tokens that the model lacks.
         trainable: What each phase trains.
         shape: The model as it will train, for estimates.
+        attention: What the run needs of its attention.
     """
 
     base_tokenizer: PreTrainedTokenizerBase
     new_token_ids: list[int]
     trainable: list[parameter_groups.TrainableParameters]
     shape: ModelShape
+    attention: AttentionUse
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,6 @@ class PretrainPreparation:
 
 def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     """Load, check, adapt the vocabulary, train phase after phase, measure, save."""
-    config: PretrainConfig = recipe.config
     run_dir = locate_run(recipe, runs_dir, backend.main)
 
     # Load and check: everything that can be refused is refused here.
@@ -86,6 +90,8 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     inputs = PretrainInputs.load(recipe, runs_dir)
     check_run_matches(recipe, run_dir, inputs.fingerprints)
     adapted = _check_model(inputs, backend.context_parallel_size)
+    recipe = settle_attention(recipe, adapted.attention, run_dir)
+    config: PretrainConfig = recipe.config
     schedule = inputs.build_schedule(inputs.build_mixture())
     profiling.check_profile_steps(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
@@ -141,7 +147,7 @@ def _check_backend(recipe: Recipe, backend: Backend, run_dir: RunDir) -> None:
     """Refuse what the launched processes cannot do with this recipe."""
     config: PretrainConfig = recipe.config
     trainer.check_training(config.training, backend)
-    attention.check_attention(config.model.attn_implementation, config.training.precision)
+    check_attention(config.model.attn_implementation, AttentionUse("pretrain", config.training.precision))
     requirements.check_context_parallel(backend.context_parallel_size, recipe)
     checkpoints.check_readable(run_dir.checkpoints_dir, backend)
     if backend.uses_deepspeed and config.training.on_bad_loss == "skip":
@@ -171,6 +177,15 @@ def _check_model(inputs: PretrainInputs, context_parallel_size: int) -> _Adapted
     if limit is not None and config.data.max_length > limit:
         message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
         raise recipe.error(message, "data", "max_length")
+    use = AttentionUse(
+        "pretrain",
+        config.training.precision,
+        config.data.packing,
+        context_parallel_size,
+        attention.find_model_obstacles(model),
+        str(model.config._attn_implementation),
+    )
+    check_model_attention(recipe, use)
     new_token_ids = new_tokens.find_new_tokens(inputs.model_path, base_tokenizer, inputs.tokenizer)
     trainable = []
     for i, phase in enumerate(config.phases):
@@ -179,7 +194,8 @@ def _check_model(inputs: PretrainInputs, context_parallel_size: int) -> _Adapted
         except CommandError as error:
             raise recipe.error(str(error), "phases", i, "trainable_parameters") from None
     rows = _count_embedding_rows(config, model, base_tokenizer, inputs.tokenizer)
-    return _AdaptedModel(base_tokenizer, new_token_ids, trainable, run_estimate.build_model_shape(model.config, rows, len(new_token_ids)))
+    shape = run_estimate.build_model_shape(model.config, rows, len(new_token_ids))
+    return _AdaptedModel(base_tokenizer, new_token_ids, trainable, shape, use)
 
 
 def _build_meta_model(inputs: PretrainInputs) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -189,13 +205,11 @@ def _build_meta_model(inputs: PretrainInputs) -> tuple[PreTrainedModel, PreTrain
         assert settings.config is not None
         try:
             with torch.device("meta"):
-                model = loading.build_model(
-                    settings.config, inputs.tokenizer, config.training.precision, settings.attn_implementation, config.seed
-                )
+                model = loading.build_model(settings.config, inputs.tokenizer, config.training.precision, AUTO, config.seed)
         except CommandError as error:
             raise inputs.recipe.error(str(error), "model", "config") from None
         return model, inputs.tokenizer
-    model = loading.load_meta_model(inputs.model_path, settings.attn_implementation, settings.revision)
+    model = loading.load_meta_model(inputs.model_path, settings.revision)
     base_tokenizer = load_tokenizer(inputs.model_path, settings.revision)
     loading.check_vocabulary_size(model, base_tokenizer, inputs.model_path)
     if not have_same_vocabulary(base_tokenizer, inputs.tokenizer):
@@ -280,6 +294,7 @@ def _build_result(job: PretrainJob, sources: Sequence[DataSource]) -> dict[str, 
     window = f"windows of at most {job.config.data.max_length} tokens that overlap by half"
     return {
         "stage": "pretrain",
+        "attn_implementation": job.config.model.attn_implementation,
         "parameters": record.data.get("parameters"),
         "vocabulary": record.data.get("vocabulary"),
         "vocab_size": len(job.tokenizer),

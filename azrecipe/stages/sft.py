@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,18 @@ from azrecipe.data import finetuning_examples
 from azrecipe.data.finetuning_examples import FinetuningExamples, FinetuningPlan
 from azrecipe.data.inputs import Inputs
 from azrecipe.distributed import requirements
+from azrecipe.distributed.attention_choice import AttentionUse, check_attention, check_model_attention
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
 from azrecipe.evaluation import likelihood
-from azrecipe.modeling import liger_kernels, loading, lora
+from azrecipe.modeling import attention, liger_kernels, loading, lora
 from azrecipe.modeling.vocabulary_swap import add_embedding_rows
 from azrecipe.planning import run_estimate
 from azrecipe.planning.model_config import ModelShape
 from azrecipe.recipe import extras, optimizer_settings
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import SftConfig
+from azrecipe.runs.run_attention import settle_attention
 from azrecipe.runs.run_dir import RunDir, check_run_matches, connect_processes, locate_run, open_run
 from azrecipe.tokenization import chat_templates
 from azrecipe.tokenization.tokenizer import count_embedding_rows, load_tokenizer, save_tokenizer
@@ -52,6 +54,7 @@ class SftInputs:
     plan: FinetuningPlan
     new_token_ids: list[int]
     shape: ModelShape
+    attention: AttentionUse
 
 
 def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     inputs = Inputs(recipe, runs_dir)
 
     training_trainer.check_training(config.training, backend)
+    check_attention(config.model.attn_implementation, AttentionUse("sft", config.training.precision))
     requirements.check_context_parallel(backend.context_parallel_size, recipe)
     checkpoints.check_readable(run_dir.checkpoints_dir, backend)
     requirements.check_adapter_backend(config.adapter, backend)
@@ -69,13 +73,15 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     checked = check(recipe, inputs)
     requirements.check_new_token_rows(backend, checked.new_token_ids if config.adapter != "none" else [], config.lora)
     check_run_matches(recipe, run_dir, inputs.fingerprints)
+    recipe = settle_attention(recipe, checked.attention, run_dir)
+    config = recipe.config
     profiling.check_profile_steps(recipe, {config.method: checked.plan.steps}, backend.main)
 
     with open_run(recipe, run_dir, inputs.fingerprints), run_estimate.explain_out_of_memory(run_dir):
         _print_plan(config, checked, backend)
         run_estimate.estimate_run(recipe, checked.shape, run_dir, backend)
         device = connect_processes(run_dir, inputs.fingerprints)
-        base = checked.base
+        base = replace(checked.base, settings=config.model)
         model = base.load_quantized(config.training.precision) if config.adapter == "qlora" else base.load(config.training.precision)
         run_dir.require_disk_space(3 * 4 * loading.count_parameters(model), "the tuned model")
         before = _measure_held_out(config, model, checked, device) if backend.main else {}
@@ -99,11 +105,19 @@ def check(recipe: Recipe, inputs: Inputs) -> SftInputs:
     """Read every row and refuse what cannot be trained; needs no weights."""
     config: SftConfig = recipe.config
     path = inputs.find_model(config.model, "model")
-    model = loading.load_meta_model(path, config.model.attn_implementation, config.model.revision)
+    model = loading.load_meta_model(path, config.model.revision)
     tokenizer = load_tokenizer(path, config.model.revision)
     loading.check_vocabulary_size(model, tokenizer, path)
     if config.training.use_liger_kernel:
         liger_kernels.check_liger_kernels(recipe, model.config.model_type)
+    use = AttentionUse(
+        "sft",
+        config.training.precision,
+        config.data.packing,
+        obstacles=attention.find_model_obstacles(model),
+        default=str(model.config._attn_implementation),
+    )
+    check_model_attention(recipe, use)
     if is_template_file(config.chat_template):
         inputs.fingerprints["chat_template"] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()
     sources = [inputs.locate_source(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
@@ -131,6 +145,7 @@ def check(recipe: Recipe, inputs: Inputs) -> SftInputs:
         finetuning_examples.plan_sequences(config, examples.train),
         new_token_ids,
         shape,
+        use,
     )
 
 
@@ -259,6 +274,7 @@ def _build_result(
         "stage": "sft",
         "method": config.method,
         "adapter": config.adapter,
+        "attn_implementation": config.model.attn_implementation,
         "parameters": parameters,
         "new_tokens": checked.base.tokenizer.convert_ids_to_tokens(checked.new_token_ids),
         "data": dict(checked.examples.counts),

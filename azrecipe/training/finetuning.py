@@ -18,6 +18,7 @@ from azrecipe.data.packing import Collator
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
 from azrecipe.modeling import frozen_weights, loading, parameter_groups
+from azrecipe.recipe.attention_kinds import needs_borders
 from azrecipe.recipe.types import SftConfig
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.tokenization.chat_templates import TokenizedExample
@@ -181,8 +182,8 @@ def _prepare_sft(
         packed = [join_examples([examples.train[row].example for row in sequence]) for sequence in plan.sequences]
         train_dataset = Dataset.from_list(packed).with_format("torch")
         eval_dataset = Dataset.from_list([join_examples([e]) for e in held_out]).with_format("torch") if held_out else None
-        flash_attention = config.model.attn_implementation.startswith("flash")
-        collator_arguments = {"data_collator": Collator(tuned_model.tokenizer.pad_token_id, flash_attention)}
+        with_borders = needs_borders(config.model.attn_implementation)
+        collator_arguments = {"data_collator": Collator(tuned_model.tokenizer.pad_token_id, with_borders=with_borders)}
         arguments = {**arguments, "dataset_kwargs": {"skip_prepare_dataset": True}}
         tuned_model.model.config.use_cache = False  # or restarting position ids would not separate conversations
     else:

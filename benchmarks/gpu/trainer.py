@@ -28,21 +28,22 @@ class Setting:
     profiled: bool = False
 
 
+SDPA = {"model.attn_implementation": "sdpa"}
 VARLEN = {"model.attn_implementation": "varlen"}
 ONLY_LOSS = {"training.liger_kernel_config": "{rope: false, rms_norm: false, swiglu: false}"}
 EMBEDDINGS = {"phases": "[{name: all, trainable_parameters: [embeddings], learning_rate: 1e-4, max_steps: 20}]"}
 SINGLE = {
-    "a as shipped: single, sdpa with the mask": Setting(loss=SHIPPED_LOSS, profiled=True),
-    "a2 a + loss in float32, larger chunks": Setting(),
+    "a single, sdpa with the mask": Setting(SDPA, loss=SHIPPED_LOSS, profiled=True),
+    "a2 a + loss in float32, larger chunks": Setting(SDPA),
     "a3 a2 + varlen": Setting(VARLEN, profiled=True),
     "a4 a3 + blocks compiled, of Liger the loss alone": Setting({**VARLEN, **ONLY_LOSS}, compiled=True),
     "a5 a4 + batch 14": Setting({**VARLEN, **ONLY_LOSS, BATCH: 14}, compiled=True),
     "a6 a3 + batch 14": Setting({**VARLEN, BATCH: 14}),
-    "h1 phase 1 (embeddings alone), as shipped": Setting(EMBEDDINGS, loss=SHIPPED_LOSS),
-    "a9 a again": Setting(loss=SHIPPED_LOSS),
+    "h1 phase 1 (embeddings alone), sdpa": Setting({**SDPA, **EMBEDDINGS}, loss=SHIPPED_LOSS),
+    "a9 a again": Setting(SDPA, loss=SHIPPED_LOSS),
 }
 FSDP = {
-    "b fsdp, 1 process": Setting(loss=SHIPPED_LOSS),
+    "b fsdp, 1 process, sdpa": Setting(SDPA, loss=SHIPPED_LOSS),
     "c b + varlen": Setting(VARLEN, loss=SHIPPED_LOSS, profiled=True),
     "d c + loss in float32, larger chunks": Setting(VARLEN),
     "e d + blocks compiled": Setting(VARLEN, compiled=True, profiled=True),

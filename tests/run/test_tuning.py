@@ -77,7 +77,7 @@ def test_packed_conversations_see_only_themselves(tuned: Project) -> None:
     row = {key: torch.tensor(value) for key, value in join_examples([TokenizedExample(ids, list(ids)) for ids in parts]).items()}
     assert [int(label) for label in row["labels"]] == [token if n else -100 for ids in parts for n, token in enumerate(ids)]
     longer = {key: torch.cat([value, value]) for key, value in row.items()}
-    batch = Collator(tokenizer.pad_token_id, flat=False)([row, longer])
+    batch = Collator(tokenizer.pad_token_id)([row, longer])
     logits = model(**batch).logits
     at = 0
     for ids in parts:

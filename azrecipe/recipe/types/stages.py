@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.types.data import EvaluateData, PretrainData, SftData, TokenizerData, ValidationSource
 from azrecipe.recipe.types.training import Dpo, Lora, Phase, PretrainTraining, SftTraining
 
@@ -24,7 +25,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Model(ModelSource):
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class EvaluateConfig:
     tasks: list[str | HarnessTask]
     per_device_eval_batch_size: int
     precision: str
+    attn_implementation: str = AUTO
     baseline: str | None = None
     language: str | None = None
     languages: list[str] | None = None

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
-from transformers.modeling_flash_attention_utils import _is_packed_sequence, _prepare_from_posids
+from transformers import AttentionInterface, AttentionMaskInterface, Trainer, TrainingArguments
+from transformers.masking_utils import flash_attention_mask
 
 from azrecipe.data import best_fit_packing
 from azrecipe.data.best_fit_packing import BestFitLayout, pack_best_fit
@@ -26,6 +26,7 @@ from azrecipe.data.packing import Collator, DocumentDelimiters, PackedText, Pack
 from azrecipe.data.phase_schedule import OutOfText, PhaseSchedule, plan_phases
 from azrecipe.data.token_store import TokenStore
 from azrecipe.evaluation.bits_per_byte import score_texts
+from azrecipe.modeling.attention import attend_varlen
 from azrecipe.modeling.loading import load_model
 from azrecipe.recipe.types import Phase
 from azrecipe.tokenization.bpe_training import train_llama3
@@ -134,8 +135,8 @@ def test_sequences_are_found_by_their_number_in_any_process_and_do_not_depend_on
         assert [other.count_bytes(n) for n in (0, 7, 300)] == [forward.count_bytes(n) for n in (0, 7, 300)]
     moved = PackedText(BestFitLayout(Mixture(stores, [2, 1], 5, 2), 16, True, 120), how("bfd", 16), 0, 50)
     assert all(equal(moved[i], all_of_it[120 + i]) for i in range(50))
-    loaded = DataLoader(fresh(None), batch_size=3, num_workers=2, collate_fn=Collator(PAD, False), multiprocessing_context="fork")
-    plain = DataLoader(fresh(None), batch_size=3, collate_fn=Collator(PAD, False))
+    loaded = DataLoader(fresh(None), batch_size=3, num_workers=2, collate_fn=Collator(PAD), multiprocessing_context="fork")
+    plain = DataLoader(fresh(None), batch_size=3, collate_fn=Collator(PAD))
     assert all(equal(a, b) for a, b in zip(loaded, plain, strict=True))
 
 
@@ -183,12 +184,11 @@ def test_a_document_has_the_logits_that_it_has_alone(llama: Path, strategy: str,
     model.config.use_cache = False
     mix = Mixture([stored([7, 9, 12, 5, 3, 14, 41], 10)], [1], seed=3, specials_per_document=2)
     packed = text(mix, strategy, 30, 3)
-    for flat, training in itertools.product((False, True), (True, False)):
+    for training in (True, False):
         model.train(training)
-        batch = Collator(PAD, flat)([packed[i] for i in range(3)])
+        batch = Collator(PAD)([packed[i] for i in range(3)])
         with torch.no_grad():
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        rows = logits[0].split([len(packed[i]["input_ids"]) for i in range(3)]) if flat else logits
+            rows = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
         for i in range(3):
             at = 0
             for _, _, _, tokens in packed.list_documents(i):
@@ -201,7 +201,7 @@ def test_a_document_has_the_logits_that_it_has_alone(llama: Path, strategy: str,
 def test_the_two_settings_that_let_documents_see_each_other_do_so_and_are_never_used(llama: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(str(llama), "float32"), load_tokenizer(str(llama))
     packed = text(Mixture([stored([7, 9, 12, 5, 3, 14], 10)], [1], seed=3, specials_per_document=2), "bfd", 30, 8)
-    batch = Collator(PAD, False)([packed[0]])
+    batch = Collator(PAD)([packed[0]])
     inside = {key: batch[key] for key in ("input_ids", "position_ids")}
     with torch.no_grad():
         apart = model.eval()(**inside, use_cache=False).logits
@@ -213,7 +213,7 @@ def test_the_two_settings_that_let_documents_see_each_other_do_so_and_are_never_
     calls: list[dict[str, Any]] = []
     model.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
     arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True)
-    Trainer(model, arguments, train_dataset=packed, data_collator=Collator(PAD, False)).train()
+    Trainer(model, arguments, train_dataset=packed, data_collator=Collator(PAD)).train()
     assert not model.config.use_cache
     score_texts(model, tokenizer, [TALES[0]], 64, 2)
     assert len(calls) == 2
@@ -222,33 +222,42 @@ def test_the_two_settings_that_let_documents_see_each_other_do_so_and_are_never_
 
 
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd", "unpacked"])
-def test_flash_attention_is_given_the_borders_of_the_documents(strategy: str) -> None:
-    """Up to the call of the kernel, which needs a GPU: transformers' own reading of a batch of several sequences."""
-    packed = text(Mixture([stored([7, 9, 12, 5, 3, 14, 41, 1], 10)], [1], seed=3, specials_per_document=2), strategy, 30, 5)
-    batch = build_collator(how(strategy, 30), "flash_attention_2")([packed[i] for i in range(5)])
-    assert batch["input_ids"].shape[0] == 1
-    wanted = [0]
-    for i in range(5):
-        tokens = [piece[3] for piece in packed.list_documents(i)]
-        for count in [*tokens, len(packed[i]["input_ids"]) - sum(tokens)]:  # what is padded is a document of its own
-            wanted += [wanted[-1] + count] if count else []
-    assert _is_packed_sequence(batch["position_ids"], batch_size=1)
-    states = torch.zeros(1, batch["input_ids"].shape[1], 2, 4)
-    *_, (queries, keys), (longest, _) = _prepare_from_posids(states, states, states, batch["position_ids"])
-    assert queries.tolist() == keys.tolist() == wanted
-    assert int(longest) == max(b - a for a, b in itertools.pairwise(wanted))
-    # Why the batch is flat. When this fails, transformers reads several rows too
-    stacked = Collator(PAD, False)([packed[i] for i in range(5)])
-    assert not _is_packed_sequence(stacked["position_ids"], batch_size=5)
+def test_flash_attention_is_given_the_borders_of_the_documents(llama: Path, tmp_path: Path, strategy: str) -> None:
+    """Each layer's attention gets them from the host, so that none waits for the GPU; the kernel itself needs a GPU."""
+    calls: list[dict[str, Any]] = []
 
+    def record(*args: Any, **more: Any) -> Any:
+        calls.append(more | {"mask": args[4]})
+        return attend_varlen(*args, **more)
 
-def test_a_flat_batch_has_the_same_loss(llama: Path) -> None:
-    model = load_model(str(llama), "float32").requires_grad_(False)
-    model.config.use_cache = False
-    for strategy in ("wrapped", "bfd", "unpacked"):
-        packed = text(Mixture([stored([7, 9, 12, 5, 3, 14, 41, 1], 10)], [1], seed=3, specials_per_document=2), strategy, 30, 5)
-        stacked, flat = (Collator(PAD, form)([packed[i] for i in range(5)]) for form in (False, True))
-        assert float(model(**stacked).loss) == pytest.approx(float(model(**flat).loss), abs=1e-6)
+    AttentionInterface.register("recording", record)
+    AttentionMaskInterface.register("recording", flash_attention_mask)  # what transformers takes for flash attention
+    packed = text(Mixture([stored([7, 9, 12, 5, 3, 14, 41, 1], 10)], [1], seed=3, specials_per_document=2), strategy, 30, 4)
+    collate = build_collator(how(strategy, 30), "flash_attention_2")
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True, train_sampling_strategy="sequential")  # fmt: skip
+    losses = {}
+    for attention, collator in (("recording", collate), ("sdpa", Collator(PAD))):
+        model = load_model(str(llama), "float32", attention)
+        trainer = Trainer(model, arguments, train_dataset=packed, data_collator=collator)
+        trainer.train()
+        losses[attention] = trainer.state.log_history[-1]["train_loss"]
+    length = max(len(packed[i]["input_ids"]) for i in range(4))
+    wanted = {4 * length}
+    for i in range(4):
+        begin = i * length
+        for _, _, _, tokens in packed.list_documents(i):
+            wanted.add(begin)
+            begin += tokens
+        wanted |= {begin} if strategy == "bfd" else set()  # what is padded there is a document by itself
+    assert len(calls) == model.config.num_hidden_layers
+    for call in calls:
+        assert call["mask"] is None
+        assert call["cu_seq_lens_q"] is call["cu_seq_lens_k"]
+        assert call["cu_seq_lens_q"].tolist() == sorted(wanted)
+        assert call["cu_seq_lens_q"].dtype == torch.int32
+        assert type(call["max_length_q"]) is type(call["max_length_k"]) is int
+        assert call["max_length_q"] == call["max_length_k"] == length
+    assert losses["recording"] == pytest.approx(losses["sdpa"], abs=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["wrapped", "bfd", "unpacked"])
@@ -262,7 +271,7 @@ def test_a_sequence_may_be_as_long_as_the_longest_context(strategy: str) -> None
         assert np.array_equal(sequence["position_ids"].numpy(), positions)
         assert positions.max() < length
         assert len(positions) == (length if strategy != "unpacked" else tokens[0])
-    batch = Collator(PAD, False)([packed[i] for i in range(3)])
+    batch = Collator(PAD)([packed[i] for i in range(3)])
     assert int(batch["position_ids"].max()) < length
 
 

@@ -11,10 +11,12 @@ import torch
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from azrecipe import errors
-from azrecipe.data.packing import VARLEN, DocumentDelimiters, Packing, build_collator, compute_document_borders
+from azrecipe.data.packing import DocumentDelimiters, Packing, build_collator, compute_document_borders
+from azrecipe.distributed.attention_choice import AttentionUse, check_attention, find_config_obstacles
 from azrecipe.errors import CommandError
 from azrecipe.modeling import attention, chunked_loss, compilation
 from azrecipe.planning.simulation import memory_tracker
+from azrecipe.recipe.attention_kinds import VARLEN
 from tests.small import called
 
 SHAPE = {
@@ -123,6 +125,7 @@ for home, name in ((torch.nn, "LinearCrossEntropyOptions"), (torch.nn.functional
     if hasattr(home, name):
         delattr(home, name)
 from transformers import LlamaConfig, LlamaForCausalLM
+from azrecipe.distributed.attention_choice import AttentionUse, check_attention, find_config_obstacles
 from azrecipe.errors import CommandError
 from azrecipe.modeling import chunked_loss
 from azrecipe.stages import pretrain
@@ -147,8 +150,7 @@ def test_a_model_without_named_blocks_is_not_compiled() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the reason would be another one")
 def test_on_a_cpu_varlen_is_allowed_for_tests() -> None:
-    attention.check_attention(VARLEN, "float32")
-    assert attention.find_varlen_obstacle() == ""
+    check_attention(VARLEN, AttentionUse("pretrain", "float32"))
     assert chunked_loss.is_available() == hasattr(torch.nn.functional, "linear_cross_entropy")
 
 
@@ -166,3 +168,37 @@ def test_memory_that_is_out_is_told_as_that(text: str) -> None:
     assert known is not None
     assert str(known).startswith("out of memory: ")
     assert "training.per_device_train_batch_size" in str(known)
+
+
+def meta(model_type: str, **fields: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {key: value for key, value in SHAPE.items() if key != "tie_word_embeddings"}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape, **fields))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "varlen", "others"),
+    [
+        ("llama", {}, "", {}),
+        ("qwen3", {"head_dim": 16}, "", {}),
+        ("mistral", {"sliding_window": 8}, "a sliding window", {}),
+        ("gemma2", {"head_dim": 16}, "a sliding window and a soft cap", {"sdpa": "a soft cap"}),
+        ("llama", {"attention_dropout": 0.1}, "dropout", {"flex_attention": "dropout", "flash_attention_3": "dropout"}),
+        ("llama", {"head_dim": 12}, "its heads are 12 wide", {}),
+        ("mamba", {}, "does not all go through", {}),
+    ],
+)
+def test_a_model_itself_shows_what_its_attention_needs(
+    model_type: str, fields: dict[str, Any], varlen: str, others: dict[str, str]
+) -> None:
+    model = meta(model_type, **fields)
+    before = model.config._attn_implementation
+    obstacles = attention.find_model_obstacles(model)
+    assert (varlen in obstacles.get(VARLEN, "")) if varlen else VARLEN not in obstacles, obstacles
+    for kind, words in others.items():
+        assert words in obstacles[kind]
+    assert model.config._attn_implementation == before
+    if model_type == "llama":  # the plan, which has the configuration alone, says the same
+        assert (VARLEN in find_config_obstacles(model.config.to_dict())) == bool(varlen)
