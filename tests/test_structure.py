@@ -199,6 +199,24 @@ def test_modules_are_short(module: str) -> None:
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
+PRINTERS = {"azrecipe.utils.console", "azrecipe.utils.rich_console"}
+PRINTING_CALLS = {
+    "print", "Console", "rich.print", "sys.stdout.write", "sys.stderr.write", "traceback.print_exc", "Text.from_markup", "argparse.ArgumentParser",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in PRINTERS])
+def test_nothing_prints_past_the_console(module: str) -> None:
+    """utils/console.py escapes control characters; all that is printed goes through it."""
+    tree = read_tree(module)
+    own_output = {
+        id(node) for block in tree.body if isinstance(block, ast.If) and "__main__" in ast.unparse(block.test) for node in ast.walk(block)
+    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and id(node) not in own_output]
+    past = [f"{node.lineno}: {ast.unparse(node.func)}" for node in calls if ast.unparse(node.func) in PRINTING_CALLS]
+    assert not past, f"{module}: {', '.join(past)}: use utils/console.py, utils/rich_console.py or cli's TerminalParser"
+
+
 def _positional(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """The arguments that a caller may give by position."""
     names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]

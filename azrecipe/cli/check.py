@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from azrecipe.cli import check_preview, prepare_tables
 from azrecipe.errors import EXIT_SUCCESS
@@ -11,6 +10,7 @@ from azrecipe.operations import check, prepare
 from azrecipe.operations.check import RecipeCheck
 from azrecipe.operations.check_preview import PretrainPreview, SftPreview
 from azrecipe.operations.prepare import RecipePreparation
+from azrecipe.utils.console import print_line, print_progress
 
 
 def prepare_recipes(arguments: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def prepare_recipes(arguments: argparse.Namespace) -> int:
 def _show_preparation(preparation: RecipePreparation) -> None:
     if preparation.missing_runs:
         names = ", ".join(preparation.missing_runs)
-        print(f"{preparation.path.name}: not prepared: it takes from {names}, which has no finished run yet", file=sys.stderr)
+        print_progress(f"{preparation.path.name}: not prepared: it takes from {names}, which has no finished run yet")
     elif preparation.schedule is None:  # first: the schedule may be refused, and this table says why
         prepare_tables.show_sources(preparation)
     else:
@@ -55,10 +55,10 @@ def check_recipes(arguments: argparse.Namespace) -> int:
 def _show_check(recipe: RecipeCheck) -> None:
     if recipe.missing_runs:
         names = ", ".join(recipe.missing_runs)
-        print(f"{recipe.path.name}: only its file was checked: it takes from {names}, which has no finished run yet")
+        print_line(f"{recipe.path.name}: only its file was checked: it takes from {names}, which has no finished run yet")
         return
     if isinstance(recipe.preview, SftPreview):
         check_preview.show_sft_preview(recipe.path, recipe.preview)
     elif isinstance(recipe.preview, PretrainPreview):
         check_preview.show_pretrain_preview(recipe.path, recipe.preview)
-    print(f"{recipe.path}: All checks passed.")
+    print_line(f"{recipe.path}: All checks passed.")

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from azrecipe.operations.check_preview import ExamplePreview, PretrainPreview, SftPreview
+from azrecipe.utils.console import escape_controls, print_line
+from azrecipe.utils.rich_console import open_console
 
 
 def show_sft_preview(path: Path, preview: SftPreview) -> None:
     """Print the counts and the first example; of a preference, both answers."""
     counts = preview.counts
-    print(f"{path}: {counts['train']:,} rows to train on, {counts['held_out']:,} held out, {counts['duplicates']:,} duplicates, {counts['dropped']:,} "
+    print_line(f"{path}: {counts['train']:,} rows to train on, {counts['held_out']:,} held out, {counts['duplicates']:,} duplicates, {counts['dropped']:,} "
           f"dropped, {counts['truncated']:,} cut; {preview.steps:,} steps; {counts['trained_tokens']:,} trained tokens")  # fmt: skip
     if preview.new_tokens:
-        print(f"  the template adds {', '.join(preview.new_tokens)}")
-    print(f"  a turn ends with {preview.eos_token}, padding is {preview.pad_token}")
-    console = Console(highlight=False, soft_wrap=True)
+        print_line(f"  the template adds {', '.join(preview.new_tokens)}")
+    print_line(f"  a turn ends with {preview.eos_token}, padding is {preview.pad_token}")
+    console = open_console(None)
     for example in preview.examples:
         label = f", {example.label}" if example.label else ""
         console.print(f"\nThe first example{label}; the loss covers what is marked:")
@@ -40,7 +41,7 @@ def format_example(example: ExamplePreview, colour: bool) -> Text:
             text.append("⟦")
         for i, token in enumerate(span.tokens):
             text.append("·" if i else "", "dim")
-            text.append(token, "bold green" if span.trained else "")
+            text.append(escape_controls(token), "bold green" if span.trained else "")
         if span.trained and not colour:
             text.append("⟧")
     if example.num_hidden_tokens:
@@ -52,6 +53,6 @@ def show_pretrain_preview(path: Path, preview: PretrainPreview) -> None:
     """Print what each phase trains, and the first tokens of each source."""
     for phase in preview.phases:
         shares = ", ".join(f"{pattern} {count:,}" for pattern, count in phase.by_pattern.items())
-        print(f"{path}: phase {phase.name} trains {phase.trainable:,} of {phase.total:,} parameters ({shares})")
+        print_line(f"{path}: phase {phase.name} trains {phase.trainable:,} of {phase.total:,} parameters ({shares})")
     for source in preview.sources:
-        print(f"  {source.path} begins: {'·'.join(source.first_tokens)}".replace("\n", "⏎"))
+        print_line(f"  {source.path} begins: {'·'.join(source.first_tokens)}".replace("\n", "⏎"))

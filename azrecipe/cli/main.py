@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from azrecipe import __version__
 from azrecipe.cli import inference_options, option_types, plan_options, sagemaker
@@ -23,6 +25,7 @@ from azrecipe.errors import (
     CommandError,
     suggest_choices,
 )
+from azrecipe.utils.console import print_line, print_progress
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {}
 
@@ -33,25 +36,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     A user's mistake ends with a message, without a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.excepthook = _print_traceback
     try:
         if arguments and arguments[0].endswith((".yaml", ".yml")):
             return _run_worker(arguments)  # the form that accelerate launch and torchrun use
         parsed = _build_parser().parse_args(_check_verb(arguments))
         return VERBS[parsed.verb](parsed)
     except AzrecipeError as error:
-        print(f"azrecipe: {error}" if error.exit_code != EXIT_WRONG_INPUT else str(error), file=sys.stderr)
+        print_progress(f"azrecipe: {error}" if error.exit_code != EXIT_WRONG_INPUT else str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("azrecipe: interrupted", file=sys.stderr)
+        print_progress("azrecipe: interrupted")
         return EXIT_SIGINT
     except BrokenPipeError:
         return EXIT_FAILED
 
 
+def _print_traceback(error_class: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
+    """Print a defect's traceback, whose text may hold control characters."""
+    print_progress("".join(traceback.format_exception(error_class, error, frames)).rstrip("\n"))
+
+
 def _run_worker(arguments: list[str]) -> int:
     from azrecipe.cli import run
 
-    parser = argparse.ArgumentParser(prog="python -m azrecipe", description="One process of a run.")
+    parser = option_types.TerminalParser(prog="python -m azrecipe", description="One process of a run.")
     parser.add_argument("recipe", help="a recipe (YAML)")
     _add_recipe_options(parser)
     return run.run_worker_process(parser.parse_args(arguments))
@@ -60,13 +69,13 @@ def _run_worker(arguments: list[str]) -> int:
 def _check_verb(arguments: list[str]) -> list[str]:
     """Return the arguments; exit if they name an unknown verb."""
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
-        print(f"azrecipe: there is no command '{arguments[0]}'{suggest_choices(arguments[0], VERBS, 'Commands')}", file=sys.stderr)
+        print_progress(f"azrecipe: there is no command '{arguments[0]}'{suggest_choices(arguments[0], VERBS, 'Commands')}")
         raise SystemExit(EXIT_WRONG_INPUT)
     return arguments
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="azrecipe", description="Teach a language model a new language by editing YAML.")
+    parser = option_types.TerminalParser(prog="azrecipe", description="Teach a language model a new language by editing YAML.")
     parser.add_argument("--version", action="version", version=f"azrecipe {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
@@ -175,13 +184,13 @@ def _validate(arguments: argparse.Namespace) -> int:
 
     report = validate_recipes([shipped_files.resolve_shipped_path(str(path)) for path in arguments.paths], parse_overrides(arguments.set))
     for problem in report.problems:
-        print(problem)
+        print_line(problem)
     if report.problems:
         count = len(report.problems)
-        print(f"{count} problem{'s' if count > 1 else ''}, {len(report.valid)} valid", file=sys.stderr)
+        print_progress(f"{count} problem{'s' if count > 1 else ''}, {len(report.valid)} valid")
         return EXIT_WRONG_INPUT
     fragments = f", {len(report.fragments)} fragments through them" if report.fragments else ""
-    print(f"{len(report.valid)} recipe{'s' if len(report.valid) != 1 else ''} valid{fragments}")
+    print_line(f"{len(report.valid)} recipe{'s' if len(report.valid) != 1 else ''} valid{fragments}")
     return EXIT_SUCCESS
 
 
@@ -197,7 +206,7 @@ def _show(arguments: argparse.Namespace) -> int:
     recipe = open_recipe(
         shipped_files.resolve_shipped_path(arguments.recipe), parse_overrides(arguments.set), arguments.step, arguments.cell
     )[0]
-    print(
+    print_line(
         json.dumps(recipe.data, indent=2, ensure_ascii=False) if arguments.json else to_yaml(recipe.data),
         end="\n" if arguments.json else "",
     )
@@ -210,9 +219,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
     runs = list({run.resolve(): run for run in arguments.runs}.values())
     for run in runs:
-        print(page.write_page(run, arguments.output if len(runs) == 1 else None))
+        print_line(page.write_page(run, arguments.output if len(runs) == 1 else None))
     if len(runs) > 1:
-        print(page.write_comparison(runs, arguments.output))
+        print_line(page.write_comparison(runs, arguments.output))
     return EXIT_SUCCESS
 
 
@@ -224,7 +233,7 @@ def _copy(arguments: argparse.Namespace) -> int:
         num_written, num_kept = shipped_files.copy_shipped_files(arguments.folder)
     except OSError as error:
         raise CannotRun(f"cannot write {error.filename or arguments.folder}: {error.strerror}") from None
-    print(f"{num_written} files written to {arguments.folder}" + (f", {num_kept} existing kept" if num_kept else ""))
+    print_line(f"{num_written} files written to {arguments.folder}" + (f", {num_kept} existing kept" if num_kept else ""))
     return EXIT_SUCCESS
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
+
+from azrecipe.utils.console import escape_controls
 
 
 def build_number_type(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
@@ -22,3 +25,10 @@ def build_number_type(kind: type[int] | type[float], low: float, high: float) ->
 
 
 parse_positive_int = build_number_type(int, 1, float("inf"))
+
+
+class TerminalParser(argparse.ArgumentParser):
+    """A parser whose messages hold no control characters of the command line."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(escape_controls(message), file)

@@ -9,12 +9,13 @@ from azrecipe.cli import plan_tables
 from azrecipe.errors import EXIT_SUCCESS, CannotRun, CommandError
 from azrecipe.operations.plan import PlanReport, plan_recipes
 from azrecipe.planning import calibrate
+from azrecipe.utils.console import print_line
 
 
 def plan_recipe_or_pipeline(arguments: Namespace) -> int:
     """`azrecipe plan`: estimate a recipe, or each training step of a pipeline."""
     if arguments.calibrate is not None:
-        print(calibrate.calibrate_from_run(arguments.calibrate))
+        print_line(calibrate.calibrate_from_run(arguments.calibrate))
         return EXIT_SUCCESS
     if arguments.recipe is None:
         raise CommandError("which recipe? azrecipe plan RECIPE --hardware NAME")
@@ -43,7 +44,7 @@ def _print_report(arguments: Namespace, report: PlanReport) -> None:
     """Print the estimates: for each recipe, one for each machine."""
     if arguments.json:
         flat = [answer for answers in report.estimates for answer in answers]
-        print(json.dumps(flat[0] if len(flat) == 1 else flat, indent=2))
+        print_line(json.dumps(flat[0] if len(flat) == 1 else flat, indent=2))
         return
     for answers in report.estimates:
         if arguments.largest_batch:
@@ -55,4 +56,4 @@ def _print_report(arguments: Namespace, report: PlanReport) -> None:
             plan_tables.show_plan(answers[0])
     if len(report.estimates) > 1 and not (arguments.compare or arguments.largest_batch):
         plan_tables.show_pipeline_total(report.estimates[0][0], report.hours)
-        print(f"What single changes would do: --step {report.recipes[-1].path.name}")
+        print_line(f"What single changes would do: --step {report.recipes[-1].path.name}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from azrecipe.cli.console import build_console
 from azrecipe.hardware import GIB
 from azrecipe.planning.estimate_types import Bounds
+from azrecipe.utils.console import print_line
+from azrecipe.utils.rich_console import TerminalConsole, open_console
 
 WIDTH = 140  # columns
 
@@ -21,7 +21,7 @@ UNVERIFIED_NOTE = (
 
 def show_plan(answer: Mapping[str, Any]) -> None:
     """Print the estimate of a recipe on machines."""
-    console = build_console(WIDTH)
+    console = open_console(WIDTH)
     card = answer["card"]
     console.print(
         f"{answer['recipe']} on {answer['hardware']} ({_format_gib(card['bytes'])} each), {answer['backend']}, vocabulary {answer['vocab_size']:,}"
@@ -79,7 +79,7 @@ def _format_batch(loop: Mapping[str, Any]) -> str:
     return f"{loop['per_device_train_batch_size']} × {loop['max_length']:,} × {loop['gradient_accumulation_steps']}"
 
 
-def _show_alternatives(answer: Mapping[str, Any], console: Console) -> None:
+def _show_alternatives(answer: Mapping[str, Any], console: TerminalConsole) -> None:
     changes = answer["levers"]["changes"]
     if not changes:
         return
@@ -100,7 +100,7 @@ def _show_alternatives(answer: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _show_network_advice(answer: Mapping[str, Any], console: Console) -> None:
+def _show_network_advice(answer: Mapping[str, Any], console: TerminalConsole) -> None:
     """Print what helps where the network limits a step."""
     bound = [loop["name"] for loop in answer["loops"] if loop["bound"] == "network"]
     if not bound:
@@ -115,7 +115,7 @@ def _show_network_advice(answer: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def _show_price(answer: Mapping[str, Any], console: Console) -> None:
+def _show_price(answer: Mapping[str, Any], console: TerminalConsole) -> None:
     hours = answer["hours"]
     console.print(f"{_format_hours(hours)} hours in all, without start, checkpoints and measuring")
     for name, price in answer["price"].items():
@@ -129,7 +129,7 @@ def _show_price(answer: Mapping[str, Any], console: Console) -> None:
 
 def show_machine_comparison(answers: Sequence[Mapping[str, Any]]) -> None:
     """Print the estimates of a recipe on several machines."""
-    console = build_console(WIDTH)
+    console = open_console(WIDTH)
     table = Table(title=f"{answers[0]['recipe']}: machines compared", title_justify="left")
     for name in ("machines", "loop", "peak", "on this card", "largest batch", "tokens/s", "waits for", "hours", "USD on demand"):
         table.add_column(name, justify="left" if name in ("machines", "loop") else "right")
@@ -158,7 +158,7 @@ def show_pipeline_total(answer: Mapping[str, Any], hours: Bounds | None) -> None
     Prices are those of `answer`, one of its estimates.
     """
     if hours is not None:
-        _show_price({**answer, "hours": hours}, build_console(WIDTH))
+        _show_price({**answer, "hours": hours}, open_console(WIDTH))
 
 
 def show_largest_batches(answer: Mapping[str, Any]) -> None:
@@ -167,7 +167,7 @@ def show_largest_batches(answer: Mapping[str, Any]) -> None:
     A line has the batch that certainly fits, and the one that perhaps does.
     """
     for loop in answer["loops"]:
-        print(
+        print_line(
             f"{answer['recipe']}\t{answer['hardware']}\t{loop['name']}\t{loop['largest_batch']['surely']}\t{loop['largest_batch']['perhaps']}"
         )
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from azrecipe.cli.console import build_console
 from azrecipe.operations.prepare import RecipePreparation, ScheduleSummary
+from azrecipe.utils.rich_console import open_console
 
 WIDTH = 160  # columns
 
@@ -39,7 +39,7 @@ def show_sources(preparation: RecipePreparation) -> None:
         sizes.add_row(source.title, *counts, bytes_per_token, dropped)
         lengths.add_row(source.title, *(f"{value:,}" for value in source.length_percentiles.values()))
         fits.add_row(source.title, *(f"{share:.1%}" for share in source.fitting_shares.values()))
-    console = build_console(WIDTH)
+    console = open_console(WIDTH)
     for table in (sizes, lengths, fits):
         console.print(table)
 
@@ -57,6 +57,6 @@ def show_schedule(preparation: RecipePreparation, schedule: ScheduleSummary) -> 
     reads.add_column("epochs", justify="right")
     for source, epochs in zip(preparation.sources, schedule.epochs, strict=True):
         reads.add_row(source.title, f"{epochs:.2f}")
-    console = build_console(WIDTH)
+    console = open_console(WIDTH)
     for table in (phases, reads):
         console.print(table)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import EXIT_SUCCESS
+from azrecipe.utils.console import print_line
 
 SETTING_OPTIONS = (  # options that override a key of the settings
     "instance_type", "instance_count", "region", "accelerate_config", "enable_managed_spot_training", "upload_data",
@@ -83,11 +84,11 @@ def _submit(arguments: argparse.Namespace) -> int:
     settings = {**_collect_settings(arguments), "check": arguments.check, "plan": arguments.plan}
     if arguments.dry_run:
         requests = submission.build_requests(arguments.recipe, arguments.config, **settings)
-        print(json.dumps(requests, indent=2) if arguments.json else "\n".join(map(_format_dry_run, requests)))
+        print_line(json.dumps(requests, indent=2) if arguments.json else "\n".join(map(_format_dry_run, requests)))
         return EXIT_SUCCESS
     job = submission.submit(arguments.recipe, arguments.config, yes=arguments.yes, wait=arguments.wait, **settings)
     if job is not None:
-        print(job.name)
+        print_line(job.name)
     return EXIT_SUCCESS
 
 
@@ -110,7 +111,7 @@ def _format_dry_run(request: dict[str, Any]) -> str:
 def _pack(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import submission
 
-    print(submission.write_source(arguments.recipe, arguments.config, arguments.folder, **_collect_settings(arguments)))
+    print_line(submission.write_source(arguments.recipe, arguments.config, arguments.folder, **_collect_settings(arguments)))
     return EXIT_SUCCESS
 
 
@@ -119,20 +120,20 @@ def _status(arguments: argparse.Namespace) -> int:
 
     descriptions = jobs.describe_jobs(arguments.job, arguments.region)
     if arguments.json:
-        print(json.dumps(descriptions, indent=2, default=str))
+        print_line(json.dumps(descriptions, indent=2, default=str))
         return EXIT_SUCCESS
     for job in descriptions:
         trained = "" if job["seconds"] is None else f", {job['seconds'] / 3600:.2f} h trained"
         billed = "" if job["billable_seconds"] is None else f", {job['billable_seconds'] / 3600:.2f} h billed"
-        print(f"{job['name']}  {job['state']} ({job['doing']})  {job['machines']}{' spot' if job['spot'] else ''}{trained}{billed}")
+        print_line(f"{job['name']}  {job['state']} ({job['doing']})  {job['machines']}{' spot' if job['spot'] else ''}{trained}{billed}")
         for text in (job["message"], job["failure"]):
             if text:
-                print(f"  {text}")
+                print_line(f"  {text}")
         if arguments.job:
-            print(f"  run: {job['run']}")
-            print("".join(f"  {name}: {value:g}\n" for name, value in job["metrics"].items()), end="")
+            print_line(f"  run: {job['run']}")
+            print_line("".join(f"  {name}: {value:g}\n" for name, value in job["metrics"].items()), end="")
     if not descriptions:
-        print("no job of azrecipe's")
+        print_line("no job of azrecipe's")
     return EXIT_SUCCESS
 
 
@@ -140,14 +141,14 @@ def _logs(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import jobs
 
     for line in jobs.read_logs(arguments.job, arguments.follow, arguments.region):
-        print(line, flush=True)
+        print_line(line)
     return EXIT_SUCCESS
 
 
 def _stop(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import jobs
 
-    print(f"{arguments.job}: {jobs.stop_job(arguments.job, arguments.region)}")
+    print_line(f"{arguments.job}: {jobs.stop_job(arguments.job, arguments.region)}")
     return EXIT_SUCCESS
 
 
@@ -155,5 +156,5 @@ def _fetch(arguments: argparse.Namespace) -> int:
     from azrecipe.sagemaker import jobs
 
     folder = jobs.fetch_run(arguments.job, arguments.runs_dir, arguments.checkpoints, arguments.region)
-    print(f"{folder}\nazrecipe report {folder}")
+    print_line(f"{folder}\nazrecipe report {folder}")
     return EXIT_SUCCESS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from azrecipe.errors import Problem, RecipeError
 from azrecipe.recipe.types import Deduplication
 from azrecipe.utils.atomic_files import atomic_folder, hold_lock, read_json, write_json
 from azrecipe.utils.bootstrap import IntArray
+from azrecipe.utils.console import print_progress
 
 RULES_VERSION = 1  # of the rules below; the cache does not mix versions
 HASH_SEED = 1
@@ -92,7 +92,7 @@ def remove_duplicates(
     if not folder.is_dir():
         with hold_lock(cache / f"{folder.name}.lock"):
             if not folder.is_dir():
-                print(f"  searching for duplicates in {sum(s.num_documents for s in stores):,} documents", file=sys.stderr, flush=True)
+                print_progress(f"  searching for duplicates in {sum(s.num_documents for s in stores):,} documents")
                 masks, summaries = _find_duplicates(stores, compute_signatures(held_out, settings) if near else None, settings)
                 with atomic_folder(folder, replace=False) as tmp:
                     for i, mask in enumerate(masks):

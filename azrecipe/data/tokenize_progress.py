@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from azrecipe.data.cleaning_report import CleaningReport
+from azrecipe.utils.console import print_progress
 
 PROGRESS_SECONDS = 15
 
@@ -88,4 +88,4 @@ class TokenizeProgress:
         tokens_rate, bytes_rate = (stats.tokens - first_tokens) / max(seconds, 1), (stats.bytes_read - first_bytes) / max(seconds, 1)
         rate = f", {tokens_rate:,.0f} tokens/s, {bytes_rate / 1e6:.1f} MB/s" if seconds > 1 else ""
         counts = f"{stats.documents:,} documents, {stats.tokens:,} tokens{rate}"
-        print(f"  tokenising {self.title}: {message or counts}{f' ({counts})' if message else ''}", file=sys.stderr, flush=True)
+        print_progress(f"  tokenising {self.title}: {message or counts}{f' ({counts})' if message else ''}")

@@ -14,7 +14,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,6 +36,7 @@ from azrecipe.errors import CannotRun, RecipeError
 from azrecipe.tokenization.encoding import hash_tokenizer, load_backend, write_backend_file
 from azrecipe.tokenization.fast_encoding import FastEncoder
 from azrecipe.utils.atomic_files import hold_lock, read_json, sync_folder, sync_tree, write_json
+from azrecipe.utils.console import print_progress
 from azrecipe.utils.process_pool import MIN_POOL_CHARACTERS, WorkerPool
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def load_or_tokenize(source: readers.DataSource, spec: TokenizeSpec, cache: Path
 
 def _print_waiting(source: readers.DataSource) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"  waiting for another process that tokenises {source.title}", file=sys.stderr, flush=True)
+        print_progress(f"  waiting for another process that tokenises {source.title}")
 
 
 def _tokenize_source(source: readers.DataSource, spec: TokenizeSpec, folder: Path) -> None:

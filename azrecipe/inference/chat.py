@@ -12,7 +12,7 @@ from azrecipe.errors import EXIT_SUCCESS, CommandError
 from azrecipe.inference import streaming
 from azrecipe.runs import finished_model
 from azrecipe.utils.atomic_files import write_text
-from azrecipe.utils.console import check_utf8, print_answer, print_progress
+from azrecipe.utils.console import check_utf8, print_answer, print_line, print_progress
 
 HELP_TEXT = """\
 /reset         forget the conversation (the system message stays)
@@ -52,7 +52,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
             line = input("> " if terminal else "").strip()
         except EOFError:
             if terminal:
-                print()
+                print_line()
             return EXIT_SUCCESS
         except KeyboardInterrupt:
             print_progress("\n/exit or Ctrl-D ends")
@@ -104,7 +104,7 @@ class ChatSession:
             print_progress(str(error))
             return
         answer = self.generator.generate(ids, self.settings, print_answer)
-        print(flush=True)
+        print_line()
         if answer.stop_reason == "stopped":
             print_progress("[stopped]")
         elif answer.stop_reason == "length":

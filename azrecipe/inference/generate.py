@@ -11,7 +11,7 @@ from pathlib import Path
 from azrecipe.errors import EXIT_SIGINT, EXIT_SUCCESS, CommandError
 from azrecipe.inference import streaming
 from azrecipe.runs import finished_model
-from azrecipe.utils.console import check_utf8, print_answer, print_progress
+from azrecipe.utils.console import check_utf8, print_answer, print_line, print_progress
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
@@ -33,15 +33,15 @@ def run_generate(arguments: argparse.Namespace) -> int:
         if (num_free := reader.context - len(ids)) < settings.max_new_tokens:
             print_progress(f"the prompt takes {len(ids):,} of the model's {reader.context:,} tokens: at most {num_free:,} new ones")
         if len(prompts) > 1 and not arguments.json:
-            print(f"{chr(10) if i else ''}> {prompt}", flush=True)
+            print_line(f"{chr(10) if i else ''}> {prompt}")
         streaming.seed_sampling(arguments.seed)
         answer = generator.generate(ids, settings, _ignore_text if arguments.json else print_answer)
         if arguments.json:
             line = {"prompt": prompt, "form": "chat" if chat else "text", "output": answer.text, "tokens": answer.num_tokens,
                     "ended": answer.stop_reason == "end"}  # fmt: skip
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print_line(json.dumps(line, ensure_ascii=False))
         else:
-            print(flush=True)
+            print_line()
         if answer.stop_reason == "stopped":
             return EXIT_SIGINT
     return EXIT_SUCCESS

@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from azrecipe.data.mixture import TOKEN_COLUMN, Mixture
 from azrecipe.utils.atomic_files import atomic_folder, hold_lock, write_json
+from azrecipe.utils.console import print_progress
 
 if TYPE_CHECKING:
     from azrecipe.modeling.sparse_combinations import SparseCombinations
@@ -152,11 +152,11 @@ def _train_vectors(mixture: Mixture) -> tuple[IntArray, npt.NDArray[np.float32]]
     logging.getLogger("gensim").setLevel(logging.ERROR)  # its warnings about a small text do not help users
     num_tokens, started = int(text.token_counts.sum()), time.monotonic()
     epochs = max(MIN_EPOCHS, min(MAX_EPOCHS, -(-TARGET_TOKENS // num_tokens)))
-    print(f"  training vectors of {len(frequent):,} tokens: {epochs} times {num_tokens:,} tokens of text", file=sys.stderr, flush=True)
+    print_progress(f"  training vectors of {len(frequent):,} tokens: {epochs} times {num_tokens:,} tokens of text")
     model = Word2Vec(workers=1, seed=mixture.seed, **WORD2VEC_SETTINGS)
     model.build_vocab_from_freq({str(i): int(text.token_counts[i]) for i in frequent}, corpus_count=len(text.sentences))
     model.train(text, total_examples=len(text.sentences), epochs=epochs)
-    print(f"  trained in {time.monotonic() - started:,.0f} s", file=sys.stderr, flush=True)
+    print_progress(f"  trained in {time.monotonic() - started:,.0f} s")
     return frequent, np.ascontiguousarray(model.wv.vectors[[model.wv.key_to_index[str(i)] for i in frequent]], dtype=np.float32)
 
 

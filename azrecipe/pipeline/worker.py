@@ -70,7 +70,7 @@ def run_worker(path: str, overrides: Sequence[str], runs_dir: Path, step: str | 
     except Exception as error:
         user_error = explain_error(error)
         if user_error is None:
-            traceback.print_exc()
+            print_progress(traceback.format_exc().rstrip("\n"))
             user_error = RunFailed(f"{type(error).__name__}: {error}")
         result = WorkerResult(user_error.exit_code, user_error.with_traceback(None))  # whose frames hold the model
         if main or not isinstance(user_error, Interrupted | AllProcessesFailed):  # one process reports what happens to all

@@ -34,7 +34,7 @@ from azrecipe.runs import event_log
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import read_json, write_json
-from azrecipe.utils.console import format_bytes, print_progress
+from azrecipe.utils.console import format_bytes, print_line, print_progress
 
 PLAN_FILE = "plan.json"
 # Variables that a launcher sets: a process that has them would start a process group
@@ -364,7 +364,7 @@ def _parse_step(data: dict[str, Any]) -> StepSpec:
 def _main() -> None:
     """Simulate the steps that `simulate_in_subprocess` writes to stdin."""
     steps = [(_parse_step(step), length) for step, length in json.load(sys.stdin)]
-    print(json.dumps([cost.to_dict() for cost in cost_cache.load_or_simulate_costs(steps)]))
+    print_line(json.dumps([cost.to_dict() for cost in cost_cache.load_or_simulate_costs(steps)]))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from azrecipe.errors import EXIT_SUCCESS, CannotRun, CommandError, Interrupted, 
 from azrecipe.publishing import gguf_converter
 from azrecipe.runs import finished_model
 from azrecipe.utils.atomic_files import atomic_file, read_json
-from azrecipe.utils.console import print_progress
+from azrecipe.utils.console import print_line, print_progress
 
 CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
 BYTES_PER_PARAMETER: Mapping[str, float] = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1.07, "tq1_0": 0.3, "tq2_0": 0.35, "auto": 2}
@@ -49,7 +49,7 @@ def export_gguf(arguments: argparse.Namespace) -> int:
         _run_converter(command, pre_tokenizer)
         if not tmp.is_file() or tmp.open("rb").read(4) != b"GGUF":
             raise RunFailed(f"{script} ended without an error and wrote no GGUF file")
-    print(output)
+    print_line(output)
     return EXIT_SUCCESS
 
 
@@ -182,7 +182,7 @@ def _run_converter(command: Sequence[str], pre_tokenizer: PreTokenizerInfo) -> N
         assert child.stdout is not None
         for line in child.stdout:
             last_lines.append(line.rstrip())
-            sys.stderr.write(line)
+            print_progress(line.rstrip("\n"))
         code = child.wait()
     finally:
         signal.signal(signal.SIGTERM, old_handler)

@@ -15,7 +15,7 @@ from azrecipe.publishing import licenses, model_card
 from azrecipe.runs import finished_model
 from azrecipe.runs.lineage import Lineage, find_evaluations, trace_lineage
 from azrecipe.utils.atomic_files import read_json, write_text
-from azrecipe.utils.console import print_progress
+from azrecipe.utils.console import print_line, print_progress
 
 # The files of a model's folder that are uploaded.
 MODEL_FILES = (
@@ -56,17 +56,17 @@ def push_model(arguments: argparse.Namespace) -> int:
         files = {**files, **_collect_adapter_files(model, lineage)}
     for warning in _iter_warnings(model, settings, terms, files):
         print_progress(f"warning: {warning}")
-    print(f"card: {card}")
+    print_line(f"card: {card}")
     sizes = {name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()}
     for name, size in {**sizes, "bytes in all": sum(sizes.values())}.items():
-        print(f"{size:>15,}  {name}")
+        print_line(f"{size:>15,}  {name}")
     sys.stdout.flush()
     if arguments.dry_run:
         print_progress(
             "dry run: nothing was uploaded. Read the card, change it where you like, and give the same command without --dry-run"
         )
         return EXIT_SUCCESS
-    print(_upload(arguments.repo_id, files, arguments.private))
+    print_line(_upload(arguments.repo_id, files, arguments.private))
     return EXIT_SUCCESS
 
 

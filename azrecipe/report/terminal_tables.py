@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from azrecipe.recipe.load import Recipe
 from azrecipe.report import estimate_section, number_format
 from azrecipe.runs.reader import RunRecord
 from azrecipe.runs.run_dir import locate_run
+from azrecipe.utils.rich_console import open_console
 
 MAX_SAMPLE_LENGTH = 110  # characters of a generation
 
@@ -30,7 +30,7 @@ def show_run(recipe: Recipe, runs_dir: Path) -> None:
 def show_pipeline(pipeline: Recipe, recipes: Sequence[Recipe], runs_dir: Path) -> None:
     """Print a pipeline's last evaluation, or a table for each step."""
     for cell in {recipe.cell.name for recipe in recipes if recipe.cell}:
-        _open_console().print(f"\ncell {cell}")
+        open_console().print(f"\ncell {cell}")
     for recipe in reversed(recipes):
         if recipe.stage == "evaluate" and (result := _read_result(locate_run(recipe, runs_dir).path)):
             _print_evaluate(result, title=pipeline.data.get("description") or pipeline.name)
@@ -41,7 +41,7 @@ def show_pipeline(pipeline: Recipe, recipes: Sequence[Recipe], runs_dir: Path) -
 
 def show_comparison(result: Mapping[str, Any], title: str) -> None:
     """Print a matrix' ranking, its costs and its unfinished cells."""
-    rows, console = result["ranking"], _open_console()
+    rows, console = result["ranking"], open_console()
     points, sets = number_format.list_points_and_sets(result)
     table = Table(title=f"{title}: bits per byte, ranked on {result['dataset']}", caption=result["definitions"]["bpb"])
     table.add_column("cell")
@@ -66,7 +66,7 @@ def show_comparison(result: Mapping[str, Any], title: str) -> None:
         console.print(costs)
     for cell in result["unfinished"]:
         code = f", exit code {cell['exit_code']}" if cell["exit_code"] else ""
-        console.print(f"{cell['cell']}: {cell['state']} ({cell['step']}{code}) {cell['message']}", markup=False)
+        console.print(f"{cell['cell']}: {cell['state']} ({cell['step']}{code}) {cell['message']}")
 
 
 def _read_result(run: Path) -> dict[str, Any]:
@@ -75,15 +75,9 @@ def _read_result(run: Path) -> dict[str, Any]:
     return loaded
 
 
-def _open_console() -> Console:
-    """Open a console on stdout, 140 columns wide without a terminal."""
-    console = Console(highlight=False, markup=False)  # texts of users and models may contain square brackets
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
-
-
 def _print_tokenizer(result: Mapping[str, Any]) -> None:
     first, *others = result["validation"]
-    console = _open_console()
+    console = open_console()
     table = Table(
         title=f"Tokenizers on held-out text: {first}", caption=f"{result['definitions']['fertility']}; [95 % interval]; ← selected"
     )
@@ -146,7 +140,7 @@ def _print_pretrain(result: Mapping[str, Any]) -> None:
         phase = result["phases"].get(stage, {})
         cells = [f"{values[name]:.3f}" for name in sets]
         table.add_row(stage, *cells, f"{phase['steps']:,}" if phase else "", f"{phase['bytes']:,}" if phase else "")
-    _open_console().print(table)
+    open_console().print(table)
 
 
 def _print_sft(result: Mapping[str, Any]) -> None:
@@ -160,7 +154,7 @@ def _print_sft(result: Mapping[str, Any]) -> None:
     data = result["data"]
     table.add_row(f"{data['train']:,}", f"{data['held_out']:,}", f"{data['dropped']:,}", f"{data['trained_tokens']:,}",
                   *("" if value is None else f"{value:.3f}" for value in values))  # fmt: skip
-    _open_console().print(table)
+    open_console().print(table)
 
 
 def _print_estimate(run: RunRecord) -> None:
@@ -172,12 +166,12 @@ def _print_estimate(run: RunRecord) -> None:
     for row in rows:
         table.add_row(*row)
     if rows:
-        _open_console().print(table)
+        open_console().print(table)
 
 
 def _print_evaluate(result: Mapping[str, Any], title: str = "Evaluation") -> None:
     models: Mapping[str, Any] = result["models"]
-    console = _open_console()
+    console = open_console()
     baseline = result.get("baseline", next(iter(models)))
     caption = f"[95 % interval]; below, Δ: the difference to {baseline} and its interval, resampled together"
     table = Table(title=title, caption=f"{result['definitions']['bpb']}\n{caption}")

@@ -22,7 +22,7 @@ from azrecipe.pipeline import worker
 from azrecipe.sagemaker import cloudwatch_metrics, cluster
 from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import read_json
-from azrecipe.utils.console import print_progress
+from azrecipe.utils.console import print_line, print_progress
 
 ML_DIR = Path("/opt/ml")
 CHECKPOINT_DIR, TENSORBOARD_DIR = ML_DIR / "checkpoints", ML_DIR / "output" / "tensorboard"
@@ -255,7 +255,7 @@ class _MetricsPrinter(threading.Thread):
         for line in data[:complete].decode("utf-8", "replace").splitlines():
             text = cloudwatch_metrics.format_metrics_line(line)
             if text is not None:
-                print(text, flush=True)
+                print_line(text)
 
     def stop(self) -> None:
         """Print the remaining lines, and end the thread."""

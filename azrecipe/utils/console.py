@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import sys
+from typing import TextIO
 
 from azrecipe.errors import CommandError
 
-CONTROL_CHARACTERS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+# C0 but line breaks and tabs, DEL, C1, line and paragraph separators, embeddings, overrides and isolates of bidirectional text, and halves
+# of surrogate pairs. Terminals take some for commands; others change what a line seems to say.
+_CONTROL_CODES = (
+    *range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)
+)  # fmt: skip
+_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CODES}
+
+
+def escape_controls(text: str) -> str:
+    """Write control characters as `\\u001b`, which JSON and YAML read back.
+
+    Keys, names, file names, rows and a model's text may hold any.
+    """
+    return text.translate(_ESCAPES)
 
 
 def print_progress(text: str, main: bool = True) -> None:
     """Print a line of progress on stderr, in the main process only."""
     if main:
-        print(text, file=sys.stderr, flush=True)
+        _write(sys.stderr, f"{escape_controls(text)}\n")
+
+
+def print_line(text: object = "", end: str = "\n") -> None:
+    """Print a line on stdout."""
+    _write(sys.stdout, f"{escape_controls(str(text))}{end}")
 
 
 def print_answer(text: str) -> None:
-    """Print part of an answer on stdout, without a line break.
+    """Print part of a model's answer on stdout, without a line break.
 
-    Characters that the terminal's encoding lacks become question marks. A terminal gets no control characters but line
-    breaks and tabs: a model may write any of them, and some are commands to a terminal.
+    Into a file or pipe it goes as it is.
     """
-    if sys.stdout.isatty():
-        text = text.translate(CONTROL_CHARACTERS)
+    _write(sys.stdout, escape_controls(text) if sys.stdout.isatty() else text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write text at once; what the encoding lacks becomes question marks."""
     try:
-        print(text, end="", flush=True)
+        stream.write(text)
     except UnicodeEncodeError:
-        encoding = sys.stdout.encoding
-        print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+    stream.flush()
 
 
 def check_utf8(text: str, name: str) -> None:
