@@ -11,7 +11,7 @@ from azrecipe.utils.console import escape_controls
 
 
 class TerminalConsole(Console):
-    """A console on stdout that takes no markup and no control characters from text.
+    """A console on stdout; text has no markup and no control characters.
 
     Names of files may hold square brackets, and a model's text anything.
     """
