@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+PEER_ENDED = "another process of this run ended"
 _PEER_MESSAGES = ("Connection closed by peer", "Connection reset by peer", "remote process exited or there was a network error")
 _DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "enforce fail at inline_container")
 # What PyTorch, cuBLAS, Triton and NCCL say where memory is out and the error's class does not say it
@@ -190,5 +191,5 @@ def explain_error(error: BaseException) -> AzrecipeError | None:
     if isinstance(error, (PermissionError, NotADirectoryError)) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return CannotRun(f"{error.filename}: cannot be opened or written: {error.strerror}")
     if any(part in text for part in _PEER_MESSAGES):
-        return RunFailed("another process of this run ended; its own message says why")
+        return RunFailed(f"{PEER_ENDED}; its own message says why")
     return None

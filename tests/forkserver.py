@@ -124,8 +124,8 @@ def _python(words: Sequence[str], env: Mapping[str, str]) -> int:
         random.seed()  # a process of its own would not begin where the others do
         np.random.seed()
         launch_command._stop_signals.clear()
-        while words[0] in ("-u", "-W"):
-            words = words[1 if words[0] == "-u" else 2 :]
+        while words[0] in ("-u", "-P", "-W"):
+            words = words[2 if words[0] == "-W" else 1 :]
         sys.argv = [*words[1:]] if words[0] in ("-m", "-c") else [*words]
         if words[:2] == ["-m", "azrecipe"]:
             return int(cli.main([*words[2:]]))

@@ -9,6 +9,9 @@ from typing import Any
 
 from azrecipe.errors import CannotRun
 from azrecipe.utils import environment_variables
+from azrecipe.utils.process_watch import STACKS_FOLDER
+
+LONG_TIMEOUT_SECONDS = 7200.0
 
 
 def check_shared_storage(path: Path, text: str) -> None:
@@ -42,4 +45,27 @@ def start_process_group() -> Any:
     from accelerate import PartialState
 
     is_distributed = "WORLD_SIZE" in os.environ
-    return PartialState(timeout=timedelta(hours=2)) if is_distributed else PartialState()
+    return PartialState(timeout=timedelta(seconds=LONG_TIMEOUT_SECONDS)) if is_distributed else PartialState()
+
+
+def set_timeout(seconds: float) -> None:
+    """Set how long collective operations may take from now on.
+
+    Operations that have begun keep their timeout. Without a process group nothing happens.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def record_collectives(run_path: Path) -> None:
+    """Let NCCL's flight recorder write into a run directory at a timeout.
+
+    Call it before the process group starts. A user's own settings stay.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run_path / STACKS_FOLDER / "nccl-rank-"))

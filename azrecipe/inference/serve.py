@@ -16,6 +16,7 @@ from azrecipe.errors import CannotRun, CommandError
 from azrecipe.recipe.extras import get_install_command, list_missing_modules
 from azrecipe.runs import finished_model
 from azrecipe.utils.console import print_progress
+from azrecipe.utils.python_command import build_python_command
 
 ENGINE_EXTRAS = {"transformers": "serve", "vllm": "vllm"}  # of recipe.extras
 
@@ -50,13 +51,13 @@ def build_server_command(model: finished_model.FinishedModel, engine: str, host:
         CommandError: transformers serve would misread the model's path.
     """
     if engine == "vllm":
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model.path, "--host", host, "--port", str(port),
-                "--served-model-name", get_served_name(model, engine)]  # fmt: skip
+        return build_python_command("vllm.entrypoints.cli.main", "serve", model.path, "--host", host, "--port", str(port),
+                                    "--served-model-name", get_served_name(model, engine))  # fmt: skip
     if "@" in model.path or model.path.endswith(".gguf"):
         raise CommandError(
             f"transformers serve reads what follows an @ as a revision: {model.path} cannot be served from there. Move it, or --engine vllm"
         )
-    return [sys.executable, "-m", "transformers.cli.transformers", "serve", model.path, "--host", host, "--port", str(port)]
+    return build_python_command("transformers.cli.transformers", "serve", model.path, "--host", host, "--port", str(port))
 
 
 def get_served_name(model: finished_model.FinishedModel, engine: str) -> str:

@@ -12,7 +12,7 @@ from azrecipe.pipeline import launch_command, preflight, worker
 from azrecipe.pipeline.run_request import RunRequest
 from azrecipe.pipeline.runner import check_order, check_run_dirs, run_steps, write_page
 from azrecipe.recipe.load import Recipe
-from azrecipe.runs.run_dir import locate_run
+from azrecipe.runs.run_dir import locate_run, record_unreported_end
 from azrecipe.runs.run_files import check_pipeline_folder
 
 
@@ -86,8 +86,11 @@ def run_recipe(
         report = RunReport(opened, path, result.exit_code, result.error)
     else:
         preflight.check_launch([opened], launch)
-        child = launch_command.run_child(command)
-        report = _build_report(opened, path, child.exit_code, child.message or f"{opened.path}: ended with exit code {child.exit_code}")
+        child = launch_command.run_child(command, "the launcher")
+        message = child.message or f"{opened.path}: ended with exit code {child.exit_code}"
+        if child.exit_code != EXIT_SUCCESS:
+            record_unreported_end(locate_run(opened, runs_dir), child.exit_code, message, is_known=child.names_rank)
+        report = _build_report(opened, path, child.exit_code, message)
     if report.exit_code == EXIT_SUCCESS:
         write_page(path)
     return report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,10 +15,18 @@ from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.pipeline_steps import PipelineStep, find_upstream_references, group_by_cell, load_pipeline
 from azrecipe.report import page, terminal_tables
 from azrecipe.runs.reader import STEPS_FILE
-from azrecipe.runs.run_dir import check_run_matches, find_candidate_folder, locate_named_run, locate_run, write_recipe_files
+from azrecipe.runs.run_dir import (
+    check_run_matches,
+    find_candidate_folder,
+    locate_named_run,
+    locate_run,
+    record_unreported_end,
+    write_recipe_files,
+)
 from azrecipe.utils.atomic_files import read_json, write_json
 from azrecipe.utils.console import print_progress
 from azrecipe.utils.environment_variables import PAGE
+from azrecipe.utils.python_command import build_python_command
 
 
 def _write_steps_file(recipe: Recipe, steps: Sequence[PipelineStep], request: RunRequest) -> None:
@@ -64,13 +71,15 @@ def run_steps(recipe: Recipe, steps: Sequence[PipelineStep], request: RunRequest
         if step.cell in failed:
             continue
         print_progress(f"[{number}/{len(steps)}] {step.title}")
-        command = [sys.executable, "-m", "azrecipe", "run", *request.build_arguments(step.key, step.cell), "--quiet"]
+        command = build_python_command("azrecipe", "run", *request.build_arguments(step.key, step.cell), "--quiet")
         if request.accelerate_config:
             command += ["--accelerate-config", request.accelerate_config]
         if request.num_processes:
             command += ["--num-processes", str(request.num_processes)]
-        code = launch_command.run_child(command).exit_code
-        code = launch_command.get_stop_code() or code
+        child = launch_command.run_child(command, "the process of this step")
+        if child.exit_code != EXIT_SUCCESS:
+            record_unreported_end(locate_run(step.recipe, request.runs_dir), child.exit_code, child.message, is_known=False)
+        code = launch_command.get_stop_code() or child.exit_code
         if code == EXIT_SUCCESS:
             if not has_steps_file:
                 _write_steps_file(recipe, steps, request)

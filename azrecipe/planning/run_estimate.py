@@ -35,6 +35,7 @@ from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import read_json, write_json
 from azrecipe.utils.console import format_bytes, print_line, print_progress
+from azrecipe.utils.python_command import build_python_command, build_python_environment
 
 PLAN_FILE = "plan.json"
 # Variables that a launcher sets: a process that has them would start a process group
@@ -337,10 +338,10 @@ def simulate_in_subprocess(steps: Steps) -> list[StepCost]:
     timeout = float(environment_variables.ESTIMATE_SECONDS.read())  # the other processes wait meanwhile; it takes a few seconds
     if (cached := cost_cache.load_costs(steps)) is not None:
         return cached
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH_VARIABLE_PREFIXES)}
+    inherited = {name: value for name, value in build_python_environment().items() if not name.startswith(LAUNCH_VARIABLE_PREFIXES)}
     without_gpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "azrecipe.planning.run_estimate"],
+        build_python_command("azrecipe.planning.run_estimate"),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=inherited | without_gpu, start_new_session=True,
     )  # fmt: skip
     try:

@@ -14,7 +14,17 @@ from typing import IO, Any
 
 from azrecipe.distributed import local_storage
 from azrecipe.distributed.process_group import check_shared_storage, start_process_group
-from azrecipe.errors import EXIT_FAILED, EXIT_SIGINT, EXIT_WRONG_INPUT, CannotRun, CommandError, Interrupted, explain_error, suggest_choices
+from azrecipe.errors import (
+    EXIT_FAILED,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+    EXIT_WRONG_INPUT,
+    CannotRun,
+    CommandError,
+    Interrupted,
+    explain_error,
+    suggest_choices,
+)
 from azrecipe.recipe import schema
 from azrecipe.recipe.diff import diff_with_parent, get_stage_value, iter_changed_keys
 from azrecipe.recipe.load import CELLS_FOLDER, Recipe
@@ -222,6 +232,23 @@ def _record_failure(run: RunDir, *, is_new: bool, folder_existed: bool) -> Itera
         code = user_error.exit_code if user_error else EXIT_SIGINT if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
         run.mark_failed(state, code, str(user_error or f"{type(error).__name__}: {error}"))
         raise
+
+
+def record_unreported_end(run: RunDir, exit_code: int, message: str, *, is_known: bool) -> None:
+    """Record how a run ended, for a main process that could not.
+
+    Args:
+        run: The run, seen from a process that waited for it.
+        exit_code: The exit code of the run.
+        message: Why it ended.
+        is_known: Whether the message is better than what the main process recorded, which saw only that another one was gone.
+    """
+    state = run.status.get("state")
+    if state != "running" and not (is_known and state in ("failed", "interrupted")):
+        return
+    with contextlib.suppress(OSError, CannotRun), (run.path / run_files.LOCK_NAME).open("a") as lock:
+        _lock_folder(lock, run.path)  # held: another command runs this recipe
+        run.mark_failed("interrupted" if exit_code in (EXIT_SIGINT, EXIT_SIGTERM) else "failed", exit_code, message)
 
 
 def is_already_complete(recipe: Recipe, runs_dir: Path) -> bool:

@@ -20,7 +20,7 @@ FIRST_FILES = {LOCK_NAME, "recipe.yaml", "parent.json"}
 # These hold no results: they may be removed.
 BOOKKEEPING_FILES = {*FIRST_FILES, "environment.json", "status.json", event_log.EVENT_LOG_NAME, "plan.json", "phases.json"}
 RESULT_NAMES = {
-    "checkpoints", "phases", "candidates", "models", "adapter", "final", "metrics.jsonl", "bad_batches.jsonl", "result.json", "report.html",
+    "checkpoints", "phases", "candidates", "models", "adapter", "final", "metrics.jsonl", "bad_batches.jsonl", "result.json", "report.html", "stacks",
 }  # fmt: skip
 RUN_STATES = ("running", "complete", "failed", "interrupted")  # of status.json
 RUN_ID = re.compile(r"[0-9a-f]{32}")

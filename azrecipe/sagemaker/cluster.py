@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from azrecipe import hardware
 from azrecipe.errors import CannotRun
 from azrecipe.utils import shipped_files
 from azrecipe.utils.process_pool import count_cores
+from azrecipe.utils.python_command import build_python_command
 
 RESOURCE_CONFIG_FILE = Path("/opt/ml/input/config/resourceconfig.json")
 MASTER_PORT = "7777"  # the one that SageMaker's own drivers use (sagemaker-train, container_drivers/scripts/environment.py)
@@ -92,11 +92,11 @@ def build_launch_command(cluster: TrainingCluster, accelerate_config: str | None
     """
     total = len(cluster.hosts) * cluster.processes_per_host
     if total == 1:
-        return [sys.executable, "-m", "azrecipe", *worker]
+        return build_python_command("azrecipe", *worker)
     config = (
         shipped_files.locate_root() / "accelerate_configs" / f"{accelerate_config or ('fsdp' if cluster.gpus_per_host else 'ddp')}.yaml"
     )
-    line = [sys.executable, "-m", "azrecipe.pipeline.accelerate_launcher", "--config_file", str(config), "--num_processes", str(total)]
+    line = build_python_command("azrecipe.pipeline.accelerate_launcher", "--config_file", str(config), "--num_processes", str(total))
     line += ["--num_machines", str(len(cluster.hosts)), "--machine_rank", str(cluster.rank)]
     line += ["--main_process_ip", cluster.hosts[0], "--main_process_port", os.environ.get("SM_MASTER_PORT", MASTER_PORT)]
     line += ["--rdzv_backend", "static", "--same_network", "--max_restarts", "0"]

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from azrecipe.errors import EXIT_CANNOT_RUN, EXIT_SIGTERM, EXIT_SUCCESS, EXIT_WRONG_INPUT, AzrecipeError, CannotRun
-from azrecipe.pipeline import worker
+from azrecipe.pipeline.exit_folder import ExitFolder
 from azrecipe.sagemaker import cloudwatch_metrics, cluster
 from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.console import print_line, print_progress
+from azrecipe.utils.python_command import build_python_environment
 
 ML_DIR = Path("/opt/ml")
 CHECKPOINT_DIR, TENSORBOARD_DIR = ML_DIR / "checkpoints", ML_DIR / "output" / "tensorboard"
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         _link_run_dirs(job)
         with tempfile.TemporaryDirectory() as folder:
             code = _run_processes(machines, job, list(arguments), Path(folder))
-            reason = _read_reason(Path(folder))
+            reason = ExitFolder(Path(folder)).read_message()
     except AzrecipeError as error:
         return _report_failure(str(error), error.exit_code)
     except OSError as error:
@@ -101,12 +102,6 @@ def _link(link: Path, target: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(target)
-
-
-def _read_reason(folder: Path) -> str:
-    """Read the message of this machine's first process that failed."""
-    files = sorted(folder.glob(f"*{worker.REASON_SUFFIX}"), key=lambda file: int(file.stem))
-    return files[0].read_text(encoding="utf-8") if files else ""
 
 
 def _run_processes(machines: cluster.TrainingCluster, job: JobFile, arguments: list[str], exit_folder: Path) -> int:
@@ -170,6 +165,7 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
 def _build_environment(machines: cluster.TrainingCluster, job: JobFile) -> dict[str, str]:
     variables = {
         **cluster.build_environment(machines),
+        **build_python_environment(),
         environment_variables.STORAGE.name: "local",  # SageMaker copies files to S3 one by one, in any order
         environment_variables.CACHE.name: str(CACHE_DIR),
         environment_variables.TENSORBOARD.name: str(TENSORBOARD_DIR),

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from transformers import TrainerCallback
 
-from azrecipe.distributed import local_storage
+from azrecipe.distributed import local_storage, process_group
 from azrecipe.distributed.backend import Backend
-from azrecipe.errors import EXIT_SIGINT, EXIT_SIGTERM, AllProcessesFailed, Interrupted
+from azrecipe.errors import AllProcessesFailed, Interrupted
 from azrecipe.modeling.flops import flops_per_token
 from azrecipe.training import checkpoints
 from azrecipe.training.async_checkpoint import AsyncCheckpointWriter
@@ -27,12 +27,15 @@ from azrecipe.training.backend_verification import verify_backend
 from azrecipe.training.throughput import get_local_peak_flops
 from azrecipe.utils.atomic_files import write_text
 from azrecipe.utils.console import format_duration, print_progress
+from azrecipe.utils.environment_variables import STEP_TIMEOUT
 from azrecipe.utils.memory import measure_peak_memory
+from azrecipe.utils.process_watch import ProcessWatch, get_process_watch, get_signal_exit_code, list_stop_signals
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
+DUMP_SHARE = 0.9  # of the step's time-out: what a waiting process does is written down before the time-out ends it
 MAX_LOG_HISTORY = 100  # log lines that transformers stores in every checkpoint; metrics.jsonl has all
 
 
@@ -76,6 +79,8 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
         self.backend, self.run_path, self.units, self.keep_last = backend, run_path, units, keep_last
         self.trainer: Trainer | None = None
         self.received_signal = 0
+        self.watch: ProcessWatch | None = None
+        self.step_timeout, self.group_timeout = STEP_TIMEOUT.read_seconds(), process_group.LONG_TIMEOUT_SECONDS
         self.start_time = self.last_log_time = time.monotonic()
         self.first_step = self.last_step = 0
         self.steps_per_second = 0.0
@@ -83,12 +88,19 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
         self.peak_share_per_token: float | None = None  # FLOPs of a token / peak FLOP/s of all chips
 
     def __enter__(self) -> TrainingMonitor:
-        self.previous_handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.previous_handlers = {number: signal.signal(number, self._on_signal) for number in list_stop_signals()}
+        self.watch = get_process_watch()
+        if self.watch is not None:
+            dump_after = DUMP_SHARE * self.step_timeout if self.backend.world_size > 1 else 0.0
+            self.watch.open_stacks(self.run_path, self.backend.rank, dump_after)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        self._set_timeout(process_group.LONG_TIMEOUT_SECONDS)
+        if self.watch is not None:
+            self.watch.leave_loop()
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self.received_signal = number
@@ -106,13 +118,34 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
             flops = flops_per_token(self.trainer.accelerator.unwrap_model(self.trainer.model), self.units.sequence_length)
             self.peak_share_per_token = flops / (peak_flops * self.backend.world_size) if flops is not None else None
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.watch is not None:
+            self.watch.begin_step()
+        if self.backend.world_size > 1 and state.global_step > self.first_step:  # the first step compiles, and opens connections
+            self._set_timeout(self.step_timeout)
+
+    def _set_timeout(self, seconds: float) -> None:
+        if seconds != self.group_timeout:
+            process_group.set_timeout(seconds)
+            self.group_timeout = seconds
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.watch is not None:
+            self.watch.record_progress()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.backend.world_size > 1:
             flag = torch.tensor(self.received_signal, device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.received_signal = int(flag)
+            if self.received_signal or control.should_save or control.should_evaluate or control.should_training_stop:
+                self._set_timeout(process_group.LONG_TIMEOUT_SECONDS)
+        if self.watch is not None:
+            self.watch.end_step()
         if self.received_signal:
             control.should_save = control.should_training_stop = True
+            if self.watch is not None:
+                self.watch.acknowledge_stop()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
         logs = logs if logs is not None else {}
@@ -197,8 +230,9 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
     def raise_if_interrupted(self) -> None:
         """End an interrupted run after training, before it writes a final model."""
         if self.received_signal:
-            code = EXIT_SIGINT if self.received_signal == signal.SIGINT else EXIT_SIGTERM
-            raise Interrupted("interrupted; a checkpoint is saved and the same command goes on from it", code)
+            cause = ": the process that started this one has ended" if self.watch is not None and self.watch.has_lost_parent() else ""
+            message = f"interrupted{cause}; a checkpoint is saved and the same command goes on from it"
+            raise Interrupted(message, get_signal_exit_code(self.received_signal))
 
     def _write(self, line: dict[str, Any]) -> None:
         with (self.run_path / "metrics.jsonl").open("a", encoding="utf-8") as file:

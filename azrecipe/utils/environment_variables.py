@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from azrecipe.errors import CommandError
+
 
 @dataclass(frozen=True)
 class EnvironmentVariable:
@@ -33,6 +35,19 @@ class EnvironmentVariable:
         """Return its value, or the default."""
         return os.environ.get(self.name) or self.default
 
+    def read_seconds(self) -> float:
+        """Return its value as a number of seconds.
+
+        Raises CommandError for anything else.
+        """
+        try:
+            seconds = float(self.read())
+        except ValueError:
+            seconds = -1.0
+        if not 0 < seconds < float("inf"):
+            raise CommandError(f"{self.name}={self.read()}: give a number of seconds above 0, such as {self.default}")
+        return seconds
+
     def __str__(self) -> str:
         return self.name
 
@@ -57,7 +72,8 @@ EXIT_CODES = EnvironmentVariable(
     "",
     "none",
     "A folder where each process of a run writes its exit code, named by its rank, and its error message (`<rank>.reason`). azrecipe sets "
-    "it for the processes that it launches, as launchers turn every failure into exit code 1",
+    "it for the processes that it launches, as launchers turn every failure into exit code 1. While a process runs, it holds a lock on "
+    "`<rank>.lock`",
 )
 ALLOW_SECRETS = EnvironmentVariable(
     "AZRECIPE_ALLOW_SECRETS",
@@ -72,7 +88,33 @@ ALLOW_CODE = EnvironmentVariable(
     "none",
     "`1`: functions that a recipe's own task files name are run, as with `--allow-code` (docs/evaluation.md)",
 )
-VARIABLES = (ALLOW_CODE, ALLOW_SECRETS, CACHE, EXIT_CODES, ESTIMATE, ESTIMATE_SECONDS, PAGE, STORAGE, TENSORBOARD)
+STEP_TIMEOUT = EnvironmentVariable(
+    "AZRECIPE_STEP_TIMEOUT",
+    "600",
+    "600",
+    "How long the processes of a run wait for each other within a training step, in seconds. Then the run ends (docs/training.md). The "
+    "first step of a loop, measuring and saving may take two hours",
+)
+STOP_TIMEOUT = EnvironmentVariable(
+    "AZRECIPE_STOP_TIMEOUT",
+    "20",
+    "20",
+    "How long a training step may go on after SIGTERM, SIGINT or SIGHUP, in seconds; three times the longest step before, if that is more. Then "
+    "the process ends without a checkpoint (docs/training.md)",
+)
+VARIABLES = (
+    ALLOW_CODE,
+    ALLOW_SECRETS,
+    CACHE,
+    EXIT_CODES,
+    ESTIMATE,
+    ESTIMATE_SECONDS,
+    PAGE,
+    STEP_TIMEOUT,
+    STOP_TIMEOUT,
+    STORAGE,
+    TENSORBOARD,
+)
 
 
 def generate_document() -> str:

@@ -44,6 +44,10 @@ PATCHES = (
         "Its table of attention operators lacks those of the CPU",
     ),
     LibraryPatch(
+        "distributed.process_group", "_set_pg_timeout", "torch", "2.13.0", "torch/distributed/distributed_c10d.py, _set_pg_timeout and _world",
+        "A group's timeout fits saving and measuring, and a step's is shorter; no public function changes it, or lists the groups",
+    ),
+    LibraryPatch(
         "modeling.chunked_loss", "head.__class__", "transformers", "5.23.0", "the forward method of each model's ForCausalLM class",
         "The head computes the loss in chunks; a wrapper would change the names of parameters",
     ),

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +16,7 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from azrecipe.errors import CannotRun
+from azrecipe.utils.parent_watch import ParentProbe, ParentWatch
 
 MIN_POOL_CHARACTERS = 1_000_000  # this process finishes less text sooner than other processes start
 CHUNK_CHARACTERS = 500_000  # characters in a chunk
@@ -116,22 +115,16 @@ class WorkerPool:
     def _start_pool(self) -> ProcessPoolExecutor:
         if self.pool is None:
             # Processes are spawned, not forked: the tokenizers library may have started threads.
-            self.pool = ProcessPoolExecutor(self.count, get_context("spawn"), _initialize_worker)
+            self.pool = ProcessPoolExecutor(self.count, get_context("spawn"), _initialize_worker, (os.getpid(),))
         return self.pool
 
 
-def _initialize_worker() -> None:
-    """Limit a worker to one thread; leave Ctrl-C to the parent."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+def _initialize_worker(parent: int) -> None:
+    """Limit a worker to one thread; leave signals to the parent.
 
-
-def _exit_with_parent(parent: int) -> None:
-    """End this process once its parent is dead.
-
-    A parent that was killed cannot end its pool, whose processes would wait for work for ever.
+    A parent that was killed cannot end its pool, whose processes would wait for work for ever: they end by themselves.
     """
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    ParentWatch(ParentProbe(parent), lambda: os._exit(1))

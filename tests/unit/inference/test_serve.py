@@ -44,7 +44,18 @@ def asked(command: str) -> tuple[str, Any]:
 def test_the_servers_are_started_with_the_models_folder(llama: Path) -> None:
     model = finished_model.resolve_model(str(llama))
     command = serve.build_server_command(model, "transformers", "0.0.0.0", 8123)
-    assert command == [sys.executable, "-m", "transformers.cli.transformers", "serve", str(llama), "--host", "0.0.0.0", "--port", "8123"]
+    assert command == [
+        sys.executable,
+        "-P",
+        "-m",
+        "transformers.cli.transformers",
+        "serve",
+        str(llama),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "8123",
+    ]
     command = serve.build_server_command(model, "vllm", "localhost", 8123)
     assert command[command.index("serve") + 1] == str(llama) and command[-2:] == ["--served-model-name", "llama"]
 
