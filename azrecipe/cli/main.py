@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from azrecipe.errors import (
     suggest_choices,
 )
 from azrecipe.utils.console import print_line, print_progress
+from azrecipe.utils.environment_variables import ALLOW_CODE
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {}
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and arguments[0].endswith((".yaml", ".yml")):
             return _run_worker(arguments)  # the form that accelerate launch and torchrun use
         parsed = _build_parser().parse_args(_check_verb(arguments))
+        _allow_code(parsed)
         return VERBS[parsed.verb](parsed)
     except AzrecipeError as error:
         print_progress(f"azrecipe: {error}" if error.exit_code != EXIT_WRONG_INPUT else str(error))
@@ -63,7 +66,15 @@ def _run_worker(arguments: list[str]) -> int:
     parser = option_types.TerminalParser(prog="python -m azrecipe", description="One process of a run.")
     parser.add_argument("recipe", help="a recipe (YAML)")
     _add_recipe_options(parser)
-    return run.run_worker_process(parser.parse_args(arguments))
+    parsed = parser.parse_args(arguments)
+    _allow_code(parsed)
+    return run.run_worker_process(parsed)
+
+
+def _allow_code(parsed: argparse.Namespace) -> None:
+    """Tell this process, and those that it starts, about --allow-code."""
+    if getattr(parsed, "allow_code", False):
+        os.environ[ALLOW_CODE.name] = "1"
 
 
 def _check_verb(arguments: list[str]) -> list[str]:
@@ -141,6 +152,9 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories go (default: runs)")
     parser.add_argument("--step", metavar="STEP", help="only this step of a pipeline")
     parser.add_argument("--cell", metavar="CELL", help="only this cell of a pipeline's matrix, or with --step its step")
+    parser.add_argument(
+        "--allow-code", action="store_true", help="run functions that the recipe's own task files name: only for those of people you trust"
+    )
 
 
 def _make_verb(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 from azrecipe.utils.console import escape_controls
 
@@ -30,5 +30,6 @@ parse_positive_int = build_number_type(int, 1, float("inf"))
 class TerminalParser(argparse.ArgumentParser):
     """A parser whose messages hold no control characters of the command line."""
 
-    def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(escape_controls(message), file)
+    def error(self, message: str) -> NoReturn:
+        """End with a message, without control characters."""
+        super().error(escape_controls(message))

@@ -18,7 +18,7 @@ from azrecipe.data.readers import DataSource
 from azrecipe.data.sources import find_furthest_behind, is_below_fraction
 from azrecipe.errors import CommandError, Problem, RecipeError
 from azrecipe.recipe.types import SftConfig
-from azrecipe.tokenization.chat_templates import Messages, TokenizedExample, render_conversation, tokenize_conversation
+from azrecipe.tokenization.chat_templates import Messages, TokenizedExample, render_conversation, render_prompt, tokenize_conversation
 from azrecipe.tokenization.encoding import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _tokenize_pair(config: SftConfig, tokenizer: PreTrainedTokenizerBase, pair: 
     )
     if max(len(chosen), len(rejected)) > config.data.max_length:
         return None
-    prompt = list(tokenizer.apply_chat_template(pair.prompt, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
+    prompt = render_prompt(tokenizer, pair.prompt)
     if chosen[: len(prompt)] != prompt or rejected[: len(prompt)] != prompt:
         first_words = " ".join(pair.prompt[-1]["content"].split())[:60]
         raise CommandError(

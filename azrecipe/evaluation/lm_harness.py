@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from azrecipe.errors import AzrecipeError, CannotRun, RecipeError, did_you_mean, get_first_line
+from azrecipe.evaluation.task_code import check_task_code, guard_harness
 from azrecipe.recipe.extras import check_extra
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import EvaluateConfig, HarnessTask
@@ -62,6 +63,7 @@ def _load_manager(folders: tuple[str, ...], with_defaults: bool) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
+    guard_harness()
     with _quiet():
         return TaskManager(include_path=list(folders) or None, include_defaults=with_defaults)
 
@@ -83,10 +85,11 @@ class Harness:
         return _load_manager(tuple(folders), not all(map(is_local_task, names)))
 
     def check_task_names(self) -> None:
-        """Check that all tasks exist, without their data.
+        """Check that all tasks exist, without their data, and run no code.
 
-        Raises RecipeError with every task that does not exist.
+        Raises RecipeError with every task that does not exist, and every function of a task file that is not allowed.
         """
+        check_task_code(self.recipe)
         problems = []
         for i, task in enumerate(requested_tasks(self.recipe.config)):
             if is_local_task(task.task):

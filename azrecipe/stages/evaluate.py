@@ -25,6 +25,7 @@ from azrecipe.evaluation import answer_metrics, bits_per_byte, generation, lm_ha
 from azrecipe.evaluation.answer_metrics import HeldOutQuestion
 from azrecipe.evaluation.models import EvaluatedModel
 from azrecipe.evaluation.output_metrics import ExpectedOutput
+from azrecipe.evaluation.task_code import check_task_code
 from azrecipe.modeling import attention, loading
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import EvaluateConfig
@@ -135,6 +136,7 @@ def check(recipe: Recipe, inputs: Inputs) -> EvaluateInputs:
     check_attention(config.attn_implementation, AttentionUse("evaluate", config.precision))
     output_metrics.check_evaluation_packages(config)
     lm_harness.check_harness_installed(config)
+    check_task_code(recipe)
     evaluated, tokenizers = models.find_models(inputs, config.models)
     meta_models = {name: loading.load_meta_model(model.path, revision=model.revision) for name, model in evaluated.items()}
     default = "sdpa" if all(model.config._attn_implementation == "sdpa" for model in meta_models.values()) else "eager"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from jinja2 import TemplateError
 
 from azrecipe.errors import CommandError
 from azrecipe.tokenization.encoding import IGNORE_INDEX
+from azrecipe.utils.template_limits import TemplateLimitError, limit_chat_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +122,9 @@ def set_chat_template(
     Raises:
         CommandError: The template cannot be read, lacks the marks, or does not end a turn.
     """
+    limit_chat_templates()
     before = len(tokenizer)
+    tokenizer.chat_template_name = template if template != "keep" else tokenizer.name_or_path  # for messages
     shipped = SHIPPED_TEMPLATES.get(template)
     if shipped is not None:
         _add_special_tokens(tokenizer, shipped.special_tokens)
@@ -182,7 +186,7 @@ def find_end_of_turn(tokenizer: PreTrainedTokenizerBase, probe: Messages = PROBE
     if not marks:
         last = max((n for n, message in enumerate(probe) if message["role"] == "assistant"), default=0)
         ids = list(render_conversation(tokenizer, probe[: last + 1], marks=False)["input_ids"])
-        prompt = list(tokenizer.apply_chat_template(probe[:last], tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
+        prompt = render_prompt(tokenizer, probe[:last])
         end_token = next((i for i in ids[len(prompt) :] if i in special), None) if last else None
         return None if end_token is None else str(tokenizer.convert_ids_to_tokens(end_token))
     encoded = render_conversation(tokenizer, probe, marks=True)
@@ -229,10 +233,30 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages, 
     Raises:
         CommandError: The template refuses the conversation.
     """
-    try:
+    with _translate_template_errors(tokenizer, messages):
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Render a conversation as ids, up to the assistant's turn.
+
+    Raises:
+        CommandError: The template refuses the conversation.
+    """
+    with _translate_template_errors(tokenizer, messages):
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+@contextlib.contextmanager
+def _translate_template_errors(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Iterator[None]:
+    """Translate what a template raises into CommandError."""
+    try:
+        yield
+    except TemplateLimitError as error:
+        name = getattr(tokenizer, "chat_template_name", None) or tokenizer.name_or_path or "the model"
+        raise CommandError(f"chat_template: {name} cannot be used: {error}") from None
     except TemplateError as error:
-        first_words = " ".join(messages[0]["content"].split())[:60]
+        first_words = " ".join(str(messages[0].get("content", "")).split())[:60] if messages else ""
         raise CommandError(f"the chat template refuses the conversation that begins with '{first_words}': {error}") from None
 
 

@@ -12,6 +12,7 @@ from tokenizers import models
 from azrecipe.errors import CannotRun
 from azrecipe.utils.atomic_files import read_json, write_json
 from azrecipe.utils.hub_errors import translate_hub_errors
+from azrecipe.utils.template_limits import limit_chat_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     """
     from transformers import AutoTokenizer
 
+    limit_chat_templates()
     with translate_hub_errors("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
     if not getattr(tokenizer, "is_fast", False):

@@ -81,6 +81,32 @@ PATCHES = (
         "training.finetuning", "_prepare_dataset", "trl", "1.16.0", "trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset",
         "The rows are tokenised already, by azrecipe's own checks",
     ),
+    LibraryPatch(
+        "utils.template_limits", "chat_template_utils._compile_jinja_template", "transformers", "5.23.0",
+        "transformers/utils/chat_template_utils.py, _compile_jinja_template",
+        "A chat template of a stranger may loop or grow without end; transformers' sandbox has no limits, and no argument for them",
+    ),
+    LibraryPatch(
+        "utils.template_limits", "environment.__class__", "transformers", "5.23.0",
+        "transformers/utils/chat_template_utils.py, _cached_compile_jinja_template",
+        "The environment is made in that function, with its filters and the tracker of the assistant's text",
+    ),
+    LibraryPatch(
+        "evaluation.task_code", "_yaml_loader._import_func_in_yml", "lm-eval", "0.4.13", "lm_eval/tasks/_yaml_loader.py, _import_func_in_yml",
+        "A task file's !function imports and runs Python; there is no setting that forbids it",
+    ),
+    LibraryPatch(
+        "evaluation.task_code", "task_module.get_metric", "lm-eval", "0.4.13", "lm_eval/api/registry.py, get_metric",
+        "A metric that is not registered is downloaded from the hub, or taken from a folder, and run",
+    ),
+    LibraryPatch(
+        "evaluation.task_code", "harness_utils.env", "lm-eval", "0.4.13", "lm_eval/utils.py, env",
+        "Templates of task files are rendered without a sandbox",
+    ),
+    LibraryPatch(
+        "utils.template_limits", "_generate", "jinja2", "3.1.6", "jinja2/environment.py, Environment._generate",
+        "Jinja's hook before a template is compiled: loops and concatenations are counted",
+    ),
 )  # fmt: skip
 
 
