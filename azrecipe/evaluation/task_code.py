@@ -22,7 +22,9 @@ def list_code_problems(task: TaskFiles) -> list[Problem]:
 
 
 def check_task_code(recipe: Recipe) -> None:
-    """Check that a recipe's own task files name no code that is not allowed.
+    """Check that a recipe's own task files name no code.
+
+    With --allow-code they may.
 
     Raises RecipeError with every place. Nothing is imported.
     """
