@@ -167,6 +167,11 @@ def get_first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory of a GPU or the machine was out."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(part in str(error) for part in _MEMORY)
+
+
 def explain_error(error: BaseException) -> AzrecipeError | None:
     """Return the failure as an error for users.
 
@@ -182,7 +187,7 @@ def explain_error(error: BaseException) -> AzrecipeError | None:
         return CannotRun(
             f"the disk is full{where}. What was being written is discarded and the last complete checkpoint is kept: free space, then run the same command again"
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(part in text for part in _MEMORY):
+    if is_out_of_memory(error):
         return CannotRun(
             f"out of memory: {text.splitlines()[0] if text else 'no memory is left'}\n"
             "  Lower training.per_device_train_batch_size (the global batch and the result stay the same) or data.max_length, "

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from azrecipe.errors import CannotRun
 from azrecipe.evaluation.likelihood import pad_batch
-from azrecipe.modeling import chunked_loss
+from azrecipe.evaluation.token_losses import compute_token_losses
 from azrecipe.tokenization.encoding import IGNORE_INDEX, encode_texts
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class TextScore:
     """The score of a set of documents.
 
     `nats` sums -ln p of all scored tokens, and `num_bytes` counts the UTF-8 text. `document_nats` and `document_tokens`, tensors
-    [documents], have the sums of each document. The nats of documents are 0 where the model computes its loss in chunks.
+    [documents], have the sums of each document.
     """
 
     nats: float
@@ -69,13 +68,62 @@ def split_windows(ids: list[int], first_token: int, max_length: int) -> Iterator
         num_scored = end
 
 
+class TextScorer:
+    """Scores documents with models of one tokenizer; tokenises them once.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The documents.
+        max_length: Tokens in a window at most, and never more than the model's positions.
+        batch_size: Windows in a forward pass.
+
+    Raises:
+        CannotRun: The tokenizer has neither a BOS nor an EOS token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int) -> None:
+        first_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first_token is None:
+            raise CannotRun("the tokenizer has neither a BOS nor an EOS token: the first token of a document cannot be scored")
+        self.first_token, self.max_length, self.batch_size = first_token, max_length, batch_size
+        self.num_bytes = sum(len(text.encode()) for text in texts)
+        self.encoded = encode_texts(tokenizer, texts)
+
+    def score(self, model: PreTrainedModel) -> TextScore:
+        """Score the documents with a model.
+
+        In a distributed run the processes share the work, and all get the sum. Every process runs the same number of forward passes, as
+        sharded models need. The model's mode (train or eval) is kept.
+        """
+        limit = min(self.max_length, getattr(model.config, "max_position_embeddings", None) or self.max_length)
+        scored_windows = [
+            (window, document) for document, ids in enumerate(self.encoded) for window in split_windows(ids, self.first_token, limit)
+        ]
+        scored_windows.sort(key=lambda pair: len(pair[0].ids))  # less padding; the sum does not depend on the order
+        rank, world_size = _get_rank_and_size()
+        batches = [scored_windows[i : i + self.batch_size] for i in range(0, len(scored_windows), self.batch_size)]
+        rounds = math.ceil(len(batches) / world_size)
+        was_training = model.training
+        model.eval()
+        nats = torch.zeros(1 + len(self.encoded), dtype=torch.float64)  # of all documents, then of each
+        with torch.no_grad():
+            for i in range(rounds):
+                batch_index = i * world_size + rank
+                batch = batches[batch_index if batch_index < len(batches) else 0]
+                scores = _score_batch(model, [window for window, _ in batch])
+                if batch_index < len(batches):
+                    nats[0] += scores.sum()
+                    nats.index_add_(0, torch.tensor([1 + document for _, document in batch]), scores)
+        model.train(was_training)
+        total = _all_reduce_sum(nats.to(model.device) if model.device.type == "cuda" else nats).cpu()
+        tokens = torch.tensor([len(ids) for ids in self.encoded])
+        return TextScore(float(total[0]), self.num_bytes, int(tokens.sum()), total[1:], tokens)
+
+
 def score_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, batch_size: int
 ) -> TextScore:
     """Score documents with a model.
-
-    In a distributed run the processes share the work, and all get the sum. Every process runs the same number of forward passes, as
-    sharded models need. The model's mode (train or eval) is kept.
 
     Args:
         model: The model.
@@ -87,53 +135,18 @@ def score_texts(
     Raises:
         CannotRun: The tokenizer has neither a BOS nor an EOS token.
     """
-    first_token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first_token is None:
-        raise CannotRun("the tokenizer has neither a BOS nor an EOS token: the first token of a document cannot be scored")
-    limit = getattr(model.config, "max_position_embeddings", None) or max_length
-    encoded = encode_texts(tokenizer, texts)
-    scored_windows = [
-        (window, document) for document, ids in enumerate(encoded) for window in split_windows(ids, first_token, min(max_length, limit))
-    ]
-    scored_windows.sort(key=lambda pair: len(pair[0].ids))  # less padding; the sum does not depend on the order
-    rank, world_size = _get_rank_and_size()
-    batches = [scored_windows[i : i + batch_size] for i in range(0, len(scored_windows), batch_size)]
-    rounds = math.ceil(len(batches) / world_size)
-    was_training = model.training
-    model.eval()
-    nats = torch.zeros(1 + len(texts), dtype=torch.float64)  # of all documents, then of each
-    with torch.no_grad():
-        for i in range(rounds):
-            batch_index = i * world_size + rank
-            batch = batches[batch_index if batch_index < len(batches) else 0]
-            scores = _score_batch(model, [window for window, _ in batch])
-            if batch_index < len(batches):
-                nats[0] += scores.sum()
-                if not chunked_loss.uses_chunked_loss(model):
-                    nats.index_add_(0, torch.tensor([1 + document for _, document in batch]), scores)
-    model.train(was_training)
-    total = _all_reduce_sum(nats.to(model.device) if model.device.type == "cuda" else nats).cpu()
-    tokens = torch.tensor([len(ids) for ids in encoded])
-    return TextScore(float(total[0]), sum(len(t.encode()) for t in texts), int(tokens.sum()), total[1:], tokens)
+    return TextScorer(tokenizer, texts, max_length, batch_size).score(model)
 
 
 def _score_batch(model: PreTrainedModel, batch: list[ScoringWindow]) -> torch.Tensor:
-    """Sum -ln p over the scored tokens of each window, in float64.
+    """Sum -ln p over the scored tokens of each window, float64 [windows].
 
-    Returns [windows], or [1], the sum of all, where the model computes its loss in chunks. Padding is at the end, where no token
-    attends to it.
+    Padding is at the end, where no token attends to it.
     """
     labels = [[IGNORE_INDEX] * window.num_context + window.ids[window.num_context :] for window in batch]
     padded = pad_batch(model, [window.ids for window in batch], labels)
-    ids, label_ids = padded.ids.to(model.device), padded.labels.to(model.device)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    if chunked_loss.uses_chunked_loss(model):
-        total: torch.Tensor = model(input_ids=ids, labels=label_ids, position_ids=positions, use_cache=False, num_items_in_batch=1).loss
-        return total.double().cpu()[None]
-    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    # a row at a time: float32 logits of a whole batch at a large vocabulary would not fit
-    rows = [F.cross_entropy(logits[row, :-1].float(), label_ids[row, 1:], reduction="sum").double().cpu() for row in range(len(batch))]
-    return torch.stack(rows)
+    positions = torch.arange(padded.ids.shape[1], device=model.device).expand_as(padded.ids)
+    return compute_token_losses(model, padded.ids, padded.labels, position_ids=positions).sum(1).cpu()
 
 
 def _get_rank_and_size() -> tuple[int, int]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from azrecipe.data.finetuning_examples import PreferenceExample
 from azrecipe.data.packing import get_padded_length
+from azrecipe.evaluation.token_losses import compute_token_losses
 from azrecipe.tokenization.chat_templates import TokenizedExample
 from azrecipe.tokenization.encoding import IGNORE_INDEX
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-MAX_BATCH_TOKENS = 4_096  # tokens whose logits are in memory at once
+MAX_BATCH_TOKENS = 4_096  # tokens in a forward pass
 
 
 class Likelihood(NamedTuple):
@@ -71,11 +71,9 @@ def compute_log_likelihoods(model: PreTrainedModel, examples: Sequence[Tokenized
             batch = examples[start : start + max(1, min(batch_size, MAX_BATCH_TOKENS // longest))]
             start += len(batch)
             ids, labels = pad_batch(model, [e.input_ids for e in batch], [e.labels for e in batch])
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-            for row, label in enumerate(labels[:, 1:].to(model.device)):
-                trained = label != IGNORE_INDEX  # only trained tokens take float32 memory
-                nats = float(F.cross_entropy(logits[row, :-1][trained].float(), label[trained], reduction="sum"))
-                likelihoods.append(Likelihood(-nats, int(trained.sum())))
+            log_p = -compute_token_losses(model, ids, labels).sum(1).cpu()
+            counts = (labels[:, 1:] != IGNORE_INDEX).sum(1)
+            likelihoods += [Likelihood(*pair) for pair in zip(log_p.tolist(), counts.tolist(), strict=True)]
     model.train(was_training)
     return likelihoods
 

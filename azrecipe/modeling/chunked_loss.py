@@ -98,15 +98,6 @@ def enable_chunked_loss(model: PreTrainedModel) -> None:
         model.__class__ = _derive_class(_ChunkedLossModel, type(model))
 
 
-def uses_chunked_loss(model: Any) -> bool:
-    """Tell whether a model's loss is computed in chunks.
-
-    It looks below the wrappers of DeepSpeed and torch.compile.
-    """
-    inner = getattr(model, "module", model)
-    return isinstance(getattr(inner, "_orig_mod", inner), _ChunkedLossModel)
-
-
 def _derive_class(base: type, original: type) -> type:
     """Derive a class that keeps the original's name."""
     return type(original.__name__, (base, original), {"__module__": original.__module__, "__qualname__": original.__qualname__})

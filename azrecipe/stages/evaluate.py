@@ -26,6 +26,7 @@ from azrecipe.evaluation.answer_metrics import HeldOutQuestion
 from azrecipe.evaluation.models import EvaluatedModel
 from azrecipe.evaluation.output_metrics import ExpectedOutput
 from azrecipe.evaluation.task_code import check_task_code
+from azrecipe.evaluation.token_losses import explain_evaluation_memory
 from azrecipe.modeling import attention, loading
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import EvaluateConfig
@@ -252,7 +253,10 @@ def _measure_model(job: EvaluationRun, name: str, evaluated: EvaluatedModel, tok
     model = _load_model(evaluated, config.precision, config.attn_implementation)
     write_json(model_file, {"parameters": loading.count_parameters(model), "vocab_size": len(tokenizer)})
     for key in missing_sets:
-        score = bits_per_byte.score_texts(model, tokenizer, job.held_out[key], config.data.max_length, config.per_device_eval_batch_size)
+        with explain_evaluation_memory("per_device_eval_batch_size", config.per_device_eval_batch_size):
+            score = bits_per_byte.score_texts(
+                model, tokenizer, job.held_out[key], config.data.max_length, config.per_device_eval_batch_size
+            )
         write_json(job.likelihood_file(name, key), {"nats": score.document_nats.tolist(), "tokens": score.document_tokens.tolist()})
         print_progress(f"  {name}: {key}: {score.bits_per_byte:.3f} bits/byte")
     generator = generation.TextGenerator(model, tokenizer, config.generation, config.seed)

@@ -9,7 +9,7 @@ import gc
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from azrecipe.data.phase_schedule import PhaseSchedule
 from azrecipe.distributed import local_storage
 from azrecipe.distributed.backend import Backend
 from azrecipe.evaluation import bits_per_byte
+from azrecipe.evaluation.token_losses import explain_evaluation_memory
 from azrecipe.modeling import chunked_loss, frozen_weights, liger_kernels, loading, parameter_groups
 from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.modeling.row_gradient_mask import RowGradientMask
@@ -98,6 +99,7 @@ class PretrainJob:
     schedule: PhaseSchedule
     record: PhaseRecord
     new_token_ids: list[int]
+    scorers: dict[str, bits_per_byte.TextScorer] = field(default_factory=dict)  # of the held-out texts, tokenised at the first measurement
 
     def model_folder(self, phase_index: int) -> Path:
         """Get a phase's model folder: phases/<name>, or final/ for the last."""
@@ -108,11 +110,18 @@ class PretrainJob:
         """Measure bits per byte on each validation set."""
         batch_size, length = self.config.training.per_device_eval_batch_size, self.config.data.max_length
         use_autocast = self.config.training.precision == "bf16_mixed"  # as in training, so that before and after are comparable
-        with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=use_autocast):
-            return {
-                name: round(bits_per_byte.score_texts(model, tokenizer, texts, length, batch_size).bits_per_byte, 5)
-                for name, texts in self.held_out.items()
-            }
+        if tokenizer is not self.tokenizer:  # the base model's, which measures once
+            scorers = {name: bits_per_byte.TextScorer(tokenizer, texts, length, batch_size) for name, texts in self.held_out.items()}
+        else:
+            for name, texts in self.held_out.items():
+                if name not in self.scorers:
+                    self.scorers[name] = bits_per_byte.TextScorer(tokenizer, texts, length, batch_size)
+            scorers = self.scorers
+        with (
+            torch.autocast(PartialState().device.type, torch.bfloat16, enabled=use_autocast),
+            explain_evaluation_memory("training.per_device_eval_batch_size", batch_size),
+        ):
+            return {name: round(scorer.score(model).bits_per_byte, 5) for name, scorer in scorers.items()}
 
     def record_bpb(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Record bits per byte under a name, once.

@@ -48,6 +48,10 @@ PATCHES = (
         "A group's timeout fits saving and measuring, and a step's is shorter; no public function changes it, or lists the groups",
     ),
     LibraryPatch(
+        "evaluation.token_losses", "head.forward", "transformers", "5.23.0", "the forward method of each model's ForCausalLM class",
+        "While a batch is scored, the head returns losses instead of logits; the batch's logits are never in memory",
+    ),
+    LibraryPatch(
         "modeling.chunked_loss", "head.__class__", "transformers", "5.23.0", "the forward method of each model's ForCausalLM class",
         "The head computes the loss in chunks; a wrapper would change the names of parameters",
     ),
