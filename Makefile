@@ -2,7 +2,8 @@
 # make test    style, types and tests in about ten minutes; a test that cannot run here skips and says why
 # make test-long       the longest runs: many kills, every backend, the planner against real steps
 # make test-cluster    a SageMaker job as it is described, on two hosts in network namespaces (root, Linux; minutes)
-# make test-all        all of these
+# make test-compatibility   what comes out, opened by transformers 4.57 and llama.cpp in an environment of their own (builds llama.cpp)
+# make test-all        all of these but test-compatibility
 # make setup   only the environment (.venv); all of the above do it first
 # make lock    requirements.lock anew, after a change of constraints.txt or pyproject.toml (needs uv)
 # A machine without a GPU can save the download of CUDA's libraries:
@@ -14,8 +15,9 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 PIP_ARGS ?=
 READY := .venv/.ready
+LLAMA_CPP_PYTHON := 0.3.36
 
-.PHONY: setup lock demo lint test test-long test-cluster test-all clean
+.PHONY: setup lock demo lint test test-long test-cluster test-compatibility test-all clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -61,8 +63,23 @@ test-cluster: $(READY)
 	@echo "==> pytest, two hosts"
 	@$(PYTEST) -m cluster tests/cluster
 
+# The converter lies in the source package only; its first line names the Python that has its packages
+.venv-compatibility/.ready: tests/compatibility.txt
+	@echo "==> setting up .venv-compatibility (compiles llama.cpp: 10 to 30 minutes on two cores)"
+	@rm -rf .venv-compatibility && $(PYTHON) -m venv .venv-compatibility
+	@.venv-compatibility/bin/pip install --quiet $(PIP_ARGS) -r tests/compatibility.txt
+	@.venv-compatibility/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest .venv-compatibility llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" .venv-compatibility/bin/pip install --quiet .venv-compatibility/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz
+	@tar -xzf .venv-compatibility/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C .venv-compatibility --strip-components=2 llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
+	@sed -i '1s|.*|#!$(CURDIR)/.venv-compatibility/bin/python|' .venv-compatibility/llama.cpp/convert_hf_to_gguf.py
+	@touch $@
+
+test-compatibility: $(READY) .venv-compatibility/.ready
+	@echo "==> pytest, other programs open what comes out"
+	@$(PYTEST) tests/test_compatibility.py
+
 test-all:
 	@status=0; for target in test test-long test-cluster; do $(MAKE) --no-print-directory $$target || status=1; done; exit $$status
 
 clean:
-	rm -rf .venv runs dist build
+	rm -rf .venv .venv-* runs dist build
