@@ -497,8 +497,8 @@ tokenizer: {family: null, vocab_size: null}
         (("other/first.yaml",), {"other/first.yaml": TOKENIZER.replace("./llama", "../llama")}, "runs/p/first holds the run of another recipe"),
         (("r.yaml",), {"r.yaml": CONTINUED, "text.txt": "Another text. " * 40}, "r.yaml:2:23: the data cannot go on from there: datasets, weights, validation, seed or tokenizer differ"),
         (("r.yaml", *sets("seed=1")), {"r.yaml": CONTINUED}, "r.yaml:2:23: the data cannot go on from there"),
-        (("r.yaml", *sets("data.continue_from=tok.yaml")), {"r.yaml": CONTINUED}, "tok.yaml is a tokenizer recipe and has no position in the data to go on from"),
-        (("r.yaml", *sets("model.output_of=tok.yaml")), {"r.yaml": CONTINUED}, "final holds no model that transformers can open"),
+        (("r.yaml", *sets("data.continue_from=tok.yaml")), {"r.yaml": CONTINUED}, "tok.yaml is a tokenizer recipe, which leaves no position in its text to go on from"),
+        (("r.yaml", *sets("model.output_of=tok.yaml")), {"r.yaml": CONTINUED}, "--set model.output_of=tok.yaml: tok.yaml is a tokenizer recipe, which leaves no model"),
     ],
 )  # fmt: skip
 def test_a_run_that_does_not_go_with_what_is_there(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from azrecipe.errors import CommandError, Problem, RecipeError, list_choices, suggest_choices
-from azrecipe.recipe import matrix
+from azrecipe.recipe import matrix, stage_outputs
 from azrecipe.recipe.compose import ComposedRecipe, compose_recipe, display_path
 from azrecipe.recipe.load import MatrixCell, Recipe, load_recipe
 from azrecipe.recipe.overrides import Override, parse_key_path
@@ -79,6 +79,7 @@ def resolve_steps(pipeline: Recipe, overrides: Sequence[Override] = ()) -> tuple
         if name not in declared:
             advice = suggest_choices(name, declared or ["none"], "Declared")
             problems.append(Problem(value.entry_location, f"variable '{name}' is declared by no step{advice}"))
+    problems += stage_outputs.check_steps(step.recipe for step in steps)
     if not problems:
         problems += [*_check_candidates(steps), *matrix.check_comparison(pipeline, group_by_cell(steps))]
     return steps, list(dict.fromkeys(problems))
@@ -186,7 +187,12 @@ def _check_candidates(steps: Iterable[PipelineStep]) -> Iterator[Problem]:
         earlier[step.cell, step.recipe.name] = step.recipe
 
 
-def check_candidate(recipe: Recipe) -> list[Problem]:
+def check_upstream(recipe: Recipe) -> list[Problem]:
+    """Check what a single recipe takes from others against their files."""
+    return list(stage_outputs.check_references(recipe, stage_outputs.describe_file)) or _check_candidate(recipe)
+
+
+def _check_candidate(recipe: Recipe) -> list[Problem]:
     """Check `tokenizer.candidate` against the file of the tokenizer recipe.
 
     Returns no problem where that file cannot be read.
@@ -243,6 +249,8 @@ def open_recipe(
             option, subject = ("--step", "a step") if step is not None else ("--cell", "a cell of the matrix")
             raise CommandError(f"{display_path(Path(path))}: {option} names {subject} of a pipeline, and this is none")
         recipe = load_recipe(path, overrides)
+        if problems := list(stage_outputs.check_references(recipe, stage_outputs.describe_file)):
+            raise RecipeError(problems)
         check_secrets([recipe])
         return recipe, []
     pipeline, steps = load_pipeline(path, overrides)

@@ -10,7 +10,7 @@ from azrecipe.errors import Problem, RecipeError, SourceLocation
 from azrecipe.recipe.compose import compose_recipe, display_path, read_tree
 from azrecipe.recipe.load import build_recipe
 from azrecipe.recipe.overrides import Override
-from azrecipe.recipe.pipeline_steps import check_candidate, resolve_steps
+from azrecipe.recipe.pipeline_steps import check_upstream, resolve_steps
 from azrecipe.recipe.secrets import list_secret_problems
 
 
@@ -48,7 +48,7 @@ def validate_recipes(paths: Sequence[Path], overrides: Sequence[Override] = ()) 
             else:
                 message = f"names a step, and {display_path(path)} is no pipeline"
                 recipe_problems = [Problem(o.node.entry_location, f"{o.step}: {message}") for o in step_overrides]
-                recipe_problems = recipe_problems or check_candidate(recipe)
+                recipe_problems = recipe_problems or check_upstream(recipe)
             recipe_problems = [*recipe_problems, *list_secret_problems(recipes)]
             problems += recipe_problems
             if not recipe_problems:

@@ -24,7 +24,17 @@ LANGUAGES = {
 
 def check_evaluate(root: YamlNode) -> list[Problem]:
     """Return the problems of a tree, which may have failed its schema."""
-    return [*_check_baseline(root), *_check_languages(root), *_check_tasks(root)]
+    return [*_check_models(root), *_check_baseline(root), *_check_languages(root), *_check_tasks(root)]
+
+
+def _check_models(root: YamlNode) -> Iterator[Problem]:
+    models, names = root.get("models"), dict[str, str]()
+    for name, model in models.value.items() if models and isinstance(models.value, dict) else ():
+        source = repr(sorted(model.to_plain().items())) if isinstance(model.value, dict) and model.value else None
+        if source is not None and source in names:
+            yield Problem(model.entry_location, f"'{name}' is the same model as '{names[source]}': measure it once")
+        elif source is not None:
+            names[source] = name
 
 
 def _check_baseline(root: YamlNode) -> Iterator[Problem]:
