@@ -60,7 +60,7 @@ def read_tree(path: Path) -> YamlNode:
         raise RecipeError([Problem(SourceLocation(file), f"cannot be read: {error.strerror}")]) from None
     root = parse_yaml(decode_utf8(data, file), file)
     if not isinstance(root.value, dict):
-        reason = "is empty" if root.value is None else "must be a mapping of keys to values"
+        reason = "is empty" if root.value is None else "must be a mapping of keys to values (key: value)"
         raise RecipeError([Problem(root.location, f"the recipe {reason}; it starts with `stage:`")])
     return root
 

@@ -101,6 +101,10 @@ def check_null_keys(null_keys: Iterable[NullKey], definition: schema.Schema) -> 
             continue
         location = null_key.node.entry_location
         if schema.resolve_ref(parent).get("additionalProperties") is False:
+            key, colon, value = name.partition(":")
+            if colon and key in properties:
+                yield Problem(location, f"no space behind the colon: write {key}: {value}")
+                continue
             yield Problem(location, f"unknown key '{name}'{suggest_choices(name, properties, 'Allowed here')}")
         else:
             path = format_key_path(null_key.keys)

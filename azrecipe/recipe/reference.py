@@ -218,10 +218,17 @@ def _format_limits(schema: Schema) -> str:
     for choice in schema.get("anyOf", []):
         limits += [_format_codes(choice.get("enum", []))] + ([f"`{choice['pattern']}`"] if "pattern" in choice else [])
     limits += [f"{sign} {schema[key]:,}" for key, sign in (_LOWER | _UPPER).items() if key in schema]
-    limits += [f"`{node['pattern']}`" for node in (schema, schema.get("propertyNames", {})) if "pattern" in node]
+    for node in (schema, schema.get("propertyNames", {})):
+        limits += [f"`{_shorten_pattern(node['pattern'])}`"] if "pattern" in node else []
+        limits += [f"at most {node['maxLength']} characters"] if "maxLength" in node else []
     limits += ["not empty" for key in ("minLength", "minItems", "minProperties") if key in schema][:1]
     limits += ["none twice"] if schema.get("uniqueItems") else []
     return _escape(", ".join(text for text in limits if text))
+
+
+def _shorten_pattern(pattern: str) -> str:
+    """Return a pattern without the parts that refuse line breaks."""
+    return pattern.removeprefix(r"^[^\x00-\x1f]+").replace(r"$(?!\n)", "$")
 
 
 def _format_codes(words: Any) -> str:

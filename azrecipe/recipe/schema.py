@@ -14,6 +14,7 @@ from azrecipe.utils import shipped_files
 
 STAGES = ("tokenizer", "pretrain", "sft", "evaluate", "pipeline")
 MAX_WORDS_SHOWN = 15  # messages abbreviate a longer list of allowed words
+MAX_CHARACTERS_SHOWN = 200  # and a longer value
 Schema = Mapping[str, Any]
 
 
@@ -120,6 +121,10 @@ _TYPES = {
 }  # fmt: skip
 
 
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS_SHOWN else f"{text[:MAX_CHARACTERS_SHOWN]}…"
+
+
 def _describe_type(value: Any) -> str:
     if isinstance(value, bool):
         return "true/false"
@@ -129,6 +134,10 @@ def _describe_type(value: Any) -> str:
     return "empty"
 
 
+_BOUNDS = {
+    "minimum": "too small: at least", "exclusiveMinimum": "too small: it must be above",
+    "maximum": "too large: at most", "exclusiveMaximum": "too large: it must be below",
+}  # fmt: skip
 _BOOLEANS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 
 
@@ -143,7 +152,7 @@ def _suggest_value(text: str, kinds: Sequence[str]) -> str:
 def _format_error(error: Any, keys: tuple[Key, ...]) -> str:
     """Format a jsonschema error: the key, its value, the allowed values."""
     name, value, limit = format_key_path(keys) or "the recipe", error.instance, error.validator_value
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, (dict, list)) else _describe_type(value)
+    text = _shorten(json.dumps(value, ensure_ascii=False)) if not isinstance(value, (dict, list)) else _describe_type(value)
     match error.validator:
         case "type":
             kinds = [limit] if isinstance(limit, str) else limit
@@ -153,23 +162,20 @@ def _format_error(error: Any, keys: tuple[Key, ...]) -> str:
             return f"{name} = {text} is not known{_list_allowed(value, limit)}"
         case "const":
             return f"{name} must be {limit}, not {text}"
-        case "minimum":
-            return f"{name} = {text} is too small: at least {limit}"
-        case "exclusiveMinimum":
-            return f"{name} = {text} is too small: it must be above {limit}"
-        case "maximum":
-            return f"{name} = {text} is too large: at most {limit}"
-        case "exclusiveMaximum":
-            return f"{name} = {text} is too large: it must be below {limit}"
+        case "minimum" | "exclusiveMinimum" | "maximum" | "exclusiveMaximum":
+            return f"{name} = {text} is {_BOUNDS[error.validator]} {limit}"
         case "minItems" | "minProperties" | "minLength":
             return f"{name} must not be empty"
+        case "maxLength":
+            name = f"the name {_shorten(value)}" if "propertyNames" in error.absolute_schema_path else name
+            return f"{name} has {len(value):,} characters: at most {limit}"
         case "uniqueItems":
             return f"{name} names something twice"
         case "pattern":
             if "propertyNames" in error.absolute_schema_path:
                 narrow = "letters, digits and _ only, a letter first"
                 wide = "letters, digits, '-', '_' and '.' only, a letter or digit first"
-                return f"'{value}' is no name to use here: {wide if '.-' in limit else narrow}"
+                return f"{_shorten(repr(value))} is no name to use here: {wide if '.-' in limit else narrow}"
             kinds = {"ya?ml": "the file name of a recipe, ending in .yaml", "[0-9]{4}-": "a day, as in 2026-01-31"}
             kinds |= {
                 r"ml\.": "an instance type of SageMaker, as in ml.p4d.24xlarge",

@@ -1,4 +1,4 @@
-"""What each stage will make, and whether the recipes after it can use it."""
+"""What each stage will make, and whether later recipes can use it."""
 
 from __future__ import annotations
 

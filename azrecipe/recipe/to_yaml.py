@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from azrecipe.recipe.yaml_syntax import find_invisible_character
 from azrecipe.recipe.yaml_tree import parse_scalar
 
 _BREAKS = "\r\x85\u2028\u2029"  # YAML reads these line ends as \n or a space unless they are escaped
@@ -23,6 +24,7 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
     """Quote text that would be read as another value."""
     needs_quotes = not isinstance(parse_scalar(value), str) or any(character in _BREAKS for character in value)
+    needs_quotes = needs_quotes or find_invisible_character(value) is not None  # a key with one must be quoted
     style = '"' if needs_quotes else "|" if "\n" in value else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 

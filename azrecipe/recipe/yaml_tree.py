@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from azrecipe.errors import Problem, RecipeError, SourceLocation
+from azrecipe.recipe.yaml_syntax import describe_syntax_error, find_invisible_character
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Key: TypeAlias = "str | int"
@@ -91,7 +92,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None):
-            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not allowed in a recipe", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"the tag {event.tag} is not allowed in a recipe: quote the value if it is text", event.start_mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -128,7 +131,10 @@ class _TreeBuilder:
                 continue
             previous = value
             if not isinstance(key, yaml.ScalarNode):
-                self.problems.append(Problem(key_location, "a key must be text"))
+                self.problems.append(Problem(key_location, "a key must be text: quote {{ … }}, [ … ] and { … } that are text"))
+                continue
+            if key.style is None and (character := find_invisible_character(key.value)) is not None:
+                self.problems.append(Problem(key_location, f"a key with the invisible character {character}: remove it, or write a space"))
                 continue
             if key.value in entries:
                 first = entries[key.value].entry_location
@@ -160,6 +166,8 @@ def suggest_number(text: str) -> str | None:
 
     Returns None for other texts.
     """
+    if text.endswith(",") and suggest_number(text[:-1]) == "write it without quotes":
+        return "remove the comma"
     match = re.fullmatch(r"([-+]?[0-9]+)((?:,[0-9]{3})+|,[0-9]*)?([eE][-+]?[0-9]+)?", text)
     if match and match[2]:
         whole, point = text.replace(",", ""), text.replace(",", ".")
@@ -195,9 +203,8 @@ def parse_yaml(text: str, file: str, location: SourceLocation | None = None) -> 
         root = loader.get_single_node()
         built = builder.build(root) if root is not None else YamlNode(None, location or SourceLocation(file, 1, 1))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        error_location = builder.to_location(mark) if mark else location or SourceLocation(file, 1, 1)
-        raise RecipeError([Problem(error_location, _describe_syntax_error(error, text, mark))]) from None
+        problem = describe_syntax_error(error, text)
+        raise RecipeError([Problem(location or SourceLocation(file, problem.line + 1, problem.column + 1), problem.message)]) from None
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         error_location = location or SourceLocation(file, before.count("\n") + 1, error.position - before.rfind("\n"))
@@ -210,15 +217,6 @@ def parse_yaml(text: str, file: str, location: SourceLocation | None = None) -> 
     if builder.problems:
         raise RecipeError(builder.problems)
     return built
-
-
-def _describe_syntax_error(error: yaml.MarkedYAMLError, text: str, mark: yaml.Mark | None) -> str:
-    lines = text.splitlines()
-    line = lines[mark.line] if mark and mark.line < len(lines) else ""
-    if "\t" in line[: len(line) - len(line.lstrip())] or "'\\t'" in str(error.problem):
-        return "a tab in the indentation: YAML wants spaces"
-    parts = [part for part in (error.context, error.problem) if part]
-    return "not valid YAML: " + "; ".join(parts)
 
 
 def decode_utf8(data: bytes, file: str) -> str:

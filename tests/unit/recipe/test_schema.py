@@ -173,3 +173,84 @@ def test_a_shipped_recipe_names_its_schema_for_editors(recipe: Path) -> None:
         assert named.is_file()
         stage = next(line for line in text.splitlines() if line.startswith("stage: ")).removeprefix("stage: ")
         assert named.stem == stage
+
+
+def walk(node: Any, at: str) -> Iterator[tuple[str, Any]]:
+    """Every mapping of a schema file, with its path."""
+    if isinstance(node, dict):
+        yield at, node
+    for key, inner in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from walk(inner, f"{at}.{key}")
+
+
+NODES = [
+    found
+    for file in (ROOT / "schema").glob("*.json")
+    if file.stem not in ("result", "plan")
+    for found in walk(schema.load_schema(file.stem), file.stem)
+]
+
+
+def test_every_pattern_ends_where_the_text_ends() -> None:
+    """In Python a `$` alone also matches before a last line break."""
+    patterns = {at: node["pattern"] for at, node in NODES if isinstance(node.get("pattern"), str) and node["pattern"] != r"\S"}
+    assert len(patterns) > 20
+    assert {at: pattern for at, pattern in patterns.items() if not (pattern.startswith("^") and pattern.endswith(r"$(?!\n)"))} == {}
+
+
+def test_every_number_has_bounds() -> None:
+    numbers = {
+        at: node
+        for at, node in NODES
+        if {"integer", "number"} & set([node.get("type")] if isinstance(node.get("type"), str) else node.get("type") or ())
+    }
+    del numbers["common.$defs.variables.additionalProperties"]
+    assert len(numbers) > 60
+    assert [at for at, node in numbers.items() if not node.keys() & {"maximum", "exclusiveMaximum"}] == []
+    assert [at for at, node in numbers.items() if not node.keys() & {"minimum", "exclusiveMinimum"}] == []
+
+
+BOUNDED = """\
+stage: pretrain
+project: p
+model: {name_or_path: owner/model}
+data: {max_length: 32, datasets: [{path: text.txt}], validation: {target: {path: heldout.txt}}}
+phases: [{name: all, trainable_parameters: [all], learning_rate: 1e-3, max_steps: 1}]
+"""
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("project: p", 'project: "p\\n"', 'r.yaml:2:10: project = "p\\n" must be letters, digits'),
+        ("target:", '"target\\n":', "r.yaml:4:67: 'target\\n' is no name to use here"),
+        ("name: all", 'name: "all\\n"', 'r.yaml:5:17: phases[0].name = "all\\n" must be letters'),
+        ("name_or_path: owner/model", 'output_of: "a.yaml\\n"', 'r.yaml:3:20: model.output_of = "a.yaml\\n" must be the file name of a recipe'),
+        ("project: p", f"project: {'p' * 300}", "r.yaml:2:10: project has 300 characters: at most 100"),
+        ("target:", f"{'t' * 300}:", "has 300 characters: at most 100"),
+        ("max_steps: 1", "max_steps: 1e40", "r.yaml:5:83: phases[0].max_steps = 1e+40 is too large: at most 1000000000"),
+        ("max_steps: 1", f"max_steps: 1{'0' * 900}", "is too large: at most 1000000000"),
+        ("max_steps: 1", "max_steps: 1.5", "phases[0].max_steps must be a whole number, not a number (1.5)"),
+        ("max_steps: 1", "num_train_epochs: 1e300", "phases[0].num_train_epochs = 1e+300 is too large: at most 1000000"),
+        ("max_steps: 1", "max_bytes: 1e400", 'phases[0].max_bytes must be a whole number, not text ("1e400")'),
+        ("1e-3", ".inf", 'phases[0].learning_rate must be a number, not text (".inf")'),
+        ("1e-3", ".nan", 'phases[0].learning_rate must be a number, not text (".nan")'),
+        ("1e-3", "nan", 'phases[0].learning_rate must be a number, not text ("nan")'),
+        ("1e-3", "-1e-3", "phases[0].learning_rate = -0.001 is too small: it must be above 0"),
+        ("path: text.txt", "path: text.txt, weight: 1e308", "data.datasets[0].weight = 1e+308 is too large"),
+    ],
+)  # fmt: skip
+def test_a_name_or_a_number_beyond_its_bounds(old: str, new: str, message: str) -> None:
+    write("r.yaml", BOUNDED.replace(old, new))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("r.yaml")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.usefixtures("project")
+def test_a_whole_number_may_be_written_as_a_power_of_ten() -> None:
+    write("r.yaml", BOUNDED.replace("max_steps: 1", "max_steps: 1e3"))
+    steps = load_recipe("r.yaml").config.phases[0].max_steps
+    assert (steps, type(steps)) == (1000, int)
