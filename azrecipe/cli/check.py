@@ -55,7 +55,9 @@ def check_recipes(arguments: argparse.Namespace) -> int:
 def _show_check(recipe: RecipeCheck) -> None:
     if recipe.missing_runs:
         names = ", ".join(recipe.missing_runs)
-        print_line(f"{recipe.path.name}: only its file was checked: it takes from {names}, which has no finished run yet")
+        print_line(
+            f"{recipe.path.name}: checked as far as it can be before {names} has run: not what depends on that run's tokens and weights"
+        )
         return
     if isinstance(recipe.preview, SftPreview):
         check_preview.show_sft_preview(recipe.path, recipe.preview)

@@ -40,6 +40,14 @@ def read_texts(source: DataSource, held_out_side: bool = False, report: Cleaning
     return (document.text for document in read_documents(source, held_out_side, report))
 
 
+def read_first_text(source: DataSource) -> str:
+    """Read the first text of a source. Raises RecipeError where there is none."""
+    text = next(read_texts(source), None)
+    if text is None:
+        raise source.error(f"{source.title} holds no text")
+    return text
+
+
 def read_documents(source: DataSource, held_out_side: bool = False, report: CleaningReport | None = None) -> Iterator[Document]:
     """Read the documents of a source, in order, up to its max_bytes.
 

@@ -12,6 +12,7 @@ from azrecipe.operations.check_preview import PretrainPreview, SftPreview, build
 from azrecipe.operations.selection import list_unfinished_upstream, select_recipes
 from azrecipe.pipeline import preflight
 from azrecipe.recipe.load import Recipe
+from azrecipe.recipe.stage_outputs import FindOutput, describe_output, follow_steps
 from azrecipe.runs.run_dir import locate_run
 from azrecipe.runs.run_files import check_pipeline_folder, check_run_folder
 
@@ -23,7 +24,8 @@ class RecipeCheck:
     Attributes:
         path: The recipe.
         stage: Its stage.
-        missing_runs: Recipes of a pipeline that this one takes from and that have no finished run. With one, only the file was checked.
+        missing_runs: Recipes of a pipeline that this one takes from and that have no finished run. With one, what depends on the
+            tokens and weights of those runs was not checked.
         preview: What it will be trained on; None for other stages, and where only the file was checked.
     """
 
@@ -34,7 +36,7 @@ class RecipeCheck:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything was checked, and not the file only."""
+        """Whether everything was checked."""
         return not self.missing_runs
 
 
@@ -85,9 +87,11 @@ def check_recipes(
         check_folder = check_pipeline_folder if one.stage == "pipeline" else check_run_folder
         check_folder(locate_run(one, runs_dir).path)
     checks = []
-    for one in recipes:
+    for one, find_output in follow_steps(recipes):
         missing_runs = list_unfinished_upstream(one, runs_dir) if len(recipes) > 1 else ()
         try:
+            if missing_runs:
+                _check_planned_stage(one, runs_dir, find_output)
             check = RecipeCheck(one.path, one.stage, missing_runs, None if missing_runs else _check_stage(one, runs_dir))
         except (OSError, MemoryError) as error:
             raise explain_error(error) or error from None
@@ -100,8 +104,10 @@ def check_recipes(
 def _check_stage(recipe: Recipe, runs_dir: Path) -> PretrainPreview | SftPreview | None:
     """Call the check of a recipe's stage."""
     from azrecipe.data.inputs import Inputs
-    from azrecipe.stages import evaluate, pretrain, sft
+    from azrecipe.stages import evaluate, pretrain, sft, tokenizer
 
+    if recipe.stage == "tokenizer":
+        tokenizer.check(recipe, Inputs(recipe, runs_dir))
     if recipe.stage == "sft":
         return build_sft_preview(sft.check(recipe, Inputs(recipe, runs_dir)))
     if recipe.stage == "pretrain":
@@ -109,3 +115,22 @@ def _check_stage(recipe: Recipe, runs_dir: Path) -> PretrainPreview | SftPreview
     if recipe.stage == "evaluate":
         evaluate.check(recipe, Inputs(recipe, runs_dir))
     return None
+
+
+def _check_planned_stage(recipe: Recipe, runs_dir: Path, find_output: FindOutput) -> None:
+    """Check a step, as deep as its unfinished upstream recipes tell."""
+    from azrecipe.data.inputs import Inputs
+    from azrecipe.stages import pretrain, sft, tokenizer
+
+    inputs, config = Inputs(recipe, runs_dir), recipe.config
+    if recipe.stage == "tokenizer":
+        tokenizer.check_planned(recipe, inputs)
+    elif recipe.stage == "evaluate":
+        for error in preflight.iter_evaluation_problems(recipe):
+            raise error
+        inputs.read_validation(config.data.validation)
+    elif recipe.stage == "sft":
+        upstream = find_output(config.model.output_of) if config.model.output_of is not None else None
+        sft.check_planned(recipe, inputs, upstream)
+    elif recipe.stage == "pretrain":
+        pretrain.check_planned(recipe, inputs, describe_output(recipe, find_output))

@@ -91,7 +91,7 @@ def check_launch(recipes: Sequence[Recipe], launch: LaunchConfig) -> None:
     if any(recipe.stage in TRAINING_STAGES for recipe in recipes):
         missing += _list_backend_problems(launch)
     for recipe in recipes:
-        for error in (*_iter_recipe_problems(recipe, launch), *_iter_evaluation_problems(recipe)):
+        for error in (*_iter_recipe_problems(recipe, launch), *iter_evaluation_problems(recipe)):
             if isinstance(error, RecipeError):
                 problems += error.problems
             else:
@@ -176,7 +176,7 @@ def _check_sharded_recipe(recipe: Recipe, launch: LaunchConfig) -> None:
         requirements.check_fsdp_limits(recipe.config, launch.distributed_type == "FSDP", launch.data_parallel_size)
 
 
-def _iter_evaluation_problems(recipe: Recipe) -> Iterator[AzrecipeError]:
+def iter_evaluation_problems(recipe: Recipe) -> Iterator[AzrecipeError]:
     """Yield the missing packages and unknown tasks of an evaluation.
 
     Finding the names of tasks takes some seconds.

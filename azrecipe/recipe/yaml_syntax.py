@@ -188,7 +188,7 @@ _DESCRIPTIONS: tuple[tuple[str, Callable[[_Report], SyntaxProblem]], ...] = (
 
 
 def find_invisible_character(text: str) -> str | None:
-    """Return the name of a character that looks like a space or like nothing."""
+    """Name the first character that looks like a space or like nothing."""
     for character in text:
         if character not in _PLAIN_SPACES and unicodedata.category(character) in ("Zs", "Zl", "Zp", "Cf"):
             return f"U+{ord(character):04X} ({unicodedata.name(character, 'a format character').lower()})"

@@ -11,22 +11,25 @@ import torch
 from accelerate import PartialState
 
 from azrecipe.data import preparation
+from azrecipe.data.inputs import Inputs
 from azrecipe.data.mixture import Mixture
 from azrecipe.data.phase_schedule import PhaseSchedule
 from azrecipe.data.pretrain_inputs import PretrainInputs
 from azrecipe.data.readers import DataSource
-from azrecipe.data.sources import read_texts
+from azrecipe.data.sources import read_first_text
 from azrecipe.distributed import local_storage, requirements
 from azrecipe.distributed.attention_choice import AttentionUse, check_attention, check_model_attention
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
 from azrecipe.modeling import attention, chunked_loss, liger_kernels, loading, new_tokens, parameter_groups, word_vectors
+from azrecipe.modeling.planned_model import build_planned_model
 from azrecipe.modeling.vocabulary_swap import EmbeddingInit, SwapReport, check_swap, find_shared_tokens, pad_vocabulary, swap_vocabulary
 from azrecipe.planning import run_estimate
 from azrecipe.planning.model_config import ModelShape
 from azrecipe.recipe import extras, optimizer_settings
 from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.load import Recipe
+from azrecipe.recipe.stage_outputs import StageOutput
 from azrecipe.recipe.types import PretrainConfig
 from azrecipe.runs.run_attention import settle_attention
 from azrecipe.runs.run_dir import RunDir, check_run_matches, connect_processes, locate_run, open_run
@@ -126,13 +129,24 @@ def check(recipe: Recipe, runs_dir: Path) -> PretrainCheck:
     extras.check_optimizers(optimizer_settings.list_optimizers(recipe.config))
     inputs = PretrainInputs.load(recipe, runs_dir)
     adapted = _check_model(inputs, context_parallel_size=1)
-    first_texts = []
-    for source in inputs.sources:
-        text = next(read_texts(source), None)
-        if text is None:
-            raise source.error(f"{source.title} holds no text")
-        first_texts.append(text)
-    return PretrainCheck(inputs.tokenizer, adapted.trainable, first_texts)
+    return PretrainCheck(inputs.tokenizer, adapted.trainable, [read_first_text(source) for source in inputs.sources])
+
+
+def check_planned(recipe: Recipe, inputs: Inputs, output: StageOutput | None) -> None:
+    """Refuse what shows before the model exists: text, length, parameters."""
+    config: PretrainConfig = recipe.config
+    extras.check_optimizers(optimizer_settings.list_optimizers(config))
+    sources = inputs.locate_datasets(list(config.data.datasets))
+    inputs.read_validation(config.data.validation)
+    for source in sources:
+        read_first_text(source)
+    try:
+        planned = build_planned_model(output) if output is not None else None
+    except CommandError as error:
+        raise recipe.error(str(error), "model") from None
+    if planned is not None:
+        _check_architecture(recipe, planned.model)
+        _find_trainable_parameters(recipe, planned.model, new_token_ids=[0])  # which tokens will be new is not known yet
 
 
 def prepare(recipe: Recipe, runs_dir: Path) -> PretrainPreparation:
@@ -164,19 +178,9 @@ def _check_model(inputs: PretrainInputs, context_parallel_size: int) -> _Adapted
     """
     recipe, config = inputs.recipe, inputs.config
     model, base_tokenizer = _build_meta_model(inputs)
-    if config.training.use_liger_kernel:
-        liger_kernels.check_liger_kernels(recipe, model.config.model_type)
-    if config.training.fused_linear_cross_entropy == "torch":
-        try:
-            chunked_loss.check_chunked_loss(model)
-        except CommandError as error:
-            raise recipe.error(f"PyTorch's chunked loss: {error}", "training", "fused_linear_cross_entropy") from None
+    _check_architecture(recipe, model)
     if context_parallel_size > 1 and (obstacle := loading.find_context_parallel_obstacle(model)):
         raise recipe.error(f"the accelerate config splits sequences over processes, and this model {obstacle}", "model")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and config.data.max_length > limit:
-        message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
-        raise recipe.error(message, "data", "max_length")
     use = AttentionUse(
         "pretrain",
         config.training.precision,
@@ -187,15 +191,38 @@ def _check_model(inputs: PretrainInputs, context_parallel_size: int) -> _Adapted
     )
     check_model_attention(recipe, use)
     new_token_ids = new_tokens.find_new_tokens(inputs.model_path, base_tokenizer, inputs.tokenizer)
+    trainable = _find_trainable_parameters(recipe, model, new_token_ids)
+    rows = _count_embedding_rows(config, model, base_tokenizer, inputs.tokenizer)
+    shape = run_estimate.build_model_shape(model.config, rows, len(new_token_ids))
+    return _AdaptedModel(base_tokenizer, new_token_ids, trainable, shape, use)
+
+
+def _check_architecture(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse kernels and a length that a model cannot have."""
+    config: PretrainConfig = recipe.config
+    if config.training.use_liger_kernel:
+        liger_kernels.check_liger_kernels(recipe, model.config.model_type)
+    if config.training.fused_linear_cross_entropy == "torch":
+        try:
+            chunked_loss.check_chunked_loss(model)
+        except CommandError as error:
+            raise recipe.error(f"PyTorch's chunked loss: {error}", "training", "fused_linear_cross_entropy") from None
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.data.max_length > limit:
+        message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
+        raise recipe.error(message, "data", "max_length")
+
+
+def _find_trainable_parameters(
+    recipe: Recipe, model: PreTrainedModel, new_token_ids: list[int]
+) -> list[parameter_groups.TrainableParameters]:
     trainable = []
-    for i, phase in enumerate(config.phases):
+    for i, phase in enumerate(recipe.config.phases):
         try:
             trainable.append(parameter_groups.set_trainable_parameters(model, phase.trainable_parameters, new_token_ids))
         except CommandError as error:
             raise recipe.error(str(error), "phases", i, "trainable_parameters") from None
-    rows = _count_embedding_rows(config, model, base_tokenizer, inputs.tokenizer)
-    shape = run_estimate.build_model_shape(model.config, rows, len(new_token_ids))
-    return _AdaptedModel(base_tokenizer, new_token_ids, trainable, shape, use)
+    return trainable
 
 
 def _build_meta_model(inputs: PretrainInputs) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -24,11 +24,13 @@ from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
 from azrecipe.evaluation import likelihood
 from azrecipe.modeling import attention, liger_kernels, loading, lora
+from azrecipe.modeling.planned_model import build_planned_model
 from azrecipe.modeling.vocabulary_swap import add_embedding_rows
 from azrecipe.planning import run_estimate
 from azrecipe.planning.model_config import ModelShape
 from azrecipe.recipe import extras, optimizer_settings
 from azrecipe.recipe.load import Recipe
+from azrecipe.recipe.stage_outputs import StageOutput
 from azrecipe.recipe.types import SftConfig
 from azrecipe.runs.run_attention import settle_attention
 from azrecipe.runs.run_dir import RunDir, check_run_matches, connect_processes, locate_run, open_run
@@ -108,8 +110,7 @@ def check(recipe: Recipe, inputs: Inputs) -> SftInputs:
     model = loading.load_meta_model(path, config.model.revision)
     tokenizer = load_tokenizer(path, config.model.revision)
     loading.check_vocabulary_size(model, tokenizer, path)
-    if config.training.use_liger_kernel:
-        liger_kernels.check_liger_kernels(recipe, model.config.model_type)
+    rows = _read_rows(recipe, inputs)
     use = AttentionUse(
         "sft",
         config.training.precision,
@@ -118,10 +119,49 @@ def check(recipe: Recipe, inputs: Inputs) -> SftInputs:
         default=str(model.config._attn_implementation),
     )
     check_model_attention(recipe, use)
+    new_token_ids = _check_model(recipe, model, tokenizer, rows)
+    num_rows = max(int(model.get_input_embeddings().weight.shape[0]), count_embedding_rows(tokenizer))
+    shape = run_estimate.build_model_shape(model.config, num_rows, len(new_token_ids))
+    _check_trainable_parts(recipe, model, new_token_ids if config.lora.train_new_tokens else [], tokenizer)
+    examples = finetuning_examples.build_examples(config, tokenizer, rows)
+    return SftInputs(
+        lora.BaseModel(path, config.model, tokenizer),
+        examples,
+        finetuning_examples.plan_sequences(config, examples.train),
+        new_token_ids,
+        shape,
+        use,
+    )
+
+
+def check_planned(recipe: Recipe, inputs: Inputs, output: StageOutput | None) -> None:
+    """Refuse what shows before the model exists: rows, template, adapter."""
+    rows = _read_rows(recipe, inputs)
+    try:
+        planned = build_planned_model(output) if output is not None else None
+    except CommandError as error:
+        raise recipe.error(str(error), "model") from None
+    if planned is not None:
+        new_token_ids = _check_model(recipe, planned.model, planned.tokenizer, rows)
+        _check_trainable_parts(recipe, planned.model, new_token_ids if recipe.config.lora.train_new_tokens else [], planned.tokenizer)
+
+
+def _read_rows(recipe: Recipe, inputs: Inputs) -> list[list[Any]]:
+    config: SftConfig = recipe.config
     if is_template_file(config.chat_template):
         inputs.fingerprints["chat_template"] = hashlib.sha256(Path(config.chat_template).read_bytes()).hexdigest()
     sources = [inputs.locate_source(source, "data", "datasets", i) for i, source in enumerate(config.data.datasets)]
-    rows = finetuning_examples.read_sources(config, sources)
+    return finetuning_examples.read_sources(config, sources)
+
+
+def _check_model(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Any]]) -> list[int]:
+    """Set the chat template; refuse a model that does not fit the recipe.
+
+    Returns the ids of the tokens that the template adds.
+    """
+    config: SftConfig = recipe.config
+    if config.training.use_liger_kernel:
+        liger_kernels.check_liger_kernels(recipe, model.config.model_type)
     try:
         new_token_ids = chat_templates.set_chat_template(
             tokenizer,
@@ -135,18 +175,7 @@ def check(recipe: Recipe, inputs: Inputs) -> SftInputs:
     if limit is not None and config.data.max_length > limit:
         message = f"data.max_length = {config.data.max_length:,} is more than the model's {limit:,} positions"
         raise recipe.error(message, "data", "max_length")
-    num_rows = max(int(model.get_input_embeddings().weight.shape[0]), count_embedding_rows(tokenizer))
-    shape = run_estimate.build_model_shape(model.config, num_rows, len(new_token_ids))
-    _check_trainable_parts(recipe, model, new_token_ids if config.lora.train_new_tokens else [], tokenizer)
-    examples = finetuning_examples.build_examples(config, tokenizer, rows)
-    return SftInputs(
-        lora.BaseModel(path, config.model, tokenizer),
-        examples,
-        finetuning_examples.plan_sequences(config, examples.train),
-        new_token_ids,
-        shape,
-        use,
-    )
+    return new_token_ids
 
 
 def _check_trainable_parts(

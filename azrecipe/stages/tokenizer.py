@@ -69,31 +69,23 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
 
     # Load and check: everything that can be refused is refused here.
     base_path = inputs.find_model(config.tokenizer, "tokenizer")
-    sources = inputs.locate_datasets(list(config.data.datasets))
-    held_out = inputs.read_validation(config.data.validation)
     base = load_tokenizer(base_path, config.tokenizer.revision)
     _check_candidates(recipe, base, base_path)
     shape = loading.read_embedding_shape(base_path, config.tokenizer.revision)
-    parallel = _load_parallel_text(recipe, inputs)
-    held_out_hashes = hash_held_out(held_out)
-    for source in sources:
-        report = CleaningReport()
-        if all(hash_text(text) in held_out_hashes for text in read_texts(source, report=report)):  # stops at the first that is not
-            raise source.error(f"{source.title} holds no text that is not held out{explain_missing_text(report)}")
-    protected = _read_protected_texts(recipe, inputs, held_out_hashes)
+    text = _read_text(recipe, inputs)
     check_run_matches(recipe, run_dir, inputs.fingerprints)
     run_dir.require_disk_space((len(config.candidates) + 2) * len(base.backend_tokenizer.to_str()) * 2, "writing the candidates")
 
     with open_run(recipe, run_dir, inputs.fingerprints):
-        corpus = tokenizer_corpus.TokenizerCorpus(sources, config.training_bytes, held_out_hashes, list_added_tokens(base))
+        corpus = tokenizer_corpus.TokenizerCorpus(text.sources, config.training_bytes, text.held_out_hashes, list_added_tokens(base))
         for family in candidates.group_candidates(
-            config.candidates, {name: partial(read_texts, text.source) for name, text in protected.items()}
+            config.candidates, {name: partial(read_texts, protected.source) for name, protected in text.protected.items()}
         ):
             _train_family(base, family, corpus, run_dir.path / "candidates")
-        sets = {name: HeldOutSet(texts, inputs.document_groups[name]) for name, texts in held_out.items()}
+        sets = {name: HeldOutSet(texts, inputs.document_groups[name]) for name, texts in text.held_out.items()}
         table = []
         with WorkerPool() as workers:
-            benchmark = TokenizerBenchmark(recipe, base, sets, parallel, workers)
+            benchmark = TokenizerBenchmark(recipe, base, sets, text.parallel, workers)
             for name, candidate in config.candidates.items():
                 folder = run_dir.path / "candidates" / name
                 if candidate.kind == "baseline" and candidates.read_candidate_record(folder) is None:
@@ -105,13 +97,13 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
                     "vocab_size": len(tokenizer),
                     **(candidates.read_candidate_record(folder) or {}),
                 }
-                line |= {"protect": protected[name].summary} if name in protected else {}
+                line |= {"protect": text.protected[name].summary} if name in text.protected else {}
                 line |= benchmark.measure(tokenizer) | _count_added_rows(shape, tokenizer, base)
                 table.append(line)
                 fertility = ", ".join(f"{key} {measure['value']:.2f}" for key, measure in line["fertility"].items())
                 print_progress(f"  {name}: {line['vocab_size']:,} tokens, fertility {fertility}")
 
-        first = next(iter(held_out))
+        first = next(iter(text.held_out))
         selected: str = config.select
         if selected == "lowest_fertility":
             selected = min(table, key=lambda row: row["fertility"][first]["value"])["name"]
@@ -170,6 +162,45 @@ class _ParallelText:
 
     pairs: list[tuple[str, str]]
     groups: list[str]
+
+
+@dataclass(frozen=True)
+class _TokenizerText:
+    """All text that a recipe reads, checked.
+
+    `held_out_hashes` are those of the held-out documents, which no tokenizer learns from.
+    """
+
+    sources: list[DataSource]
+    held_out: dict[str, list[str]]
+    held_out_hashes: frozenset[bytes]
+    parallel: _ParallelText | None
+    protected: dict[str, _ProtectedText]
+
+
+def check(recipe: Recipe, inputs: Inputs) -> None:
+    """Refuse what a run would refuse."""
+    path = inputs.find_model(recipe.config.tokenizer, "tokenizer")
+    _check_candidates(recipe, load_tokenizer(path, recipe.config.tokenizer.revision), path)
+    _read_text(recipe, inputs)
+
+
+def check_planned(recipe: Recipe, inputs: Inputs) -> None:
+    """Refuse what shows before the base tokenizer exists: the text."""
+    _read_text(recipe, inputs)
+
+
+def _read_text(recipe: Recipe, inputs: Inputs) -> _TokenizerText:
+    config: TokenizerConfig = recipe.config
+    sources = inputs.locate_datasets(list(config.data.datasets))
+    held_out = inputs.read_validation(config.data.validation)
+    parallel = _load_parallel_text(recipe, inputs)
+    held_out_hashes = hash_held_out(held_out)
+    for source in sources:
+        report = CleaningReport()
+        if all(hash_text(text) in held_out_hashes for text in read_texts(source, report=report)):  # stops at the first that is not
+            raise source.error(f"{source.title} holds no text that is not held out{explain_missing_text(report)}")
+    return _TokenizerText(sources, held_out, held_out_hashes, parallel, _read_protected_texts(recipe, inputs, held_out_hashes))
 
 
 def _read_protected_texts(recipe: Recipe, inputs: Inputs, held_out_hashes: frozenset[bytes]) -> dict[str, _ProtectedText]:
