@@ -354,3 +354,16 @@ def get_padded_length(model: PreTrainedModel, longest: int) -> int:
     """
     limit = getattr(model.config, "max_position_embeddings", None) or longest
     return max(longest, min(-(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE, limit))
+
+
+def get_length_multiple(model: PreTrainedModel, device_type: str) -> int:
+    """Get what the length of a training batch is a multiple of.
+
+    On a GPU it is PADDED_MULTIPLE, unless a batch could then be longer than the model's positions.
+
+    Args:
+        model: The model.
+        device_type: `cuda`, `cpu` or another of PyTorch's.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    return PADDED_MULTIPLE if device_type == "cuda" and positions % PADDED_MULTIPLE == 0 else 1

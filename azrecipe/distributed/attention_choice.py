@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from azrecipe.distributed.backend import has_accelerator
+from azrecipe.distributed.requirements import find_launcher_problem
 from azrecipe.errors import CannotRun
 from azrecipe.recipe import attention_kinds
 from azrecipe.recipe.attention_kinds import AUTO, FLASH_PACKAGES, FLEX, ONLY_CAUSAL, VARLEN, find_width_problem
@@ -79,7 +83,7 @@ def find_obstacle(name: str, use: AttentionUse, device: AttentionDevice) -> str:
         return _find_varlen_obstacle(use, device)
     if name == FLEX:
         training = use.stage in ("pretrain", "sft")
-        return "PyTorch has no backward pass of it on a CPU" if training and not device.name else ""
+        return "PyTorch has no backward pass of it on a CPU" if training and not device.name else _find_flex_obstacle(device)
     return _find_flash_obstacle(name, use, device) if attention_kinds.is_flash(name) else ""
 
 
@@ -95,6 +99,14 @@ def _find_varlen_obstacle(use: AttentionUse, device: AttentionDevice) -> str:
 
         return f"torch {torch.__version__} has no torch.nn.attention.varlen: torch 2.10 or newer"
     return _find_gpu_obstacle(use, device) if device.name else ""  # on a CPU a loop gives the same numbers, for tests
+
+
+def _find_flex_obstacle(device: AttentionDevice) -> str:
+    if device.name:
+        problem = find_launcher_problem()
+        return f"transformers compiles it, which needs {problem}" if problem else ""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["clang++" if sys.platform == "darwin" else "g++"]
+    return "" if any(map(shutil.which, names)) else f"transformers compiles it, which needs a C++ compiler, and there is no {names[0]} here"
 
 
 def _find_flash_obstacle(name: str, use: AttentionUse, device: AttentionDevice) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from azrecipe.distributed.backend import Backend, has_accelerator
@@ -32,6 +34,9 @@ def check_precision(precision: str, use_liger_kernel: bool) -> str:
     if use_liger_kernel and not (torch.cuda.is_available() and has_accelerator()):
         problems.append("use_liger_kernel: true needs a GPU (its kernels are Triton's)")
         alternatives.append("--set training.use_liger_kernel=false")
+    elif use_liger_kernel and (problem := find_launcher_problem()):
+        problems.append(f"use_liger_kernel: true needs {problem}")
+        alternatives.append("--set training.use_liger_kernel=false")
     if precision.startswith("bf16") and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.append(f"precision: {precision} needs a GPU with bfloat16 (Ampere or newer), and this is {torch.cuda.get_device_name()}")
         alternatives.append("--set training.precision=float32")
@@ -45,6 +50,23 @@ def check_precision(precision: str, use_liger_kernel: bool) -> str:
             + f"\n  What would run here: the same command with {' '.join(alternatives)}; a large model may take very long"
         )
     return f"precision: {precision} on a CPU is many times slower than float32" if slow else ""
+
+
+def find_launcher_problem(include: str | None = None) -> str:
+    """Say what Triton lacks to build the launchers of its kernels, or "".
+
+    It compiles them at the first use of a kernel (triton/runtime/build.py).
+
+    Args:
+        include: The folder of Python's headers; None for this Python's.
+    """
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    if not any(shutil.which(name) for name in names):
+        return f"a C compiler, and there is no {' or '.join(names)} here (Debian, Ubuntu: apt-get install gcc), or name yours in CC"
+    folder = Path(include or sysconfig.get_paths()["include"])
+    if not (folder / "Python.h").is_file():
+        return f"Python's headers, and there is no {folder / 'Python.h'} (Debian, Ubuntu: apt-get install python3-dev)"
+    return ""
 
 
 def check_compiler(torch_compile: bool) -> None:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from azrecipe.errors import CommandError
+from azrecipe.modeling.attention import disable_cudnn_attention
 from azrecipe.recipe.types import Generation, PromptEntry
 from azrecipe.utils.atomic_files import append_json_lines, read_and_repair_lines
 
@@ -125,7 +126,7 @@ class TextGenerator:
         device = self.model.device
         original_config, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), disable_cudnn_attention():
                 sequences = self.model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),

@@ -120,6 +120,8 @@ class StreamingGenerator:
         """
         import torch
 
+        from azrecipe.modeling.attention import disable_cudnn_attention
+
         tokenizer = self.reader.tokenizer
         num_free = self.reader.context - len(ids)
         assert num_free > 0, "the caller fits the prompt into the context"
@@ -133,7 +135,7 @@ class StreamingGenerator:
         pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         interrupted = False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), disable_cudnn_attention():
                 self.model.generate(
                     input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, pad_token_id=pad_token_id,
                     max_new_tokens=min(settings.max_new_tokens, num_free), repetition_penalty=settings.repetition_penalty, **sampling,

@@ -6,9 +6,10 @@ an attention that has a mask function. This one has none, so no mask of [tokens,
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,20 @@ class VarlenKernel:
 
 
 _kernel: VarlenKernel | None = None  # read once: torch.compile cannot trace through the reading of a signature
+
+
+@contextlib.contextmanager
+def disable_cudnn_attention() -> Iterator[None]:
+    """Keep PyTorch from cuDNN's attention, which plans anew for every length.
+
+    Decoding has another length at every token.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def prepare_attention(name: str) -> str | None:

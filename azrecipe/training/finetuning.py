@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import Trainer
 
 from azrecipe.data.finetuning_examples import FinetuningExamples, FinetuningPlan, join_examples
-from azrecipe.data.packing import Collator
+from azrecipe.data.packing import Collator, get_length_multiple
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
 from azrecipe.modeling import frozen_weights, loading, parameter_groups
@@ -135,6 +136,7 @@ def tune_model(
     )
     arguments = training_trainer.build_training_arguments(config.training, loop, backend) | {
         "max_length": None,
+        "pad_to_multiple_of": get_length_multiple(tuned_model.model, PartialState().device.type),
         "gradient_checkpointing": None,
         "train_sampling_strategy": "sequential",
         "neftune_noise_alpha": config.training.neftune_noise_alpha,
@@ -183,7 +185,8 @@ def _prepare_sft(
         train_dataset = Dataset.from_list(packed).with_format("torch")
         eval_dataset = Dataset.from_list([join_examples([e]) for e in held_out]).with_format("torch") if held_out else None
         with_borders = needs_borders(config.model.attn_implementation)
-        collator_arguments = {"data_collator": Collator(tuned_model.tokenizer.pad_token_id, with_borders=with_borders)}
+        collator = Collator(tuned_model.tokenizer.pad_token_id, arguments["pad_to_multiple_of"], with_borders)
+        collator_arguments = {"data_collator": collator}
         arguments = {**arguments, "dataset_kwargs": {"skip_prepare_dataset": True}}
         tuned_model.model.config.use_cache = False  # or restarting position ids would not separate conversations
     else:

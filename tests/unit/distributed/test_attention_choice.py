@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from azrecipe.distributed.attention_choice import AttentionDevice, AttentionUse, choose_attention, find_obstacle
+from azrecipe.distributed.requirements import find_launcher_problem
 from azrecipe.errors import CannotRun
 from azrecipe.runs.run_attention import read_earlier_attention
 from tests.conftest import write
@@ -90,3 +91,16 @@ def test_an_earlier_start_says_what_it_took(tmp_path: Path) -> None:
     assert read_earlier_attention(tmp_path) == "sdpa"  # written before environment.json said it
     write(tmp_path / "environment.json", json.dumps({"azrecipe": "1", "attn_implementation": "varlen"}))
     assert read_earlier_attention(tmp_path) == "varlen"
+
+
+def test_what_triton_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert find_launcher_problem().startswith("a C compiler, and there is no no-such-compiler here")
+    write(tmp_path / "cc", "#!/bin/sh\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    assert find_launcher_problem(str(tmp_path)).startswith(f"Python's headers, and there is no {tmp_path}/Python.h")
+    write(tmp_path / "Python.h", "")
+    assert find_launcher_problem(str(tmp_path)) == ""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "needs a C++ compiler" in find_obstacle("flex_attention", AttentionUse("evaluate", "float32"), CPU)

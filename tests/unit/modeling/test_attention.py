@@ -202,3 +202,12 @@ def test_a_model_itself_shows_what_its_attention_needs(
     assert model.config._attn_implementation == before
     if model_type == "llama":  # the plan, which has the configuration alone, says the same
         assert (VARLEN in find_config_obstacles(model.config.to_dict())) == bool(varlen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is compiled")
+def test_flex_attention_keeps_documents_apart_as_the_mask_does() -> None:
+    """Its forward pass alone: on a CPU PyTorch has no other, and compiling it would take a minute."""
+    inputs = batch()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        masked, flex = (build(name).eval()(**inputs).logits for name in ("sdpa", "flex_attention"))
+    assert torch.allclose(masked, flex, atol=1e-6)
