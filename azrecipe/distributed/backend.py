@@ -178,4 +178,6 @@ def set_up_backend() -> Backend:
         cpu_backend.set_up_cpu(backend.strategy, backend.sharded, backend.context_parallel_size > 1)
     elif backend.sharded and not torch.cuda.is_available():
         raise CannotRun(f"{backend.strategy} needs GPUs of CUDA or ROCm, or a machine without any accelerator. What runs here: one process")
+    else:
+        cpu_backend.set_num_threads()  # a new vocabulary, merging and random weights are computed on the host
     return backend

@@ -48,7 +48,7 @@ def set_up_cpu(kind: str, sharded: bool, context: bool) -> None:
             _patch_deepspeed_compilation()
         if context:
             _patch_ring_attention()
-    _set_num_threads()
+    set_num_threads()
 
 
 def _patch_accelerate_gloo() -> None:
@@ -111,7 +111,7 @@ def _patch_ring_attention() -> None:
     ring.custom_ops |= {forward: attend, backward: attend}
 
 
-def _set_num_threads() -> None:
+def set_num_threads() -> None:
     """Use this process' share of the machine's cores.
 
     accelerate launch sets OMP_NUM_THREADS=1, which leaves the other cores idle.

@@ -28,12 +28,17 @@ def compile_blocks(model: PreTrainedModel, backend: str = "inductor") -> int:
     Raises:
         CommandError: The model's class names no blocks.
     """
+    check_blocks(model)
     blocks = find_blocks(model)
-    if not blocks:
-        raise CommandError(f"torch_compile: a {model.config.model_type} names no blocks to compile (_no_split_modules)")
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend)
     return len(blocks)
+
+
+def check_blocks(model: PreTrainedModel) -> None:
+    """Raise CommandError for a model whose class names no blocks; it may lie on the meta device."""
+    if not find_blocks(model):
+        raise CommandError(f"torch_compile: a {model.config.model_type} names no blocks to compile (_no_split_modules)")
 
 
 def find_blocks(model: PreTrainedModel) -> list[nn.Module]:

@@ -69,7 +69,7 @@ def _compute_changes(loop: PlannedLoop) -> Iterator[_LoopChange]:
     enable = not step.activation_checkpointing
     title = f"{'with' if enable else 'without'} activation checkpointing"
     options = f"--set training.activation_checkpointing={str(enable).lower()}"
-    yield _LoopChange(title, options, _with_step(loop, replace(loop.step, activation_checkpointing=enable)))
+    yield _LoopChange(title, options, _with_step(loop, replace(loop.step, activation_checkpointing=enable, every_n_layers=1)))
     precision = ALTERNATIVE_PRECISIONS[step.precision]
     yield _LoopChange(
         f"precision {precision}", f"--set training.precision={precision}", _with_step(loop, replace(loop.step, precision=precision))

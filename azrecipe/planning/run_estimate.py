@@ -243,7 +243,7 @@ def _list_changes(recipe: Recipe, model: ModelShape, backend: Backend) -> Iterat
     kernels, checkpointing = {"use_liger_kernel": True}, {"activation_checkpointing": True}
     if not training.use_liger_kernel and _supports_liger(recipe, model):
         candidates.append(kernels)
-    if not training.activation_checkpointing:
+    if training.checkpoint_every != 1:
         candidates.append(checkpointing)
     if len(candidates) == 2:
         candidates.append(kernels | checkpointing)

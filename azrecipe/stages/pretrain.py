@@ -21,7 +21,17 @@ from azrecipe.distributed import local_storage, requirements
 from azrecipe.distributed.attention_choice import AttentionUse, check_attention, check_model_attention
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
-from azrecipe.modeling import attention, chunked_loss, liger_kernels, loading, new_tokens, parameter_groups, word_vectors
+from azrecipe.modeling import (
+    attention,
+    chunked_loss,
+    compilation,
+    frozen_weights,
+    liger_kernels,
+    loading,
+    new_tokens,
+    parameter_groups,
+    word_vectors,
+)
 from azrecipe.modeling.planned_model import build_planned_model
 from azrecipe.modeling.vocabulary_swap import EmbeddingInit, SwapReport, check_swap, find_shared_tokens, pad_vocabulary, swap_vocabulary
 from azrecipe.planning import run_estimate
@@ -202,6 +212,11 @@ def _check_architecture(recipe: Recipe, model: PreTrainedModel) -> None:
     config: PretrainConfig = recipe.config
     if config.training.use_liger_kernel:
         liger_kernels.check_liger_kernels(recipe, model.config.model_type)
+    if config.training.torch_compile:
+        try:
+            compilation.check_blocks(model)
+        except CommandError as error:
+            raise recipe.error(str(error), "training", "torch_compile") from None
     if config.training.fused_linear_cross_entropy == "torch":
         try:
             chunked_loss.check_chunked_loss(model)
@@ -286,7 +301,7 @@ def _prepare_model(
     uses_chunked_loss = config.training.fused_linear_cross_entropy == "torch"
     if uses_chunked_loss:
         chunked_loss.enable_chunked_loss(model)
-    job.record_bpb("base", model.to(PartialState().device), base_tokenizer)
+    _record_bpb(job, "base", model, base_tokenizer)
     is_kept = have_same_vocabulary(base_tokenizer, job.tokenizer)
     swap = _pad_vocabulary(job, model, None if is_kept else swap_vocabulary(model, base_tokenizer, job.tokenizer, embedding_init))
     if uses_chunked_loss:
@@ -294,9 +309,20 @@ def _prepare_model(
     if swap is not None:
         print_progress(f"  vocabulary {swap}", job.backend.main)
     if not is_kept:
-        job.record_bpb("new_vocabulary", model, job.tokenizer)
+        _record_bpb(job, "new_vocabulary", model, job.tokenizer)
     _record_vocabulary(job, model, swap)
     return model
+
+
+def _record_bpb(job: PretrainJob, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Measure a model that does not train yet.
+
+    With bf16_mixed its matrices are on the device in bfloat16, which is what autocast multiplies in; then they are exact again, in main memory.
+    """
+    mixed = job.config.training.precision == "bf16_mixed"
+    exact_weights = frozen_weights.round_matrices(model, keep_exact=True, frozen_only=False) if mixed else {}
+    job.record_bpb(name, model.to(PartialState().device), tokenizer)
+    frozen_weights.restore_matrices(model, exact_weights)
 
 
 def _record_vocabulary(job: PretrainJob, model: PreTrainedModel, swap: SwapReport | None) -> None:

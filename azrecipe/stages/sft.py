@@ -23,7 +23,7 @@ from azrecipe.distributed.attention_choice import AttentionUse, check_attention,
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
 from azrecipe.evaluation import likelihood
-from azrecipe.modeling import attention, liger_kernels, loading, lora
+from azrecipe.modeling import attention, compilation, liger_kernels, loading, lora
 from azrecipe.modeling.planned_model import build_planned_model
 from azrecipe.modeling.vocabulary_swap import add_embedding_rows
 from azrecipe.planning import run_estimate
@@ -162,6 +162,11 @@ def _check_model(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTo
     config: SftConfig = recipe.config
     if config.training.use_liger_kernel:
         liger_kernels.check_liger_kernels(recipe, model.config.model_type)
+    if config.training.torch_compile:
+        try:
+            compilation.check_blocks(model)
+        except CommandError as error:
+            raise recipe.error(str(error), "training", "torch_compile") from None
     try:
         new_token_ids = chat_templates.set_chat_template(
             tokenizer,

@@ -134,7 +134,7 @@ class AsyncCheckpointMixin(Trainer):  # type: ignore[misc]
         if self.checkpoint_writer is None or not _internal_call:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model = self.accelerator.unwrap_model(self.model)
             self.checkpoint_writer.copy_state(SAFE_WEIGHTS_NAME, _drop_tied(model.state_dict()))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

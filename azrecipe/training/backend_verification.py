@@ -33,7 +33,7 @@ def verify_backend(backend: Backend, trainer: Trainer) -> str:
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
     if num_processes != backend.world_size or trainer.accelerator.num_processes != backend.world_size:
         problems.append(f"{num_processes} processes are connected, not {backend.world_size}")
-    model: Any = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)  # below torch.compile's wrapping
+    model: Any = trainer.model_wrapped
     if backend.strategy == "ddp" and not isinstance(model, DistributedDataParallel):
         problems.append(f"the model is a {type(model).__name__}, not DistributedDataParallel")
     if backend.uses_fsdp:

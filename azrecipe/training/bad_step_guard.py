@@ -47,6 +47,7 @@ class BadStepGuard(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.recent_losses: deque[float] = deque(maxlen=LOSS_HISTORY)
         self.skipped_steps: list[int] = []
         self.batch_losses: list[torch.Tensor] = []
+        self.device_grad_norm: torch.Tensor | float = 0.0
         self.grad_norm = 0.0
         self.trainer: BadStepGuardMixin | None = None
 
@@ -67,7 +68,7 @@ class BadStepGuard(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         losses = torch.stack(self.batch_losses)
-        loss = self._average(losses.sum())
+        loss, self.grad_norm = self._read_step(losses.sum())
         reason = self._find_reason(loss)
         if reason is None:
             self.recent_losses.append(loss)
@@ -111,12 +112,17 @@ class BadStepGuard(TrainerCallback, ExportableState):  # type: ignore[misc]
             return f"the loss is {loss:.3f}, {loss / usual_loss:.1f} times the mean of the {len(self.recent_losses)} steps before"
         return None
 
-    def _average(self, value: torch.Tensor) -> float:
-        """Average a value over the processes, as the logged loss is."""
+    def _read_step(self, loss: torch.Tensor) -> tuple[float, float]:
+        """Read a step's loss and gradient norm; the host waits for the device here only.
+
+        The loss is averaged over the processes, as the logged one is.
+        """
         if self.backend.world_size > 1:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-        return float(value) / self.backend.world_size
+            loss = loss.clone()
+            torch.distributed.all_reduce(loss)
+        norm = torch.as_tensor(self.device_grad_norm, dtype=torch.float32, device=loss.device)
+        total, grad_norm = torch.stack([loss.float(), norm]).tolist()
+        return total / self.backend.world_size, grad_norm
 
     def _write_bad_batches(self, step: int, reason: str, loss: float, losses: torch.Tensor) -> None:
         """Append a line to bad_batches.jsonl.
@@ -170,5 +176,5 @@ class BadStepGuardMixin(Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.guard is not None:
-            self.guard.grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            self.guard.device_grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return norm

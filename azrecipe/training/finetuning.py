@@ -85,7 +85,7 @@ class LearningRatesMixin(training_trainer.NonEmptyParamGroupsMixin):
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Round what is frozen, then move the model: its adapter is there now."""
         if self.round_frozen:
-            frozen_weights.round_frozen_matrices(model)
+            frozen_weights.round_matrices(model)
         super()._move_model_to_device(model, device)
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:

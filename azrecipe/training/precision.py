@@ -71,7 +71,7 @@ def find_precision_problems(trainer: Trainer, precision: str, backend: Backend) 
     Call it when training begins. The weights of an adapter are not checked.
     """
     expected = PARAM_DTYPES[precision]
-    model: Any = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+    model: Any = trainer.model_wrapped
     if any("lora_" in name for name, _ in model.named_parameters()):
         return []
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
@@ -86,7 +86,7 @@ def find_precision_problems(trainer: Trainer, precision: str, backend: Backend) 
         master_dtypes = {p.dtype for p in partitions or [p for group in optimizer.optimizer.param_groups for p in group["params"]]}
         if master_dtypes != {expected}:
             problems.append(f"DeepSpeed's optimizer works on {_format_dtypes(master_dtypes)}, not {_format_dtypes({expected})}")
-    policy = trainer.model_wrapped._get_fsdp_state()._mp_policy if backend.uses_fsdp else None  # FSDP wraps torch.compile's wrapper
+    policy = model._get_fsdp_state()._mp_policy if backend.uses_fsdp else None
     if policy is not None and policy.reduce_dtype not in (None, expected):
         problems.append(f"FSDP sums gradients in {_format_dtypes({policy.reduce_dtype})}, not {_format_dtypes({expected})}")
     return problems

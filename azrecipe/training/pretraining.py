@@ -240,7 +240,7 @@ def train_phase(job: PretrainJob, model: PreTrainedModel, phase_index: int) -> N
     model = training_trainer.unwrap_model(trainer)
     model.config.use_cache = True
     if main:
-        frozen_weights.restore_frozen_matrices(model, trainer.exact_weights)
+        frozen_weights.restore_matrices(model, trainer.exact_weights)
         loading.save_model(model, job.tokenizer, job.model_folder(phase_index), state, job.new_token_ids)
     summary |= trainer.checkpoint_writer.timings if trainer.checkpoint_writer else {}
     job.record.finish_phase(name, summary, job.model_folder(phase_index))
@@ -273,7 +273,7 @@ def run_phase_loop(
     model.config.use_cache = False
     exact_weights = {}  # of what is rounded, for the model that is saved
     if precision.rounds_frozen_weights(config.training.precision, job.backend):
-        exact_weights = frozen_weights.round_frozen_matrices(model, keep_exact=main)
+        exact_weights = frozen_weights.round_matrices(model, keep_exact=main)
     if config.training.fused_linear_cross_entropy == "torch":
         chunked_loss.enable_chunked_loss(model)
     data = job.schedule.build_dataset(phase_index)

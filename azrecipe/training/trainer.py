@@ -18,7 +18,7 @@ from azrecipe.distributed.backend import Backend
 from azrecipe.distributed.batch_size import split_batch
 from azrecipe.distributed.requirements import check_compiler, check_device_count, check_precision
 from azrecipe.errors import CannotRun, CommandError, RunFailed
-from azrecipe.modeling import liger_kernels
+from azrecipe.modeling import compilation, liger_kernels
 from azrecipe.recipe.extras import check_trackers
 from azrecipe.recipe.types import Profile, Training
 from azrecipe.runs import event_log
@@ -104,10 +104,10 @@ def build_training_arguments(training: Training, loop: LoopConfig, backend: Back
         "adam_epsilon": training.adam_epsilon,
         "max_grad_norm": training.max_grad_norm,
         **precision.configure_autocast(training.precision, backend),
-        "torch_compile": training.torch_compile,
         "use_liger_kernel": training.use_liger_kernel,
         "liger_kernel_config": liger_kernels.choose_kernels(training),
-        "activation_checkpointing": training.activation_checkpointing,
+        "activation_checkpointing": training.checkpoint_every > 0,
+        "activation_checkpointing_kwargs": {"every_n_layers": training.checkpoint_every} if training.checkpoint_every > 1 else None,
         "logging_steps": training.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # it would hide a NaN behind an average
@@ -123,7 +123,10 @@ def build_training_arguments(training: Training, loop: LoopConfig, backend: Back
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
-        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": sync_each_batch}},
+        "accelerator_config": {
+            "gradient_accumulation_kwargs": {"sync_each_batch": sync_each_batch},
+            "non_blocking": torch.cuda.is_available(),  # from pinned memory: the host does not wait for a batch's copy
+        },
         **training.trainer_arguments,
     }
 
@@ -219,6 +222,8 @@ def train_loop(
     trainer = build_trainer([monitor, precision_check])
     monitor.trainer = precision_check.trainer = trainer
     precision.apply_precision(trainer, training.precision, backend)
+    if training.torch_compile:
+        compilation.compile_blocks(trainer.model)
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
     from transformers.trainer_callback import PrinterCallback
 
@@ -280,8 +285,7 @@ def gather_state_dict(trainer: Trainer, backend: Backend) -> Mapping[str, torch.
     if not backend.main:
         return {}
     tied_names = getattr(model, "all_tied_weights_keys", None) or {}
-    state = {name.removeprefix("_orig_mod."): value for name, value in gathered.items()}
-    state = {name: value for name, value in state.items() if tied_names.get(name) not in state}
+    state = {name: value for name, value in gathered.items() if tied_names.get(name) not in gathered}
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     incomplete = [name for name, size in sizes.items() if name not in state or state[name].numel() != size]
     if incomplete:
@@ -292,14 +296,8 @@ def gather_state_dict(trainer: Trainer, backend: Backend) -> Mapping[str, torch.
 
 
 def get_sharded_model(trainer: Trainer) -> Any:
-    """Get the model as the backend shards it.
-
-    FSDP wraps torch.compile's wrapper, other backends are below it.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    model = trainer.model_wrapped
-    return model if isinstance(model, FSDPModule) else getattr(model, "_orig_mod", model)
+    """Get the model as the backend shards it."""
+    return trainer.model_wrapped
 
 
 def get_evaluation_model(trainer: Trainer, backend: Backend) -> Any:
@@ -312,5 +310,5 @@ def get_evaluation_model(trainer: Trainer, backend: Backend) -> Any:
 
 def unwrap_model(trainer: Trainer) -> PreTrainedModel:
     """Get the model below the backend's wrapper."""
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     return model

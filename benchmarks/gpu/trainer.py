@@ -55,6 +55,8 @@ FSDP = {
     "e5 e2 + batch 28": Setting({**VARLEN, **ONLY_LOSS, BATCH: 28}, compiled=True),
     "d2 d + batch 14": Setting({**VARLEN, BATCH: 14}, profiled=True),
     "d3 d + batch 28": Setting({**VARLEN, BATCH: 28}),
+    "d5 d + batch 28, every layer checkpointed": Setting({**VARLEN, BATCH: 28, "training.activation_checkpointing": True}),
+    "d6 d5, every second layer": Setting({**VARLEN, BATCH: 28, "training.activation_checkpointing": "{every_n_layers: 2}"}),
     "d4 d2 + weights stay gathered": Setting({**VARLEN, BATCH: 14}, environment={"FSDP_RESHARD_AFTER_FORWARD": "false"}),
     "h2 phase 1 (embeddings alone), varlen": Setting({**VARLEN, **EMBEDDINGS}),
     "d9 d again": Setting(VARLEN),
@@ -93,7 +95,6 @@ def measure(recipe: Path, toy: bool, name: str, setting: Setting) -> dict[str, A
     from clock import Clock
 
     from azrecipe.modeling import liger_kernels
-    from azrecipe.modeling.compilation import compile_blocks
     from azrecipe.training.pretraining import run_phase_loop
 
     arguments_of_loss = liger_kernels.build_loss_arguments
@@ -102,13 +103,12 @@ def measure(recipe: Path, toy: bool, name: str, setting: Setting) -> dict[str, A
     torch._dynamo.reset()
     try:
         sets = {key: value for key, value in setting.sets.items() if not (toy and key in (BATCH, *ONLY_LOSS))}
+        sets |= {"training.torch_compile": True} if setting.compiled and not toy else {}
         job, net = open_job(recipe, sets, f"{name.split()[0]}-{os.getpid()}")
         tokens = job.config.training.global_batch_size * job.config.data.max_length
         clock = Clock(tokens, warm=WARM, timed=TIMED, profiled=setting.profiled)
         if setting.loss is not None:
             liger_kernels.build_loss_arguments = lambda _: dict(setting.loss)
-        if setting.compiled and not toy:
-            compile_blocks(net)
         trainer, _ = run_phase_loop(job, net, 0, [clock])
         row = {**clock.row(), "losses": [round(loss, 5) for loss in trainer.guard.recent_losses]}
         row["norm"] = round(trainer.guard.grad_norm, 5)

@@ -242,7 +242,7 @@ def test_pure_bfloat16_is_pure_when_sharded_and_trains_alike(small: Project) -> 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_trains_alike_and_its_checkpoint_is_a_plain_one(small: Project, finished: Project) -> None:
     """Stopped compiled and ended plain: the names in the checkpoint are the model's own."""
-    compiled = ("--set", "training.torch_compile=true")
+    compiled = ("--set", "training.torch_compile=true", "--set", "training.activation_checkpointing={every_n_layers: 2}")
     code = small.interrupt("phase1", lambda run: any(run.glob("checkpoints/*/*/" + checkpoints.MARKER)), signal.SIGTERM, *compiled)
     assert code == 143
     (found,) = checkpoints.list_complete(small.path("phase1") / "checkpoints" / "embeddings")[-1:]

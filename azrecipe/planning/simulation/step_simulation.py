@@ -61,7 +61,7 @@ def build_meta_model(spec: StepSpec) -> Any:
         with torch.device("meta"):
             model = get_peft_model(model, config)
     if spec.rounds_frozen_weights:
-        frozen_weights.round_frozen_matrices(model)
+        frozen_weights.round_matrices(model)
     return model
 
 
@@ -120,10 +120,10 @@ def _count_bytes(module: nn.Module, trainable_only: bool = False) -> int:
 
 
 def _are_alike(layers: nn.ModuleList, spec: StepSpec) -> bool:
-    """Return whether layers have the same parameters, training and attention."""
+    """Return whether layers have the same parameters, training, attention and checkpointing."""
     layer_types = spec.config.get("layer_types") or []
     signatures = {tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()) for layer in layers}
-    return len(signatures) == 1 and len(set(layer_types)) < 2
+    return len(signatures) == 1 and len(set(layer_types)) < 2 and spec.every_n_layers == 1
 
 
 def simulate_step(spec: StepSpec, shape: BatchShape, num_layers: int, trainable_bytes: int) -> RecordedStep:
@@ -156,7 +156,7 @@ def _record_step(spec: StepSpec, shape: BatchShape, *, num_layers: int, trainabl
         _replace_kernels(base, spec, tracker)
         if spec.activation_checkpointing:
             model.train()
-            base.activation_checkpointing_enable()
+            base.activation_checkpointing_enable(every_n_layers=spec.every_n_layers)
             if spec.lora is not None:
                 model.enable_input_require_grads()
         if spec.uses_fsdp:

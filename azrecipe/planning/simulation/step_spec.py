@@ -48,6 +48,7 @@ class StepSpec:
         masked: Whether a mask [length, length] separates packed documents.
         kernels: Liger's kernels that are on.
         head: How the loss is computed: logits (all at once), or liger, torch, trl (a tile at a time).
+        every_n_layers: With checkpointing, every so many layers recompute their activations.
         accumulates: Whether an optimizer step has several batches.
         sync_each_batch: The recipe's key: whether each batch's gradients are summed over the processes.
         shards: Processes that the model is split over; 1: it is not.
@@ -68,6 +69,7 @@ class StepSpec:
     optim: str = "adamw_torch_fused"
     max_grad_norm: float = 1.0
     activation_checkpointing: bool = False
+    every_n_layers: int = 1
     accumulates: bool = False
     sync_each_batch: bool | str = "auto"
     strategy: str = "single"

@@ -46,6 +46,11 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class ActivationCheckpointing:
+    every_n_layers: int
+
+
+@dataclass(frozen=True)
 class Training:
     """The keys of every training stage, named as in TrainingArguments."""
 
@@ -65,7 +70,7 @@ class Training:
     precision: str
     use_liger_kernel: bool
     torch_compile: bool
-    activation_checkpointing: bool
+    activation_checkpointing: bool | ActivationCheckpointing
     sync_each_batch: bool | str
     logging_steps: int
     save_steps: int
@@ -75,6 +80,12 @@ class Training:
     eval_steps: int | None = None
     liger_kernel_config: LigerKernels | None = None
     profile: Profile | None = None
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Activations are recomputed in every so many layers; 0: in none."""
+        chosen = self.activation_checkpointing
+        return int(chosen) if isinstance(chosen, bool) else chosen.every_n_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,9 +104,10 @@ def test_a_batch_tells_what_it_would_take_after_another_one(asked: StepSpec, syn
     "asked",
     [
         replace(PLAIN, trainable=("layers[2:]",)),
+        replace(PLAIN, activation_checkpointing=True, every_n_layers=2),
         replace(PLAIN, config={**LLAMA, "model_type": "qwen3", "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 3}),
     ],
-    ids=["some layers train", "layers of two kinds"],
+    ids=["some layers train", "every second layer checkpointed", "layers of two kinds"],
 )
 def test_a_model_whose_layers_differ_is_run_with_all_of_them(asked: StepSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
@@ -119,6 +120,17 @@ def test_a_model_whose_layers_differ_is_run_with_all_of_them(asked: StepSpec, mo
     monkeypatch.setattr(step_simulation, "simulate_step", run)
     step_simulation.measure_step(asked, 16)
     assert ran == [6]
+
+
+def test_memory_lies_between_none_and_all_layers_checkpointed() -> None:
+    """What layers keep; the layer that is recomputed has it for a while in either."""
+    checkpointed = replace(PLAIN, activation_checkpointing=True)
+    costs = [step_simulation.measure_step(spec, 64) for spec in (PLAIN, replace(checkpointed, every_n_layers=2), checkpointed)]
+    none, half, full = (cost.get_peak_memory(64)["activations"] for cost in costs)
+    assert full < half < none
+    assert half - full == pytest.approx((none - full) / 2, rel=0.02)  # three of six layers
+    flops = [cost.count_flops(1) for cost in costs]
+    assert flops[1] - flops[0] == pytest.approx((flops[2] - flops[0]) / 2, rel=0.01)
 
 
 SIZES = [(tokens, vocabulary, width) for tokens in (7, 4096, 20_480) for vocabulary, width in ((1000, 64), (128_256, 2048), (500, 768))]
