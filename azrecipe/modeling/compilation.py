@@ -36,7 +36,7 @@ def compile_blocks(model: PreTrainedModel, backend: str = "inductor") -> int:
 
 
 def check_blocks(model: PreTrainedModel) -> None:
-    """Raise CommandError for a model whose class names no blocks; it may lie on the meta device."""
+    """Raise CommandError for a model whose class names no blocks."""
     if not find_blocks(model):
         raise CommandError(f"torch_compile: a {model.config.model_type} names no blocks to compile (_no_split_modules)")
 

@@ -113,7 +113,7 @@ class BadStepGuard(TrainerCallback, ExportableState):  # type: ignore[misc]
         return None
 
     def _read_step(self, loss: torch.Tensor) -> tuple[float, float]:
-        """Read a step's loss and gradient norm; the host waits for the device here only.
+        """Read a step's loss and gradient norm, in one wait for the device.
 
         The loss is averaged over the processes, as the logged one is.
         """
