@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 PEER_ENDED = "another process of this run ended"
 _PEER_MESSAGES = ("Connection closed by peer", "Connection reset by peer", "remote process exited or there was a network error")
-_DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "enforce fail at inline_container")
+_DISK_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than is allowed here (ulimit -f)",
+}
+_DISK_FULL_MESSAGES = ("PytorchStreamWriter failed", "unexpected pos", "enforce fail at inline_container")
 # What PyTorch, cuBLAS, Triton and NCCL say where memory is out and the error's class does not say it
 _MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -180,12 +186,10 @@ def explain_error(error: BaseException) -> AzrecipeError | None:
     if isinstance(error, AzrecipeError):
         return error
     text = str(error)
-    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or any(
-        part in text for part in _DISK_FULL_MESSAGES
-    ):
+    if (reason := _explain_full_disk(error)) is not None:
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return CannotRun(
-            f"the disk is full{where}. What was being written is discarded and the last complete checkpoint is kept: free space, then run the same command again"
+            f"{reason}{where}. What was being written is discarded and the last complete checkpoint is kept: free space, then run the same command again"
         )
     if is_out_of_memory(error):
         return CannotRun(
@@ -198,3 +202,17 @@ def explain_error(error: BaseException) -> AzrecipeError | None:
     if any(part in text for part in _PEER_MESSAGES):
         return RunFailed(f"{PEER_ENDED}; its own message says why")
     return None
+
+
+def _explain_full_disk(error: BaseException) -> str | None:
+    """Say what is full where a file could not be written; else None.
+
+    The errors of libraries in Rust are no OSError and have its text only.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return _DISK_FULL[error.errno]
+    text = str(error)
+    for number, reason in _DISK_FULL.items():
+        if os.strerror(number) in text or f"(os error {number})" in text:
+            return reason
+    return _DISK_FULL[errno.ENOSPC] if any(part in text for part in _DISK_FULL_MESSAGES) else None

@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "training": {"evaluation", "modeling", "data", "tokenization", "runs", "distributed", "hardware"},
     "planning": {"modeling", "data", "runs", "distributed", "hardware"},
     "inference": {"modeling", "tokenization", "runs", "distributed"},
-    "publishing": {"runs", "tokenization"},
+    "publishing": {"modeling", "runs", "tokenization"},
     "report": {"runs"},
     "stages": {"training", "planning", "evaluation", "modeling", "data", "tokenization", "runs", "distributed"},
     "pipeline": {"report", "evaluation", "data", "runs", "distributed"},  # stages by name, when one is run

@@ -16,7 +16,11 @@ from azrecipe.data.inputs import Inputs
 from azrecipe.errors import CannotRun, CommandError, Problem, RecipeError
 from azrecipe.modeling import loading
 from azrecipe.modeling.lora import BaseModel, merge_adapter
+<<<<<<< HEAD
 from azrecipe.recipe.attention_kinds import AUTO
+=======
+from azrecipe.modeling.weight_checks import read_tensor_shapes
+>>>>>>> 19f8dda (modeling: refuse weights of other names, shapes or no numbers, and code that comes with a model)
 from azrecipe.recipe.types import EvaluateModel, Model
 from azrecipe.tokenization import tokenizer
 
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,6 @@ def _find_tokenizer(adapter: str, base: str) -> str:
 def _check_model(model: EvaluatedModel) -> PreTrainedTokenizerBase:
     """Check that weights and tokenizer fit together; returns the tokenizer."""
     meta_model = loading.load_meta_model(model.path, revision=model.revision)
-    if Path(model.path).is_dir():
-        _check_weights(model.path)
     if model.adapter is not None:
         _check_fit(model.adapter, model.path, meta_model)
     tokenizer = model.load_tokenizer()
@@ -140,35 +141,15 @@ def _check_model(model: EvaluatedModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_weights(folder: str) -> None:
-    """Check that a model's folder holds all files of its weights."""
-    weights = next((file for name in WEIGHT_FILES if (file := Path(folder, name)).is_file()), None)
-    if weights is None:
-        raise CommandError(f"the folder {folder} holds a model's configuration and no weights: it has none of {', '.join(WEIGHT_FILES)}")
-    if weights.name.endswith("index.json"):
-        shards = sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [shard for shard in shards if not Path(folder, shard).is_file()]
-        if missing:
-            raise CommandError(
-                f"the folder {folder} lacks {len(missing)} of the {len(shards)} files of its model: {', '.join(missing[:3])}"
-            )
-
-
 def _check_fit(adapter: str, base: str, meta_model: Any) -> None:
     """Check that the base has the adapter's layers in the same sizes.
 
     An adapter's matrices A are [r, in], B [out, r]. Raises CommandError.
     """
-    from safetensors import SafetensorError, safe_open
-
     file = Path(adapter, "adapter_model.safetensors")
     if not file.is_file():
         raise CommandError(f"the adapter's folder {adapter} holds no weights: it has no {file.name}")
-    try:
-        with safe_open(file, "pt") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise CommandError(f"{file}: cannot be read: {error}") from None
+    shapes = read_tensor_shapes(file)
     layers = dict(meta_model.named_modules())
     for key, shape in shapes.items():
         for mark, attribute, dimension in ((".lora_A.", "in_features", 1), (".lora_B.", "out_features", 0)):

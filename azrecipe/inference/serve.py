@@ -26,8 +26,12 @@ def run_server(arguments: argparse.Namespace) -> int:
 
     Signals reach the server, and the exit code is the server's.
     """
+    from azrecipe.modeling.loading import check_weight_files
+
     model = finished_model.resolve_model(arguments.model)
     command = build_server_command(model, arguments.engine, arguments.host, arguments.port)
+    if model.is_local:  # the engine would fill missing weights with random numbers
+        check_weight_files(model.path)
     _check_engine(arguments.engine)
     _check_port(arguments.host, arguments.port)
     if model.is_local and not finished_model.has_chat_template(model):

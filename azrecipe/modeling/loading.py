@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from azrecipe.errors import CommandError, RunFailed, did_you_mean, explain_error, list_choices
-from azrecipe.modeling import attention, config_file, new_tokens
+from azrecipe.modeling import attention, config_file, new_tokens, weight_checks
 from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.modeling.vocabulary_swap import adopt_special_tokens
 from azrecipe.recipe.attention_kinds import AUTO
@@ -41,26 +41,58 @@ def load_model(path: str, precision: str, attn_implementation: str = AUTO, revis
         revision: Of the hub's repository; None for main.
 
     Raises:
-        AzrecipeError: The model cannot be opened; the message says why.
+        AzrecipeError: The model cannot be opened, or its weights are not those of its configuration or no numbers.
+    """
+    return load_weights(path, revision, dtype=WEIGHT_DTYPES[precision], attn_implementation=attn_implementation)
+
+
+def load_weights(path: str, revision: str | None, **options: Any) -> PreTrainedModel:
+    """Load a model with options of from_pretrained, and check its weights.
+
+    Every model that azrecipe computes with comes from here. Code that comes with a model is never run.
+
+    Args:
+        path: A folder, or a name on the hub.
+        revision: Of the hub's repository; None for main.
+        options: Other options of from_pretrained.
+
+    Raises:
+        AzrecipeError: As for `load_model`.
     """
     from transformers import AutoModelForCausalLM
 
-    attention_name = attention.prepare_attention(attn_implementation)
-    with translate_hub_errors("model", path):
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=WEIGHT_DTYPES[precision], attn_implementation=attention_name, revision=revision or "main"
-        )
+from azrecipe.modeling import attention, config_file, new_tokens, weight_checks
 
 
 def load_meta_model(path: str, revision: str | None = None) -> PreTrainedModel:
     """Load a model without weights, on PyTorch's meta device.
 
-    It is enough to check names and shapes before weights are loaded. Its attention is what transformers takes by itself.
+from azrecipe.modeling import attention, config_file, new_tokens, weight_checks
     """
+    attention.register_varlen()
+    with translate_hub_errors("model", path):
+        model = _build_meta_model(path, attn_implementation, revision)
+        if Path(path).is_dir():
+            weight_checks.check_weight_files(path, model)
+        return model
+
+
+def check_weight_files(path: str) -> None:
+    """Check a folder's configuration, and its weights by name and shape.
+
+    For programs that read the folder themselves. They would not know torch.compile's names.
+
+    Raises:
+        AzrecipeError: The model cannot be opened, or its weights are not those of its configuration.
+    """
+    with translate_hub_errors("model", path):
+        weight_checks.check_weight_files(path, _build_meta_model(path, "sdpa", None), allow_compiled=False)
+
+
+def _build_meta_model(path: str, attn_implementation: str, revision: str | None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with translate_hub_errors("model", path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision or "main"))
+from azrecipe.modeling import attention, config_file, new_tokens, weight_checks
 
 
 def find_context_parallel_obstacle(model: PreTrainedModel) -> str:
@@ -88,7 +120,7 @@ def read_embedding_shape(path: str, revision: str | None = None) -> EmbeddingSha
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision or "main").get_text_config()
+        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False).get_text_config()
         return EmbeddingShape(int(config.vocab_size), int(config.hidden_size), 1 if config.tie_word_embeddings else 2)
     except Exception:  # no configuration, or one of another kind of model, which may raise anything
         return None
@@ -128,6 +160,7 @@ def build_model(
     if unknown:
         lines = [f"model.config: a {model_type} has no field '{key}'{did_you_mean(key, default_fields)}" for key in unknown]
         raise CommandError("\n".join([*lines, f"Fields: {list_choices(default_fields)}"]))
+    weight_checks.check_layer_count("model.config", fields)
     torch.manual_seed(seed)
     try:
         model_config = AutoConfig.for_model(

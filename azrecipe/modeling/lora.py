@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+<<<<<<< HEAD
 from azrecipe.errors import CannotRun, CommandError, did_you_mean
 from azrecipe.modeling.attention import prepare_attention
 from azrecipe.modeling.loading import WEIGHT_DTYPES, load_model
+=======
+from azrecipe.errors import CommandError, did_you_mean
+from azrecipe.modeling import weight_checks
+from azrecipe.modeling.loading import WEIGHT_DTYPES, load_model, load_weights
+>>>>>>> 19f8dda (modeling: refuse weights of other names, shapes or no numbers, and code that comes with a model)
 from azrecipe.modeling.vocabulary_swap import add_embedding_rows
 from azrecipe.recipe.types import Lora, Model
 from azrecipe.tokenization.tokenizer import count_embedding_rows
+from azrecipe.utils.hub_errors import translate_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,12 +122,13 @@ class BaseModel:
 
         NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314). Raises CannotRun without bitsandbytes.
         """
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
         compute_dtype = torch.float32 if precision == "float32" else torch.bfloat16
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
         )
+<<<<<<< HEAD
         try:
             return self._add_rows(
                 AutoModelForCausalLM.from_pretrained(
@@ -130,9 +138,17 @@ class BaseModel:
                     attn_implementation=prepare_attention(self.settings.attn_implementation),
                     revision=self.settings.revision or "main",
                 )
+=======
+        return self._add_rows(
+            load_weights(
+                self.path,
+                self.settings.revision,
+                dtype=compute_dtype,
+                quantization_config=quantization,
+                attn_implementation=self.settings.attn_implementation,
+>>>>>>> 19f8dda (modeling: refuse weights of other names, shapes or no numbers, and code that comes with a model)
             )
-        except ImportError as error:
-            raise CannotRun(f"adapter: qlora needs bitsandbytes (pip install 'azrecipe[qlora]'): {error}") from None
+        )
 
     def load_saved(self, folder: Path, precision: str) -> PreTrainedModel:
         """Load the tuned model from the folder that holds it."""
@@ -158,9 +174,31 @@ def merge_adapter(base: BaseModel, adapter: Path, precision: str) -> PreTrainedM
 
     The sum is taken in float32 and rounded once to the type of `precision`.
     """
-    from peft import PeftModel
-
-    model: PreTrainedModel = PeftModel.from_pretrained(base.load("float32"), str(adapter)).merge_and_unload(safe_merge=True)
+    model: PreTrainedModel = _attach_adapter(base.load("float32"), adapter)
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32, as after loading
         parameter.data = parameter.data.to(WEIGHT_DTYPES[precision])
     return model
+
+
+def _attach_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """Merge an adapter, all of whose weights must be there and be numbers.
+
+    peft leaves an adapter that it does not find at zero, and only warns.
+
+    Raises:
+        CommandError: Weights are missing, unexpected, no numbers, or in a damaged file.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    file = adapter / "adapter_model.safetensors"
+    stored = set(weight_checks.read_tensor_shapes(file)) if file.is_file() else None
+    with translate_hub_errors("adapter", str(adapter)):
+        tuned = PeftModel.from_pretrained(model, str(adapter))
+    if stored is not None:
+        expected = set(get_peft_model_state_dict(tuned))
+        weight_checks.check_loading_report(
+            str(adapter), {"missing_keys": expected - stored, "unexpected_keys": stored - expected, "mismatched_keys": ()}
+        )
+    weight_checks.check_finite(str(adapter), tuned)
+    merged: PreTrainedModel = tuned.merge_and_unload(safe_merge=True)
+    return merged

@@ -31,6 +31,8 @@ LLAMA_BPE = "llama-bpe"  # llama.cpp's name of Llama 3's split rule
 
 def export_gguf(arguments: argparse.Namespace) -> int:
     """Convert a model to GGUF; return the exit code."""
+    from azrecipe.modeling.loading import check_weight_files
+
     model = finished_model.resolve_model(arguments.model)
     script = _find_converter(arguments.llama_cpp)
     output = arguments.output or model.output_dir / f"{model.name.replace('/', '-')}-{arguments.outtype}.gguf"
@@ -39,6 +41,7 @@ def export_gguf(arguments: argparse.Namespace) -> int:
     if not output.resolve().parent.is_dir():
         raise CommandError(f"--output: there is no folder {output.resolve().parent}")
     model = finished_model.download_model(model)
+    check_weight_files(model.path)
     _check_disk(model, output, arguments.outtype)
     pre_tokenizer = _read_pre_tokenizer(model)
     if pre_tokenizer.warning:

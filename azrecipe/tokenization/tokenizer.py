@@ -44,7 +44,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
     limit_chat_templates()
     with translate_hub_errors("tokenizer", path):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise CannotRun(f"the tokenizer of {path} has no fast version (tokenizer.json), which every stage needs")
     return tokenizer
