@@ -16,11 +16,8 @@ from azrecipe.data.inputs import Inputs
 from azrecipe.errors import CannotRun, CommandError, Problem, RecipeError
 from azrecipe.modeling import loading
 from azrecipe.modeling.lora import BaseModel, merge_adapter
-<<<<<<< HEAD
-from azrecipe.recipe.attention_kinds import AUTO
-=======
 from azrecipe.modeling.weight_checks import read_tensor_shapes
->>>>>>> 19f8dda (modeling: refuse weights of other names, shapes or no numbers, and code that comes with a model)
+from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.types import EvaluateModel, Model
 from azrecipe.tokenization import tokenizer
 

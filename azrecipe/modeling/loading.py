@@ -43,7 +43,9 @@ def load_model(path: str, precision: str, attn_implementation: str = AUTO, revis
     Raises:
         AzrecipeError: The model cannot be opened, or its weights are not those of its configuration or no numbers.
     """
-    return load_weights(path, revision, dtype=WEIGHT_DTYPES[precision], attn_implementation=attn_implementation)
+    return load_weights(
+        path, revision, dtype=WEIGHT_DTYPES[precision], attn_implementation=attention.prepare_attention(attn_implementation)
+    )
 
 
 def load_weights(path: str, revision: str | None, **options: Any) -> PreTrainedModel:
@@ -61,17 +63,30 @@ def load_weights(path: str, revision: str | None, **options: Any) -> PreTrainedM
     """
     from transformers import AutoModelForCausalLM
 
-from azrecipe.modeling import attention, config_file, new_tokens, weight_checks
+    options = {**options, **weight_checks.REPORT_OPTIONS, "revision": revision or "main", "trust_remote_code": False}
+    with translate_hub_errors("model", path):
+        if Path(path).is_dir():
+            weight_checks.check_weight_files(path, _build_meta_model(path, None))
+        model, report = AutoModelForCausalLM.from_pretrained(path, **options)
+        if weight_checks.has_compiled_names(report):
+            weight_checks.announce_compiled_names(path)
+            model, report = AutoModelForCausalLM.from_pretrained(path, key_mapping=weight_checks.COMPILED_NAMES, **options)
+    weight_checks.check_loading_report(path, report)
+    weight_checks.check_finite(path, model)
+    return model
 
 
 def load_meta_model(path: str, revision: str | None = None) -> PreTrainedModel:
     """Load a model without weights, on PyTorch's meta device.
 
-from azrecipe.modeling import attention, config_file, new_tokens, weight_checks
+    It is enough to check names and shapes before weights are loaded. Its attention is what transformers takes by itself.
+    The weights of a folder are checked by their names and shapes.
+
+    Raises:
+        AzrecipeError: The model cannot be opened, or its weights are not those of its configuration.
     """
-    attention.register_varlen()
     with translate_hub_errors("model", path):
-        model = _build_meta_model(path, attn_implementation, revision)
+        model = _build_meta_model(path, revision)
         if Path(path).is_dir():
             weight_checks.check_weight_files(path, model)
         return model
@@ -86,13 +101,16 @@ def check_weight_files(path: str) -> None:
         AzrecipeError: The model cannot be opened, or its weights are not those of its configuration.
     """
     with translate_hub_errors("model", path):
-        weight_checks.check_weight_files(path, _build_meta_model(path, "sdpa", None), allow_compiled=False)
+        weight_checks.check_weight_files(path, _build_meta_model(path, None), allow_compiled=False)
 
 
-def _build_meta_model(path: str, attn_implementation: str, revision: str | None) -> PreTrainedModel:
+def _build_meta_model(path: str, revision: str | None) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-from azrecipe.modeling import attention, config_file, new_tokens, weight_checks
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        weight_checks.check_layer_count(path, config.to_dict())
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def find_context_parallel_obstacle(model: PreTrainedModel) -> str:

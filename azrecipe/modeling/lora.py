@@ -10,15 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-<<<<<<< HEAD
 from azrecipe.errors import CannotRun, CommandError, did_you_mean
-from azrecipe.modeling.attention import prepare_attention
-from azrecipe.modeling.loading import WEIGHT_DTYPES, load_model
-=======
-from azrecipe.errors import CommandError, did_you_mean
 from azrecipe.modeling import weight_checks
+from azrecipe.modeling.attention import prepare_attention
 from azrecipe.modeling.loading import WEIGHT_DTYPES, load_model, load_weights
->>>>>>> 19f8dda (modeling: refuse weights of other names, shapes or no numbers, and code that comes with a model)
 from azrecipe.modeling.vocabulary_swap import add_embedding_rows
 from azrecipe.recipe.types import Lora, Model
 from azrecipe.tokenization.tokenizer import count_embedding_rows
@@ -128,27 +123,18 @@ class BaseModel:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
         )
-<<<<<<< HEAD
         try:
             return self._add_rows(
-                AutoModelForCausalLM.from_pretrained(
+                load_weights(
                     self.path,
+                    self.settings.revision,
                     dtype=compute_dtype,
                     quantization_config=quantization,
                     attn_implementation=prepare_attention(self.settings.attn_implementation),
-                    revision=self.settings.revision or "main",
                 )
-=======
-        return self._add_rows(
-            load_weights(
-                self.path,
-                self.settings.revision,
-                dtype=compute_dtype,
-                quantization_config=quantization,
-                attn_implementation=self.settings.attn_implementation,
->>>>>>> 19f8dda (modeling: refuse weights of other names, shapes or no numbers, and code that comes with a model)
             )
-        )
+        except ImportError as error:
+            raise CannotRun(f"adapter: qlora needs bitsandbytes (pip install 'azrecipe[qlora]'): {error}") from None
 
     def load_saved(self, folder: Path, precision: str) -> PreTrainedModel:
         """Load the tuned model from the folder that holds it."""
