@@ -137,6 +137,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="where the page of one run, or that which compares several, goes (default: report.html in the run directory, "
         "comparison.html in the folder that holds all of them)",
     )
+    report.add_argument("--force", action="store_true", help="replace a file that is no page of azrecipe")
 
     copy = verbs.add_parser("copy", help="write the shipped recipes, schemas, accelerate configs and hardware into a folder, to edit")
     copy.add_argument("folder", type=Path, help="where to; existing files are never overwritten")
@@ -233,9 +234,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
     runs = list({run.resolve(): run for run in arguments.runs}.values())
     for run in runs:
-        print_line(page.write_page(run, arguments.output if len(runs) == 1 else None))
+        print_line(page.write_page(run, arguments.output if len(runs) == 1 else None, force=arguments.force))
     if len(runs) > 1:
-        print_line(page.write_comparison(runs, arguments.output))
+        print_line(page.write_comparison(runs, arguments.output, force=arguments.force))
     return EXIT_SUCCESS
 
 

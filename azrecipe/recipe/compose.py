@@ -15,6 +15,7 @@ from azrecipe.errors import Problem, RecipeError, SourceLocation, did_you_mean, 
 from azrecipe.recipe.null_keys import NullKey, drop_nulls, find_null_keys
 from azrecipe.recipe.overrides import Override
 from azrecipe.recipe.yaml_tree import Key, YamlNode, decode_utf8, parse_yaml
+from azrecipe.utils.paths import is_file, is_folder
 
 # A file that sets one key of a group drops the inherited other keys.
 EXCLUSIVE_KEYS = (
@@ -66,7 +67,7 @@ def read_tree(path: Path) -> YamlNode:
 
 
 def _suggest_file(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         return f" (nor the folder {display_path(path.parent)})"
     return did_you_mean(path.name, (p.name for p in path.parent.glob("*.y*ml")))
 
@@ -86,7 +87,7 @@ def load_ancestry(path: Path) -> list[tuple[Path, YamlNode]]:
             raise RecipeError(
                 [Problem(extends.location if extends else SourceLocation(display_path(path)), f"extends goes in a circle: {circle}")]
             )
-        if extends is not None and not path.is_file():
+        if extends is not None and not is_file(path):
             raise RecipeError([Problem(extends.location, f"extends: no such file: {display_path(path)}{_suggest_file(path)}")])
         paths.append(path)
         root = read_tree(path)

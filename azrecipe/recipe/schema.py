@@ -117,7 +117,7 @@ def _validator(stage: str) -> Any:
 
 
 _TYPES = {
-    "string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false", "array": "a list", "object": "a mapping",
+    "string": "text", "integer": "a whole number", "number": "a number", "boolean": "true or false", "array": "a list", "object": "a mapping", "null": "empty",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from azrecipe.recipe.load import build_recipe
 from azrecipe.recipe.overrides import Override
 from azrecipe.recipe.pipeline_steps import check_upstream, resolve_steps
 from azrecipe.recipe.secrets import list_secret_problems
+from azrecipe.utils.paths import is_file, is_folder
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def validate_recipes(paths: Sequence[Path], overrides: Sequence[Override] = ()) 
             if not _is_fragment(path):
                 problems += error.problems
     for path in fragments:
-        if path not in extended and len(paths) == 1 and paths[0].is_file():
+        if path not in extended and len(paths) == 1 and is_file(paths[0]):
             message = "a fragment: it is checked through the recipes that extend it. Validate one of those, or their folder"
             problems.append(Problem(SourceLocation(display_path(path)), message))
     unique = list(dict.fromkeys(problems))
@@ -83,7 +84,7 @@ def _list_files(paths: Sequence[Path], problems: list[Problem]) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for path in paths:
-        if path.is_dir():
+        if is_folder(path):
             recipes = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
             if not recipes:
                 problems.append(Problem(SourceLocation(display_path(path)), "no recipe in this folder"))

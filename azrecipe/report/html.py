@@ -49,6 +49,7 @@ blockquote { margin: .5rem 0; padding-left: .8rem; border-left: 3px solid var(--
 """
 PLOT_ID_PREFIX = "\ue000"  # stands before the ids of a plot until the page numbers its plots
 # A page has no script and loads nothing. With this policy the browser enforces it.
+GENERATOR_MARK = '<meta name="generator" content="azrecipe">'  # a page with it may be written anew
 CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _NUMBER = re.compile(r"[+\-–−]?(\d|$)")
 
@@ -91,7 +92,7 @@ def render_page(title: str, body: Html) -> str:
     body = Html(re.sub(r"<svg.*?</svg>", lambda plot: plot[0].replace(PLOT_ID_PREFIX, f"p{next(numbers)}-"), body, flags=re.DOTALL))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        f'{GENERATOR_MARK}<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
         f"<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )
 

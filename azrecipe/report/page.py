@@ -11,7 +11,7 @@ from pathlib import Path
 
 from azrecipe.errors import CannotRun, CommandError
 from azrecipe.report import comparison_page, history_section, pipeline_page, sections
-from azrecipe.report.html import Html, join_html, render_page, render_sections
+from azrecipe.report.html import CONTENT_SECURITY_POLICY, GENERATOR_MARK, Html, join_html, render_page, render_sections
 from azrecipe.runs.reader import RunRecord, read_run
 from azrecipe.utils.atomic_files import write_text
 
@@ -19,7 +19,7 @@ PAGE_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
 
 
-def write_page(path: Path, output: Path | None = None) -> Path:
+def write_page(path: Path, output: Path | None = None, *, force: bool = False) -> Path:
     """Write the page of a run, finished or not.
 
     A page with the same content is not written again.
@@ -27,15 +27,17 @@ def write_page(path: Path, output: Path | None = None) -> Path:
     Args:
         path: The run directory.
         output: The file of the page; None for report.html in the run directory.
+        force: Whether a file is replaced that is no page of azrecipe.
 
     Returns:
         The file.
 
     Raises:
-        CommandError: The folder has no run, or a damaged one.
+        CommandError: The folder has no run, or a damaged one; or the file is no page of azrecipe.
         CannotRun: The file cannot be written.
     """
     run, file = read_run(path), output or path / PAGE_FILE
+    _check_replaceable(file, force)
     try:
         if run.stage == "pipeline":
             return _write_html(file, f"Pipeline: {run.name}", render_sections(pipeline_page.build_sections(run, file)))
@@ -47,22 +49,24 @@ def write_page(path: Path, output: Path | None = None) -> Path:
         raise _damaged_run_error(path, error) from None
 
 
-def write_comparison(paths: Sequence[Path], output: Path | None = None) -> Path:
+def write_comparison(paths: Sequence[Path], output: Path | None = None, *, force: bool = False) -> Path:
     """Write one page that compares several runs.
 
     Args:
         paths: The run directories. A pipeline stands for the runs of its steps.
         output: The file of the page; None for comparison.html in the folder that has all runs.
+        force: Whether a file is replaced that is no page of azrecipe.
 
     Returns:
         The file.
 
     Raises:
-        CommandError: A folder has no run, or a damaged one.
+        CommandError: A folder has no run, or a damaged one; or the file is no page of azrecipe.
         CannotRun: The file cannot be written.
     """
     folder = Path(os.path.commonpath([path.resolve() for path in paths]))
     file, runs = output or folder / COMPARISON_FILE, []
+    _check_replaceable(file, force)
     for path in paths:
         run = read_run(path, os.path.relpath(path.resolve(), folder))
         steps = [RunRecord(step.path, os.path.relpath(step.path.resolve(), folder)) for _, _, step in run.steps if step.recipe]
@@ -72,6 +76,19 @@ def write_comparison(paths: Sequence[Path], output: Path | None = None) -> Path:
         return _write_html(file, f"Comparison of {len(runs)} runs", render_sections(comparison_page.build_sections(runs, file)))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _damaged_run_error(folder, error) from None
+
+
+def _check_replaceable(file: Path, force: bool) -> None:
+    """Raise CommandError for a file that azrecipe did not write."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(4096)
+    except OSError:  # it is not there, or writing it will fail
+        return
+    # pages of earlier versions have the policy and no mark
+    is_page = any(mark.encode() in start for mark in (GENERATOR_MARK, f'"Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}"'))
+    if start and not is_page and not force:
+        raise CommandError(f"{file}: this file is no page of azrecipe and is not replaced. Remove it, give another --output, or --force")
 
 
 def is_page_fresh(path: Path) -> bool:

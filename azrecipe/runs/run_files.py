@@ -22,6 +22,8 @@ BOOKKEEPING_FILES = {*FIRST_FILES, "environment.json", "status.json", event_log.
 RESULT_NAMES = {
     "checkpoints", "phases", "candidates", "models", "adapter", "final", "metrics.jsonl", "bad_batches.jsonl", "result.json", "report.html", "stacks",
 }  # fmt: skip
+_COMMON_NAMES = {"checkpoints", "candidates", "models", "adapter", "final"}  # other programs have such folders, too
+CHECKPOINT_MARKER = "COMPLETE.json"  # in each complete checkpoint
 RUN_STATES = ("running", "complete", "failed", "interrupted")  # of status.json
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -62,7 +64,8 @@ def _holds_run(path: Path) -> bool:
     if local_storage.storage_is_local() and all(
         name in BOOKKEEPING_FILES | RESULT_NAMES or name.endswith((".sagemaker-uploading", ".sagemaker-uploaded")) for name in names
     ):
-        return True  # files are uploaded one by one: those that identify a run may be missing
+        # Files are uploaded one by one: those that identify a run may be missing, but not all that only a run writes.
+        return bool(names - _COMMON_NAMES) or any((path / "checkpoints").rglob(CHECKPOINT_MARKER))
     return any(
         (_is_status(_read_mapping(path / "status.json")), _is_environment(_read_mapping(path / "environment.json")), _holds_pipeline(path))
     )

@@ -13,6 +13,7 @@ from azrecipe.errors import Problem, SourceLocation, did_you_mean, suggest_choic
 from azrecipe.recipe import parameter_groups, schema
 from azrecipe.recipe.rules import evaluate, optimizer, sft
 from azrecipe.recipe.yaml_tree import YamlNode
+from azrecipe.utils.paths import LOCAL_PATH_CHECKS, is_file, is_folder, is_s3
 
 # Fields of TrainingArguments that the recipe, the launcher or the run directory determines.
 RESERVED_TRAINER_ARGUMENTS = {
@@ -33,6 +34,7 @@ def check_rules(root: YamlNode, stage: str) -> list[Problem]:
     """
     problems: list[Problem] = []
     problems += _check_recipe_files(root, schema.load_schema(stage))
+    problems += _check_hub_names(root, schema.load_schema(stage))
     problems += _check_apostrophes(root, schema.load_schema(stage))
     problems += _check_filters(root)
     if stage == "pretrain":
@@ -68,9 +70,33 @@ def _check_recipe_files(node: YamlNode, definition: schema.Schema) -> Iterator[P
                 yield from _check_recipe_files(item, child)
     elif definition.get("x-path") == "recipe" and isinstance(node.value, str) and node.location.line:
         file = Path(os.path.dirname(node.location.file), node.value)
-        if not file.is_file():
-            suggestion = did_you_mean(file.name, (p.name for p in file.parent.glob("*.y*ml"))) if file.parent.is_dir() else ""
+        if not is_file(file):
+            suggestion = did_you_mean(file.name, (p.name for p in file.parent.glob("*.y*ml"))) if is_folder(file.parent) else ""
             yield Problem(node.location, f"no such recipe: {os.path.normpath(file)}{suggestion}")
+
+
+def _check_hub_names(node: YamlNode, definition: schema.Schema) -> Iterator[Problem]:
+    """Refuse names on the hub that are local files or folders, too.
+
+    The libraries would take what is in the working folder, and no change of it would be noticed.
+    """
+    definition = schema.resolve_ref(definition)
+    children = node.value.items() if isinstance(node.value, dict) else enumerate(node.value) if isinstance(node.value, list) else ()
+    for key, child in children:
+        if (child_schema := schema.subschema(definition, key)) is not None:
+            yield from _check_hub_names(child, child_schema)
+    kind, path = definition.get("x-path"), node.value
+    if kind not in ("model", "data") or not isinstance(path, str) or LOCAL_PATH_CHECKS[kind](path) or is_s3(path):
+        return
+    base = os.path.dirname(node.location.file) if node.location.line else ""
+    for folder in dict.fromkeys((base, "")):
+        file = Path(folder, path)
+        if path and (is_file(file) or is_folder(file)):
+            what = "a folder" if is_folder(file) else "a file"
+            local = f"./{path}" if folder == base else os.path.relpath(path, base or ".")
+            message = f"'{path}' is a name on the hub, and there is {what} {file} here: write {local} for that, or rename it"
+            yield Problem(node.location, message)
+            return
 
 
 def _check_apostrophes(node: YamlNode, definition: schema.Schema) -> Iterator[Problem]:

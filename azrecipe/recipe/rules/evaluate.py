@@ -24,7 +24,7 @@ LANGUAGES = {
 
 def check_evaluate(root: YamlNode) -> list[Problem]:
     """Return the problems of a tree, which may have failed its schema."""
-    return [*_check_models(root), *_check_baseline(root), *_check_languages(root), *_check_tasks(root)]
+    return [*_check_models(root), *_check_baseline(root), *_check_languages(root), *_check_unread(root), *_check_tasks(root)]
 
 
 def _check_models(root: YamlNode) -> Iterator[Problem]:
@@ -51,6 +51,13 @@ def _check_languages(root: YamlNode) -> Iterator[Problem]:
         if node is not None and isinstance(node.value, str) and node.value not in LANGUAGES:
             suggestion = _suggest_language(node.value)
             yield Problem(node.location, f"lingua knows no language '{node.value}'{suggestion} Languages: {', '.join(LANGUAGES)}")
+
+
+def _check_unread(root: YamlNode) -> Iterator[Problem]:
+    """Find keys that nothing reads in this recipe."""
+    has_language = root.get("language") is not None or any(prompt.get("language") for prompt in _get_items(root.get("prompts")))
+    if (node := root.get("languages")) is not None and not has_language:
+        yield Problem(node.entry_location, "languages is what `language` is decided among, and no language is expected: say `language:`")
 
 
 def _suggest_language(word: str) -> str:

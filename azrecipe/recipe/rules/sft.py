@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from azrecipe.errors import Problem, did_you_mean, suggest_choices
-from azrecipe.recipe import parameter_groups, schema
+from azrecipe.recipe import parameter_groups
 from azrecipe.recipe.yaml_tree import Key, YamlNode
+from azrecipe.utils.paths import is_file, is_folder
 
 CHAT_TEMPLATES = ("keep", "llama3", "chatml", "gemma")
 
@@ -18,7 +19,7 @@ def check_sft(root: YamlNode) -> Iterator[Problem]:
     yield from _check_template(root)
     method, adapter = _get_value(root, "method") or "sft", _get_value(root, "adapter") or "lora"
     if adapter == "none":
-        yield from _check_unread(root, ("lora",), "is the adapter's, and there is none (adapter: none)")
+        yield from _check_unread(root, "lora", "is the adapter's, and there is none (adapter: none): remove it, or write lora: null")
     if method == "dpo":
         for keys, allowed_value in ((("data", "packing"), False), (("training", "assistant_only_loss"), True)):
             node = root.get(*keys)
@@ -29,7 +30,7 @@ def check_sft(root: YamlNode) -> Iterator[Problem]:
         if (noise := root.get("training", "neftune_noise_alpha")) is not None and noise.value is not None:
             yield Problem(noise.entry_location, "neftune_noise_alpha is not for method: dpo, whose reference would be noisy too")
     elif method == "sft":
-        yield from _check_unread(root, ("dpo",), "is for method: dpo, and method is sft")
+        yield from _check_unread(root, "dpo", "is for method: dpo, and method is sft: remove it, or write dpo: null")
     yield from _check_sources(root, method)
     rates = root.get("training", "learning_rates")
     for pattern, node in rates.value.items() if rates and isinstance(rates.value, dict) else ():
@@ -49,22 +50,19 @@ def _check_template(root: YamlNode) -> Iterator[Problem]:
     if not node.value.endswith(".jinja"):
         advice = f"{suggest_choices(node.value, CHAT_TEMPLATES, 'Templates')}, or the path of a .jinja file"
         yield Problem(node.location, f"there is no chat template '{node.value}'{advice}")
-    elif not Path(node.value).is_file():
+    elif not is_file(node.value):
         parent = Path(node.value).parent
-        suggestion = did_you_mean(Path(node.value).name, (p.name for p in parent.glob("*.jinja"))) if parent.is_dir() else ""
+        suggestion = did_you_mean(Path(node.value).name, (p.name for p in parent.glob("*.jinja"))) if is_folder(parent) else ""
         yield Problem(node.location, f"no such file: {node.value}{suggestion}")
 
 
-def _check_unread(root: YamlNode, keys: tuple[str, ...], reason: str) -> Iterator[Problem]:
-    """Find keys below `keys` that differ from their defaults."""
-    node = root.get(*keys)
-    definition: schema.Schema | None = schema.load_schema("sft")
-    for key in keys:
-        definition = schema.subschema(definition or {}, key)
-    defaults = (definition or {}).get("properties", {})
-    for key, child in node.value.items() if node and isinstance(node.value, dict) else ():
-        if key in defaults and child.to_plain() != defaults[key].get("default"):
-            yield Problem(child.entry_location, f"{'.'.join(keys)}.{key} {reason}")
+def _check_unread(root: YamlNode, key: str, reason: str) -> Iterator[Problem]:
+    """Refuse a block that has no effect, also with the default values."""
+    node = root.get(key)
+    if node is not None and isinstance(node.value, dict) and not node.value:
+        yield Problem(node.entry_location, f"{key} {reason}")
+    for name, child in node.value.items() if node and isinstance(node.value, dict) else ():
+        yield Problem(child.entry_location, f"{key}.{name} {reason}")
 
 
 def _check_sources(root: YamlNode, method: Any) -> Iterator[Problem]:

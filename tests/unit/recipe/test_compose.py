@@ -214,7 +214,7 @@ def test_set_to_null_gives_the_default_back() -> None:
         ("data.max_length", "--set data.max_length: write key.path=value"),
         ("=5", "--set =5: write key.path=value"),
         ("a..b=5", "--set a..b=5: write key.path=value"),
-        ("seed=[1", "--set seed=[1: not valid YAML"),
+        ("seed=[1", "--set seed=[1: '[' is not closed"),
         ("training={seed: 1, seed: 2}", "--set training={seed: 1, seed: 2}: duplicate key 'seed'"),
         ("sft.yaml:seed=1", "--set sft.yaml:seed=1: sft.yaml: names a step, and r.yaml is run by itself"),
     ],
@@ -375,3 +375,34 @@ def test_a_variable_whose_only_use_is_replaced_is_no_misspelling(tmp_path: Path)
     write(tmp_path / "text.yaml", "fragment: true\nextends: base.yaml\nvariables: {lang: az}\ndata: {name: '${lang}'}\n")
     write(tmp_path / "r.yaml", "extends: text.yaml\n")
     assert compose_recipe(tmp_path / "r.yaml", parse_overrides(["data=null"])).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sets", "message"),
+    [
+        (PRETRAIN.replace("owner/model", "base"), (), "sub/r.yaml:3:23: 'base' is a name on the hub, and there is a folder sub/base here: write ./base for that"),
+        (PRETRAIN.replace("owner/model", "near"), (), "sub/r.yaml:3:23: 'near' is a name on the hub, and there is a folder near here: write ../near for that"),
+        (PRETRAIN.replace("path: text.txt", "path: base"), (), "sub/r.yaml:5:21: 'base' is a name on the hub"),
+        (PRETRAIN, ("model.name_or_path=near",), "--set model.name_or_path=near: 'near' is a name on the hub, and there is a folder near here: write ./near"),
+    ],
+)  # fmt: skip
+def test_a_folder_without_a_leading_dot_is_no_name_on_the_hub(recipe: str, sets: Sequence[str], message: str) -> None:
+    write("sub/r.yaml", recipe)
+    for folder in ("sub/base", "near"):
+        Path(folder).mkdir(parents=True)
+    assert any(line.startswith(message) for line in problems("sub/r.yaml", *sets)), problems("sub/r.yaml", *sets)
+    assert load_recipe(write("sub/r.yaml", PRETRAIN.replace("owner/model", "./base"))).config.model.name_or_path == "./sub/base"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dpo: {beta: 0.1}\n", "dpo.beta is for method: dpo, and method is sft"),
+        ("dpo: {}\n", "dpo is for method: dpo, and method is sft"),
+        ("method: sft\ndpo: {loss_type: sigmoid}\n", "dpo.loss_type is for method: dpo"),
+        ("adapter: none\nlora: {r: 16}\n", "lora.r is the adapter's, and there is none (adapter: none)"),
+    ],
+)
+def test_a_block_that_the_method_ignores_is_refused_with_any_value(text: str, message: str) -> None:
+    write("r.yaml", SFT.replace("output_of: cpt.yaml", "name_or_path: owner/model") + text)
+    assert message in problems("r.yaml")[0]

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from azrecipe.errors import CommandError
 from azrecipe.recipe.diff import diff_with_parent
 from azrecipe.recipe.load import load_recipe
 from azrecipe.recipe.overrides import parse_overrides
 from azrecipe.recipe.pipeline_steps import load_pipeline
-from azrecipe.report import evaluate_section, training_curves
-from azrecipe.report.html import render_sections, render_table
+from azrecipe.report import evaluate_section, page, training_curves
+from azrecipe.report.html import GENERATOR_MARK, render_sections, render_table
 from azrecipe.runs import event_log
 from azrecipe.runs.reader import RunRecord
 from tests.conftest import TOKENIZER, jsonl, write
@@ -111,3 +112,25 @@ def test_differences_name_both_values_and_the_place_through_inheritance_pipeline
     write("pipe.yaml", "stage: pipeline\nproject: p\nsteps: [tok.yaml]\nset: {tok.yaml: {seed: 3}}\n")
     step = load_pipeline("pipe.yaml")[1][0].recipe
     assert diff_with_parent(step)["differences"] == [{"key": "seed", "value": 3, "place": "pipe.yaml:4:24"}]
+
+
+def test_a_file_that_azrecipe_did_not_write_is_not_replaced(tmp_path: Path) -> None:
+    """Neither by `report`, nor at the end of a run; a page of azrecipe's is, also one of an earlier version."""
+    run = tmp_path / "run"
+    write(run / "status.json", json.dumps({"state": "complete", "run_id": "0" * 32}))
+    write(run / "recipe.yaml", "stage: evaluate\nproject: p\n")
+    write(run / "result.json", json.dumps({"stage": "evaluate", "models": {}}))
+    mine = write(tmp_path / "thesis.html", "<html>My thesis</html>")
+    write(run / "report.html", "<html>My report</html>")
+    for output in (mine, None):
+        with pytest.raises(CommandError, match="no page of azrecipe and is not replaced"):
+            page.write_page(run, output)
+        with pytest.raises(CommandError, match="is not replaced"):
+            page.write_comparison([run], mine)
+    assert mine.read_text() == "<html>My thesis</html>"
+    assert (run / "report.html").read_text() == "<html>My report</html>"
+    page.write_page(run, mine, force=True)
+    page.write_page(run, write(tmp_path / "empty.html", ""))
+    earlier = write(tmp_path / "earlier.html", mine.read_text().replace(GENERATOR_MARK, "") + "old")
+    assert "old" not in page.write_page(run, earlier).read_text()[-20:]
+    assert page.write_page(run, mine).read_text() == earlier.read_text()

@@ -133,3 +133,16 @@ def test_a_pipeline_takes_no_folder_of_a_recipe_s_run(tmp_path: Path) -> None:
     write(tmp_path / "status.json", STATUS)
     with pytest.raises(CommandError, match="holds the run of a recipe, not a pipeline"):
         check_pipeline_folder(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("final",), ("models", "checkpoints"), ("final", "models", "checkpoints", "adapter")])
+def test_folders_that_any_program_has_are_no_run_with_local_storage(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZRECIPE_STORAGE", "local")
+    for name in names:
+        write(tmp_path / "p" / "r" / name / "model.bin", "mine")
+    with pytest.raises(CommandError, match="holds no run of azrecipe"):
+        check_run_folder(tmp_path / "p" / "r")
+    write(tmp_path / "p" / "r" / "checkpoints" / "checkpoint-4" / "COMPLETE.json", "{}")
+    check_run_folder(tmp_path / "p" / "r")
