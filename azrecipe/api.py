@@ -15,6 +15,7 @@ from azrecipe.errors import CommandError
 from azrecipe.operations.check import CheckReport, check_recipes
 from azrecipe.operations.isolation import run_isolated, run_isolated_silently
 from azrecipe.operations.plan import PlanReport, plan_recipes
+from azrecipe.operations.python_terms import speak_python
 from azrecipe.operations.run import run_recipe
 from azrecipe.operations.selection import select_recipes
 from azrecipe.recipe.load import Recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Overrides = Mapping[str, Any] | Sequence[str]
 
 
+@speak_python
 def load_recipe(recipe: str | Path, *, overrides: Overrides = (), step: str | None = None, cell: str | None = None) -> Recipe:
     """Load and check a recipe's file, as `azrecipe show` does.
 
@@ -47,6 +49,7 @@ def load_recipe(recipe: str | Path, *, overrides: Overrides = (), step: str | No
     return select_recipes(recipe, overrides=_format_overrides(overrides), step=step, cell=cell).recipe
 
 
+@speak_python
 def check(
     recipe: str | Path,
     *,
@@ -79,6 +82,7 @@ def check(
     )
 
 
+@speak_python
 def plan(
     recipe: str | Path,
     hardware: str | Sequence[str],
@@ -140,6 +144,7 @@ def plan(
     )
 
 
+@speak_python
 def run(
     recipe: str | Path,
     *,
@@ -189,6 +194,7 @@ def run(
     return read_run(report.path)
 
 
+@speak_python
 def submit(recipe: str | Path, config: str | Path, *, overrides: Overrides = (), **arguments: Any) -> TrainingJob | None:
     """Run a recipe as a SageMaker training job.
 
@@ -212,6 +218,7 @@ def submit(recipe: str | Path, config: str | Path, *, overrides: Overrides = (),
     return submission.submit(str(recipe), str(config), set=_format_overrides(overrides), **arguments)
 
 
+@speak_python
 def read_run(path: str | Path) -> RunRecord:
     """Read a run directory, finished or not.
 
@@ -232,5 +239,15 @@ def _format_overrides(overrides: Overrides) -> tuple[str, ...]:
     if isinstance(overrides, str):
         raise CommandError(f'overrides: a list of texts or a mapping, not one text: ["{overrides}"]')
     if isinstance(overrides, Mapping):
-        return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items())
+        return tuple(f"{key}={_format_value(key, value)}" for key, value in overrides.items())
     return tuple(overrides)
+
+
+def _format_value(key: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        message = (
+            f"overrides: {key}: a value is text, a number, True, False, None, a list or a mapping of these, not {type(value).__name__}"
+        )
+        raise CommandError(message) from None

@@ -70,11 +70,12 @@ def check_liger_kernels(recipe: Recipe, model_type: str) -> None:
     """
     available = _list_available_kernels(model_type)
     training = recipe.config.training
+    chosen = asdict(training.liger_kernel_config) if training.liger_kernel_config is not None else {}
     for name, value in (choose_kernels(training) or {}).items():
         if not value or name in available:
             continue
         keys = ("liger_kernel_config", name)
-        if getattr(training.liger_kernel_config, name, None) is None:
+        if chosen.get(name) is None:
             keys = ("fused_linear_cross_entropy",)  # type: ignore[assignment]
         names = ", ".join(kernel for kernel in KERNELS if kernel in available)
         raise recipe.error(f"Liger has no {name} for a {model_type}. It has: {names}", "training", *keys)

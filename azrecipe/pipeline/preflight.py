@@ -19,7 +19,7 @@ from azrecipe.errors import AzrecipeError, CannotRun, CommandError, Problem, Rec
 from azrecipe.evaluation import lm_harness, output_metrics
 from azrecipe.recipe import extras, optimizer_settings
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import Source
+from azrecipe.recipe.types import EvaluateConfig, PretrainConfig, SftConfig, Source, TokenizerConfig
 from azrecipe.recipe.yaml_tree import Key, parse_yaml
 from azrecipe.utils import environment_variables
 from azrecipe.utils.paths import is_local_data
@@ -154,14 +154,16 @@ def _iter_recipe_problems(recipe: Recipe, launch: LaunchConfig) -> Iterator[Azre
         requirements.check_context_parallel(launch.context_parallel_size, recipe)
     except RecipeError as error:
         yield error
-    tokenizer = getattr(recipe.config, "tokenizer", None)
+    config = recipe.config
+    new_embeddings = config.tokenizer.new_embeddings if isinstance(config, PretrainConfig) else ""
+    adapter = config.adapter if isinstance(config, SftConfig) else ""
     for check in (
-        lambda: extras.check_word_vectors(getattr(tokenizer, "new_embeddings", "")),
+        lambda: extras.check_word_vectors(new_embeddings),
         lambda: requirements.check_precision(training.precision, training.use_liger_kernel),
         lambda: requirements.check_compiler(training.torch_compile),
         lambda: check_attention(recipe.config.model.attn_implementation, AttentionUse(recipe.stage, training.precision)),
         lambda: extras.check_trackers(training.report_to),
-        lambda: extras.check_adapter(getattr(recipe.config, "adapter", "")),
+        lambda: extras.check_adapter(adapter),
         lambda: extras.check_optimizers(optimizer_settings.list_optimizers(recipe.config)),
         lambda: _check_sharded_recipe(recipe, launch),
     ):
@@ -203,15 +205,16 @@ def _iter_missing_files(recipe: Recipe) -> Iterator[RecipeError]:
 
 
 def _iter_sources(recipe: Recipe) -> Iterator[tuple[Source, tuple[Key, ...]]]:
-    data = getattr(recipe.config, "data", None)
-    for i, source in enumerate(getattr(data, "datasets", ())):
-        yield source, ("data", "datasets", i)
-    if recipe.stage != "sft":
-        for name, source in getattr(data, "validation", {}).items():
-            yield source, ("data", "validation", name)
-    if recipe.stage == "tokenizer":
-        if data is not None and data.parallel is not None:
-            yield data.parallel, ("data", "parallel")
-        for name, candidate in recipe.config.candidates.items():
+    config = recipe.config
+    if isinstance(config, PretrainConfig | TokenizerConfig | SftConfig):
+        for i, source in enumerate(config.data.datasets):
+            yield source, ("data", "datasets", i)
+    if isinstance(config, PretrainConfig | TokenizerConfig | EvaluateConfig):
+        for name, validation in config.data.validation.items():
+            yield validation, ("data", "validation", name)
+    if isinstance(config, TokenizerConfig):
+        if config.data.parallel is not None:
+            yield config.data.parallel, ("data", "parallel")
+        for name, candidate in config.candidates.items():
             if candidate.protect is not None:
                 yield candidate.protect, ("candidates", name, "protect")

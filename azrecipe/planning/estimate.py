@@ -18,6 +18,7 @@ from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.planning.training_length import TrainingLength, estimate_training_lengths
 from azrecipe.planning.training_loops import PlannedLoop, plan_loops
 from azrecipe.recipe.load import Recipe
+from azrecipe.recipe.types import SftConfig
 
 SECONDS_PER_HOUR = 3600.0
 
@@ -64,7 +65,7 @@ def build_request(recipe: Recipe, lookup: ModelLookup, placement: Placement, wit
     """
     config = recipe.config
     requirements.check_fsdp_limits(config, placement.backend.uses_fsdp, placement.backend.data_parallel_size)
-    check_quantized(getattr(config, "adapter", ""), placement.backend)
+    check_quantized(config.adapter if isinstance(config, SftConfig) else "", placement.backend)
     model = resolve_model_shape(recipe, lookup)
     planned = plan_loops(recipe, model, placement.backend, reshard=placement.reshard)
     lengths = estimate_training_lengths(recipe, lookup.runs_dir, planned)
@@ -122,7 +123,7 @@ def _list_limits(recipe: Recipe, placement: Placement) -> Iterator[str]:
         yield "sequences split over processes are estimated as shorter ones, without the ring's buffers: not verified"
     if placement.strategy.startswith("zero"):
         yield "DeepSpeed's memory and time come from formulas, not from a simulated step: not verified"
-    if getattr(config, "method", "") == "dpo":
+    if isinstance(config, SftConfig) and config.method == "dpo":
         yield "the reference model's weights are counted, its forward pass is not: a third to a half more time"
 
 

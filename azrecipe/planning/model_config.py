@@ -224,7 +224,7 @@ def _plan_tokenizer_size(recipe: Recipe, name: str | None, base_rows: int) -> _V
             sizes[key] = _Vocabulary(candidate.vocab_size, candidate.vocab_size)
         else:
             sizes[key] = _Vocabulary(base_rows, 0)
-    selected = name or getattr(recipe.config, "select", None)
+    selected = name or recipe.config.select
     if selected in sizes:
         return sizes[selected]
     key = max(sizes, key=lambda candidate: sizes[candidate].rows)

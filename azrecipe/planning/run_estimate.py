@@ -29,7 +29,7 @@ from azrecipe.planning.simulation.step_cost import StepCost, parse_step_cost
 from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.planning.training_loops import PlannedLoop
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import Lora
+from azrecipe.recipe.types import Lora, SftConfig
 from azrecipe.runs import event_log
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils import environment_variables
@@ -249,7 +249,7 @@ def _list_changes(recipe: Recipe, model: ModelShape, backend: Backend) -> Iterat
         candidates.append(kernels | checkpointing)
     for settings in candidates:
         yield _Change(_format_options(settings), _set_training(recipe, settings), backend)
-    if backend.strategy == "ddp" and getattr(recipe.config, "adapter", None) != "qlora":
+    if backend.strategy == "ddp" and not (isinstance(recipe.config, SftConfig) and recipe.config.adapter == "qlora"):
         fsdp, options = Backend("fsdp2", backend.world_size, backend.rank), "--accelerate-config fsdp"
         yield _Change(options, recipe, fsdp)
         for settings in candidates[-1:]:

@@ -16,7 +16,7 @@ from azrecipe.data import readers
 from azrecipe.errors import RecipeError
 from azrecipe.planning.training_loops import PlannedLoop
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import Phase, PretrainConfig, SftConfig
+from azrecipe.recipe.types import Phase, PretrainConfig, SftConfig, Source, ValidationSource
 from azrecipe.runs.run_dir import locate_named_run
 from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.paths import is_local_data
@@ -118,16 +118,16 @@ def _read_bytes_per_token(recipe: Recipe, runs_dir: Path) -> tuple[float, tuple[
     return BYTES_PER_TOKEN, (f"{BYTES_PER_TOKEN:g} bytes of text a token are assumed: no tokenizer's run has measured it",)
 
 
-def _estimate_source_bytes(recipe: Recipe, source: Any) -> int | None:
+def _estimate_source_bytes(recipe: Recipe, source: Source) -> int | None:
     """Estimate a source's bytes of text; None where only reading tells."""
+    limit = source.max_bytes if isinstance(source, ValidationSource) else None
     if not is_local_data(source.path):
-        return source.max_bytes if getattr(source, "max_bytes", None) else None
+        return limit or None
     try:
         files = readers.list_files(readers.DataSource(source, recipe.locate("data", "datasets")))
     except RecipeError:
         return None
     size = sum(Path(file.path).stat().st_size * _COMPRESSION.get(Path(file.path).suffix, 1.0) for file in files if Path(file.path).exists())
-    limit = getattr(source, "max_bytes", None)
     return int(min(size, limit) if limit else size)
 
 

@@ -107,6 +107,8 @@ def _describe_block(report: _Report) -> SyntaxProblem:
         )
     if report.token == ":":
         return report.at("no key stands before this colon: write key: value")
+    if not report.get_line(report.line)[: report.column].strip():
+        return report.at("text that belongs to no key: write key: value, or quote the whole text of the value above")
     return report.at(
         "text behind a quoted text or a bracket: quote the whole value; an apostrophe inside '…' is written twice, as in 'it''s'"
     )

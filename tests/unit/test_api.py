@@ -237,3 +237,34 @@ def test_a_submission_needs_settings(project: Project) -> None:
         azrecipe.submit("base.yaml", "no settings.yaml")
     with pytest.raises(CommandError, match="overrides"):
         azrecipe.submit("base.yaml", "sagemaker/cpt.yaml", set=["a=b"])
+
+
+def test_an_argument_of_a_wrong_type_is_named(project: Project) -> None:
+    for call, message in (
+        (lambda: azrecipe.check(5), r"recipe: a path \(str or Path\), not int \(5\)"),
+        (lambda: azrecipe.check("base.yaml", runs_dir=None), "runs_dir: a path"),
+        (lambda: azrecipe.check("base.yaml", step=3), "step: text or None, not int"),
+        (lambda: azrecipe.check("base.yaml", overrides=5), "overrides: a mapping or a list of texts, not int"),
+        (lambda: azrecipe.check("base.yaml", overrides=[5]), "overrides: each element is a text, not int"),
+        (lambda: azrecipe.check("base.yaml", overrides={5: 1}), "overrides: each key is a text, not int"),
+        (lambda: azrecipe.check("base.yaml", overrides={"seed": object()}), "overrides: seed: a value is text"),
+        (lambda: azrecipe.run("base.yaml", num_processes="2"), "num_processes: a whole number or None, not str"),
+        (lambda: azrecipe.run("base.yaml", num_processes=True), "num_processes: a whole number or None, not bool"),
+        (lambda: azrecipe.plan("base.yaml", 8), "hardware: a name or a list of names, not int"),
+        (lambda: azrecipe.plan("base.yaml", "h100-80g", nodes=1.5), "nodes: a whole number, not float"),
+        (lambda: azrecipe.read_run(None), "path: a path"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            call()  # type: ignore[no-untyped-call]
+    with pytest.raises(CommandError, match=r"recipe: a path(.|\n)*cell: text or None"):
+        azrecipe.load_recipe(5, cell=6)  # type: ignore[arg-type]
+
+
+def test_errors_name_arguments_and_no_options(project: Project) -> None:
+    with pytest.raises(CommandError) as caught:
+        azrecipe.load_recipe("base.yaml", step="sft.yaml")
+    assert "step=… names a step of a pipeline" in str(caught.value)
+    with pytest.raises(RecipeError) as wrong:
+        azrecipe.load_recipe("base.yaml", overrides={"sead": 1})
+    assert str(wrong.value).startswith("overrides: sead=1: unknown key 'sead'; did you mean 'seed'?")
+    assert "--" not in f"{caught.value}{wrong.value}"
