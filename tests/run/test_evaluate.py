@@ -204,7 +204,7 @@ def test_models_that_cannot_be_measured_are_refused_all_at_once(own: Project, cl
     write("other/adapter_config.json", Path("runs/small/sft/adapter/adapter_config.json").read_text())
     said = refused(
         cli,
-        "--set", "models.copy.output_of=cpt.yaml",
+        "--set", "models.copy.name_or_path=./runs/small/cpt/final",
         "--set", "models.bare.name_or_path=./bare",
         "--set", "models.gone.name_or_path=./gone",
         "--set", "models.none.name_or_path=./tasks",
@@ -222,6 +222,7 @@ def test_models_that_cannot_be_measured_are_refused_all_at_once(own: Project, cl
         "./twin is not the folder of an adapter: it has no adapter_config.json",
     ):
         assert expected in said
+    assert "'copy' is the same model as 'adapted'" in refused(cli, "--set", "models.copy.output_of=cpt.yaml"), "by its file alone"
 
 
 def test_an_adapter_of_another_base_is_refused(own: Project, llama: Path, cli: Callable[..., Done]) -> None:
@@ -241,7 +242,7 @@ def test_prompts_and_conversations_that_leave_no_room_are_told(own: Project, cli
     assert "base: the prompt has" in said
     assert "with generation.max_new_tokens = 126 that is more than the model's 128 positions" in said
     assert "no held-out conversation leaves room" in refused(cli, "--set", "generation.max_new_tokens=126", "--set", "prompts=[]")
-    assert "only sft holds out conversations" in refused(cli, "--set", "answers.output_of=cpt.yaml")
+    assert "cpt.yaml is a pretrain recipe, which leaves no held-out conversations" in refused(cli, "--set", "answers.output_of=cpt.yaml")
 
 
 def test_tasks_are_looked_for_before_anything_starts(own: Project, cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
