@@ -36,6 +36,10 @@ def add_inference_verbs(verbs: Any) -> None:
     serve.add_argument("model", metavar="RUN", help=MODEL_HELP)
     serve.add_argument("--host", default="localhost", help="address to listen on (default: localhost, this machine only)")
     serve.add_argument("--port", type=build_number_type(int, 1, 65535), default=8000, help="default: 8000")
+    serve.add_argument("--api-key", default="", metavar="KEY", help="what clients must send (default: AZRECIPE_API_KEY, else nothing)")
+    serve.add_argument(
+        "--timeout", type=build_number_type(float, 1, 86_400), default=600.0, metavar="S", help="seconds for one request (default: 600)"
+    )
     serve.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="which server (default: transformers)")
 
     export = verbs.add_parser("export", help="write a model as GGUF, by llama.cpp's converter")
@@ -52,7 +56,9 @@ def add_inference_verbs(verbs: Any) -> None:
     push = verbs.add_parser("push", help="upload a model to the Hugging Face hub, with a model card filled from its run")
     push.add_argument("model", metavar="RUN", help="a finished run, or a folder with a Hugging Face model")
     push.add_argument("repo_id", metavar="REPO_ID", help="name/model on the hub; it is created if it does not exist")
-    push.add_argument("--private", action="store_true", help="create the repository as private")
+    visibility = push.add_mutually_exclusive_group()
+    visibility.add_argument("--public", action="store_true", help="let everyone see the repository (default: private)")
+    visibility.add_argument("--private", action="store_true", help="create the repository as private: the default")
     push.add_argument("--adapter", action="store_true", help="with the LoRA adapter, in adapter/")
     push.add_argument(
         "--license", "--licence", metavar="ID", help="the model's licence, by the hub's name for it (apache-2.0, llama3.2, …)"

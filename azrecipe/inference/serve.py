@@ -1,6 +1,6 @@
 """`azrecipe serve`: serve a model with an OpenAI-compatible API.
 
-The server is `transformers serve` or vLLM.
+The server is `transformers serve` or vLLM, behind a front that checks requests.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from azrecipe.errors import CannotRun, CommandError
 from azrecipe.recipe.extras import get_install_command, list_missing_modules
 from azrecipe.runs import finished_model
 from azrecipe.utils.console import print_progress
+from azrecipe.utils.environment_variables import API_KEY, SERVE_SETTINGS
 from azrecipe.utils.python_command import build_python_command
 
 ENGINE_EXTRAS = {"transformers": "serve", "vllm": "vllm"}  # of recipe.extras
@@ -33,11 +34,21 @@ def run_server(arguments: argparse.Namespace) -> int:
     if model.is_local:  # the engine would fill missing weights with random numbers
         check_weight_files(model.path)
     _check_engine(arguments.engine)
+    if arguments.api_key:
+        os.environ[API_KEY.name] = arguments.api_key  # not on the server's command line, which other users of the machine can read
+    os.environ[SERVE_SETTINGS.name] = json.dumps(
+        {
+            "path": model.path,
+            "engine_name": model.name if arguments.engine == "vllm" else model.path,
+            "names": [model.name, model.path],
+            "timeout": arguments.timeout,
+        }
+    )
     _check_port(arguments.host, arguments.port)
     if model.is_local and not finished_model.has_chat_template(model):
         print_progress(f"{model.path} has no chat template: /v1/completions continues text; /v1/chat/completions is refused")
     print_progress(" ".join(command))
-    print_progress(f"when it listens, try:\n  {build_curl_command(model, arguments.engine, arguments.host, arguments.port)}")
+    print_progress(f"when it listens, try:\n  {build_curl_command(model, arguments.host, arguments.port)}")
     sys.stdout.flush()
     os.execv(command[0], command)
 
@@ -56,36 +67,28 @@ def build_server_command(model: finished_model.FinishedModel, engine: str, host:
     """
     if engine == "vllm":
         return build_python_command("vllm.entrypoints.cli.main", "serve", model.path, "--host", host, "--port", str(port),
-                                    "--served-model-name", get_served_name(model, engine))  # fmt: skip
+                                    "--middleware", "azrecipe.inference.serve_engine.FrontMiddleware", "--served-model-name", model.name)  # fmt: skip
     if "@" in model.path or model.path.endswith(".gguf"):
         raise CommandError(
             f"transformers serve reads what follows an @ as a revision: {model.path} cannot be served from there. Move it, or --engine vllm"
         )
-    return build_python_command("transformers.cli.transformers", "serve", model.path, "--host", host, "--port", str(port))
+    return build_python_command("azrecipe.inference.serve_engine", host, str(port))
 
 
-def get_served_name(model: finished_model.FinishedModel, engine: str) -> str:
-    """Return the model's name in a request.
-
-    transformers serve names a model by its path.
-    """
-    return model.path if engine == "transformers" else model.name
-
-
-def build_curl_command(model: finished_model.FinishedModel, engine: str, host: str, port: int) -> str:
+def build_curl_command(model: finished_model.FinishedModel, host: str, port: int) -> str:
     """Build a curl command that sends the server a prompt.
 
     Args:
         model: The model that is served.
-        engine: transformers or vllm.
         host: The address that the server listens on.
         port: Its port.
     """
     address = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
     chat = not model.is_local or finished_model.has_chat_template(model)
     body = {"messages": [{"role": "user", "content": "Salam!"}]} if chat else {"prompt": "Salam"}
-    data = json.dumps({"model": get_served_name(model, engine), **body, "max_tokens": 64}, ensure_ascii=False).replace("'", r"'\''")
-    return f"curl http://{address}:{port}/v1/{'chat/' if chat else ''}completions -H 'Content-Type: application/json' -d '{data}'"
+    data = json.dumps({"model": model.name, **body, "max_tokens": 64}, ensure_ascii=False).replace("'", r"'\''")
+    key = f' -H "Authorization: Bearer ${API_KEY}"' if API_KEY.is_set else ""
+    return f"curl http://{address}:{port}/v1/{'chat/' if chat else ''}completions{key} -H 'Content-Type: application/json' -d '{data}'"
 
 
 def _check_engine(engine: str) -> None:

@@ -70,8 +70,16 @@ def render_card(lineage: Lineage, evaluations: Sequence[ModelEvaluation], settin
         eval_results=results or None,
         model_name=name if results else None,
     )
-    body = "\n\n".join(part for part in _iter_sections(lineage, evaluations, settings, terms) if part)
+    body = _escape_html("\n\n".join(part for part in _iter_sections(lineage, evaluations, settings, terms) if part))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{body}\n"))
+
+
+def _escape_html(text: str) -> str:
+    """Escape what Markdown would take for HTML; recipes and models may hold it.
+
+    A special token such as <|eot_id|> is none.
+    """
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
 def _iter_sections(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from azrecipe.errors import EXIT_SUCCESS, CannotRun, CommandError
 from azrecipe.publishing import licenses, model_card
@@ -16,6 +17,10 @@ from azrecipe.runs import finished_model
 from azrecipe.runs.lineage import Lineage, find_evaluations, trace_lineage
 from azrecipe.utils.atomic_files import read_json, write_text
 from azrecipe.utils.console import print_line, print_progress
+from azrecipe.utils.secret_scan import WAY_OUT, find_secrets
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 # The files of a model's folder that are uploaded.
 MODEL_FILES = (
@@ -58,6 +63,7 @@ def push_model(arguments: argparse.Namespace) -> int:
         print_progress(f"warning: {warning}")
     print_line(f"card: {card}")
     sizes = {name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()}
+    _check_secrets(card, files)
     for name, size in {**sizes, "bytes in all": sum(sizes.values())}.items():
         print_line(f"{size:>15,}  {name}")
     sys.stdout.flush()
@@ -66,8 +72,22 @@ def push_model(arguments: argparse.Namespace) -> int:
             "dry run: nothing was uploaded. Read the card, change it where you like, and give the same command without --dry-run"
         )
         return EXIT_SUCCESS
-    print_line(_upload(arguments.repo_id, files, arguments.private))
+    print_line(_upload(arguments.repo_id, files, arguments.public))
     return EXIT_SUCCESS
+
+
+def _check_secrets(card: Path, files: RepoFiles) -> None:
+    """Check the card and the configurations. Raises CommandError with all places."""
+    texts = {name: content for name, content in files.items() if name.endswith((".md", "config.json", ".jinja"))}
+    problems = []
+    for name, content in texts.items():
+        text = content.decode("utf-8", "replace") if isinstance(content, bytes) else content.read_text(encoding="utf-8", errors="replace")
+        problems += [
+            f"{card if name == 'README.md' else name}:{secret.line}:{secret.column}: looks like a secret ({secret.kind}): remove it; {WAY_OUT}"
+            for secret in find_secrets(text)
+        ]
+    if problems:
+        raise CommandError("\n".join(problems))
 
 
 def _check_id(repo_id: str) -> None:
@@ -149,10 +169,11 @@ def _iter_warnings(
         yield f"{terms.license} asks for a copy of the agreement with the model (section 1.b.i): put it into {model.path} as LICENSE.txt ({terms.url})"
 
 
-def _upload(repo_id: str, files: RepoFiles, private: bool) -> str:
+def _upload(repo_id: str, files: RepoFiles, public: bool) -> str:
     """Upload all files in one commit; return the repository's address.
 
-    One commit leaves no incomplete model. The repository is created if it does not exist.
+    One commit leaves no incomplete model. The repository is created if it does not exist, as private unless `public`. Raises CommandError for
+    one that is public already where that is not wanted.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.constants import is_offline_mode
@@ -166,10 +187,24 @@ def _upload(repo_id: str, files: RepoFiles, private: bool) -> str:
         disable_progress_bars()
     api = HfApi(library_name="azrecipe")
     with _translate_hub_errors(api.endpoint, repo_id, files["README.md"]):
-        repo = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if not public and _is_public(api, repo_id):
+            raise CommandError(
+                f"{repo_id} is on the hub already, and everyone can see it: add --public to upload there, or choose another REPO_ID"
+            )
+        repo = api.create_repo(repo_id, private=not public, exist_ok=True)
         operations = [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content)) for name, content in files.items()]
         api.create_commit(repo.repo_id, operations, commit_message="Upload with azrecipe")
     return str(repo)
+
+
+def _is_public(api: HfApi, repo_id: str) -> bool:
+    """Whether a repository is there and everyone can see it."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return api.model_info(repo_id).private is False
+    except RepositoryNotFoundError:
+        return False
 
 
 @contextmanager

@@ -102,14 +102,20 @@ STOP_TIMEOUT = EnvironmentVariable(
     "How long a training step may go on after SIGTERM, SIGINT or SIGHUP, in seconds; three times the longest step before, if that is more. Then "
     "the process ends without a checkpoint (docs/training.md)",
 )
+API_KEY = EnvironmentVariable(
+    "AZRECIPE_API_KEY", "", "none", "The key that clients of `azrecipe serve` must send, as `--api-key` (docs/using.md)"
+)
+SERVE_SETTINGS = EnvironmentVariable("AZRECIPE_SERVE", "", "none", "What the server's process is told by `azrecipe serve`, which sets it")
 VARIABLES = (
     ALLOW_CODE,
     ALLOW_SECRETS,
+    API_KEY,
     CACHE,
-    EXIT_CODES,
     ESTIMATE,
     ESTIMATE_SECONDS,
+    EXIT_CODES,
     PAGE,
+    SERVE_SETTINGS,
     STEP_TIMEOUT,
     STOP_TIMEOUT,
     STORAGE,

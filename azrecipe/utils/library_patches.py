@@ -111,6 +111,10 @@ PATCHES = (
         "utils.template_limits", "_generate", "jinja2", "3.1.6", "jinja2/environment.py, Environment._generate",
         "Jinja's hook before a template is compiled: loops and concatenations are counted",
     ),
+    LibraryPatch(
+        "inference.serve_engine", "server.build_server", "transformers", "5.23.0", "transformers/cli/serving/server.py, build_server",
+        "transformers serve checks few of a request's values and has no limits; the front is put around its application",
+    ),
 )  # fmt: skip
 
 

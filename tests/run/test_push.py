@@ -178,6 +178,7 @@ class Hub:
     files: dict[str, bytes] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)  # large files by their hash
     made: list[dict[str, Any]] = field(default_factory=list)
+    visibility: str | None = None  # of the repository, where it is there already
     commits: int = 0
     tokens: set[str] = field(default_factory=set)
 
@@ -191,6 +192,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+    def do_GET(self) -> None:
+        if self.hub.visibility is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            self._answer(200, {"id": "me/small", "private": self.hub.visibility == "private", "siblings": [], "tags": []})
 
     def do_PUT(self) -> None:
         self.hub.stored[self.path.rsplit("/", 1)[-1]] = self._body()
@@ -290,6 +300,30 @@ def test_the_model_arrives_whole_in_one_commit(project: Project, hub: Hub) -> No
     assert TOKEN not in done.text
     for name, content in hub.files.items():
         assert str(project.folder).encode() not in content, name
+
+
+def test_a_repository_is_private_unless_it_shall_be_public(project: Project, hub: Hub) -> None:
+    assert uploaded(project, hub).code == 0 and hub.made[-1]["visibility"] == "private"
+    hub.visibility = "public"
+    done = uploaded(project, hub)
+    assert done.code == 2 and "--public" in done.err and hub.commits == 1
+    assert uploaded(project, hub, "--public").code == 0 and hub.made[-1]["visibility"] == "public"
+    hub.visibility = "private"
+    assert uploaded(project, hub).code == 0 and hub.commits == 3
+
+
+def test_a_card_holds_no_html_and_no_secret(push: Callable[..., Done], project: Project) -> None:
+    recipe = project.path("sft") / "recipe.yaml"
+    hostile = "description: '<script>alert(1)</script><img src=x onerror=alert(1)> <!-- <|eot_id|> a < b'\n"
+    lines = [line for line in recipe.read_text().splitlines(keepends=True) if not line.startswith("description:")]
+    write(recipe, "".join(lines) + hostile)
+    assert push("me/small", "--dry-run").code == 0
+    card = project.path("sft") / "README.md"
+    text = card.read_text()
+    assert "<script" not in text and "<img" not in text and "<!--" not in text and "&lt;script>" in text and "<|eot_id|> a < b" in text
+    write(card, text + "\nhf_" + "a1B2" * 10)
+    done = push("me/small", "--dry-run")
+    assert done.code == 2 and "README.md:" in done.err and "looks like a secret" in done.err and "a1B2" not in done.text
 
 
 def test_a_card_that_the_hub_does_not_take_is_told_in_its_words(project: Project, hub: Hub) -> None:
