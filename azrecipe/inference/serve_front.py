@@ -131,7 +131,7 @@ class CheckedFront:
                 return body
 
     async def _run_engine(self, scope: Message, receive: Receive, answer: _ClientAnswer, data: bytes) -> None:
-        """Run the engine until it has answered, the client has gone, or the time is over."""
+        """Run the engine until answer, disconnect or time-out."""
         parts = [{"type": "http.request", "body": data, "more_body": False}]
         gone = asyncio.Event()
 
