@@ -98,6 +98,7 @@ def test_the_largest_batch_is_the_last_one_that_fits(tiny: Path) -> None:
 def test_what_single_changes_do_is_said_best_first(tiny: Path) -> None:
     masked = ("--set", "model.attn_implementation=sdpa")
     answer = asked(tiny, "r.yaml", "--hardware", "l4", *masked)
+    assert any("--accelerate-config fsdp --num-processes 1 was 1.14 times as fast" in note for note in answer["notes"])
     changes = {line["how"]: line for line in answer["levers"]["changes"]}
     rates = [line["tokens_per_second"]["middle"] for line in answer["levers"]["changes"] if line["tokens_per_second"]]
     assert rates == sorted(rates, reverse=True)

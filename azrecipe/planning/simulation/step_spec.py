@@ -108,7 +108,8 @@ class StepSpec:
         Sharded strategies are simulated as FSDP 2 over `shards` processes, all others as one process. One batch is simulated: its cost
         holds for a first batch and for later ones, whenever gradients are summed.
         """
-        strategy, split = ("fsdp2", shards) if self.uses_fsdp else ("zero2" if self.uses_deepspeed else "single", 1)
+        strategy = "fsdp2" if self.uses_fsdp else "single" if self.strategy in ("single", "ddp") else self.strategy
+        split = shards if self.uses_fsdp else 1
         return replace(self, strategy=strategy, shards=split, accumulates=False, sync_each_batch="auto")
 
     def get_cache_key(self, length: int) -> str:
