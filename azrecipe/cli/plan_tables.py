@@ -58,6 +58,7 @@ def _build_rows(loops: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
         ("sequences × tokens × accumulated", [_format_batch(loop) for loop in loops]),
         *((f"  {name}", [_format_gib(loop["memory"]["parts"][name]) for loop in loops]) for name in parts),
         ("peak of tensors on a card", [_format_gib(loop["memory"]["peak"]) for loop in loops]),
+        ("  while measuring", [_format_gib(loop["memory"]["measuring"]) if loop["memory"]["measuring"] else "–" for loop in loops]),
         ("with context and allowance", [f"{_format_gib(loop['memory']['least'])}–{_format_gib(loop['memory']['most'])}" for loop in loops]),
         ("on this card", [loop["verdict"] for loop in loops]),
         ("largest batch: surely, perhaps", [f"{loop['largest_batch']['surely']}, {loop['largest_batch']['perhaps']}" for loop in loops]),

@@ -10,6 +10,7 @@ from azrecipe.distributed import requirements
 from azrecipe.distributed.requirements import check_quantized
 from azrecipe.planning import memory_budget, step_time
 from azrecipe.planning.alternatives import Alternative, list_alternatives
+from azrecipe.planning.evaluation_memory import compute_evaluation_budget
 from azrecipe.planning.model_config import ModelLookup, ModelShape, resolve_model_shape
 from azrecipe.planning.placement import Placement
 from azrecipe.planning.simulation.cost_cache import CostCache
@@ -19,6 +20,7 @@ from azrecipe.planning.training_length import TrainingLength, estimate_training_
 from azrecipe.planning.training_loops import PlannedLoop, plan_loops
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import SftConfig
+from azrecipe.utils.console import format_bytes
 
 SECONDS_PER_HOUR = 3600.0
 
@@ -94,7 +96,12 @@ def estimate_recipe(request: EstimateRequest, cache: CostCache) -> dict[str, Any
     if alternatives and best.batch and best.batch != loop.batch // loop.pairs:
         changes.append(_estimate_batch(loop, cost, placement, base=base, best=best))
     notes = dict.fromkeys(
-        [*request.model.notes, *(note for length in request.lengths for note in length.notes), *_list_limits(recipe, placement)]
+        [
+            *_list_measuring_notes(estimates, placement),
+            *request.model.notes,
+            *(note for length in request.lengths for note in length.notes),
+            *_list_limits(recipe, placement),
+        ]
     )
     return {
         "recipe": str(recipe.path),
@@ -132,6 +139,17 @@ def _list_limits(recipe: Recipe, placement: Placement) -> Iterator[str]:
         yield "the reference model's weights are counted, its forward pass is not: a third to a half more time"
 
 
+def _list_measuring_notes(estimates: Sequence[dict[str, Any]], placement: Placement) -> Iterator[str]:
+    """Yield a note for each loop whose measurements may not fit."""
+    for loop in estimates:
+        most = loop["memory"]["measuring_most"]
+        if most is not None and most > placement.card_bytes:
+            yield (
+                f"{loop['name']}: measuring on held-out text may need {format_bytes(most)} a card, more than it has: lower "
+                "training.per_device_eval_batch_size, which changes no result"
+            )
+
+
 def _choose_main_loop(estimates: Sequence[dict[str, Any]]) -> int:
     """Choose the loop that alternatives are listed for.
 
@@ -149,6 +167,7 @@ def _choose_main_loop(estimates: Sequence[dict[str, Any]]) -> int:
 def _estimate_loop(loop: PlannedLoop, cost: StepCost, placement: Placement, length: TrainingLength) -> dict[str, Any]:
     budget = memory_budget.compute_memory_budget(cost, loop.step, loop.batch, placement.world_size, placement.replicate_size)
     largest = memory_budget.find_largest_batches(cost, loop.step, placement.card_bytes, placement.world_size, placement.replicate_size)
+    measuring = compute_evaluation_budget(cost, loop, placement.world_size, placement.context_parallel_size)
     time = step_time.estimate_step_time(cost, loop.step, loop.batch, loop.accumulation, placement)
     rate = asdict(time.total.to_rate(loop.count_tokens(placement.backend)))
     hours_by_bound = asdict(time.total.multiply(length.steps / SECONDS_PER_HOUR)) if length.steps else None
@@ -161,6 +180,8 @@ def _estimate_loop(loop: PlannedLoop, cost: StepCost, placement: Placement, leng
         "memory": {
             "parts": {name: round(size) for name, size in budget.parts.items()},
             "peak": round(budget.peak), "least": round(budget.lower_bound), "most": round(budget.upper_bound),
+            "measuring": None if measuring is None else round(measuring.peak),
+            "measuring_most": None if measuring is None else round(measuring.upper_bound),
         },
         "verdict": budget.get_verdict(placement.card_bytes),
         "largest_batch": {"surely": largest.certain // loop.pairs, "perhaps": largest.possible // loop.pairs},

@@ -53,12 +53,17 @@ class ModelParameters(TypedDict):
 
 
 class MemoryEstimate(TypedDict):
-    """Bytes on a card: of tensors, and bounds with all around them."""
+    """Bytes on a card: of tensors, and bounds with all around them.
+
+    measuring, measuring_most: while held-out text is measured; None where that is not planned.
+    """
 
     parts: dict[str, int]
     peak: int
     least: int
     most: int
+    measuring: int | None
+    measuring_most: int | None
 
 
 class BatchLimits(TypedDict):

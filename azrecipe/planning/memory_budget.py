@@ -83,6 +83,11 @@ def compute_memory_budget(cost: StepCost, step: StepSpec, batch: int, world_size
         if step.strategy == "zero2":
             by_kind["gradients"] /= world_size
     parts = {name: sum(by_kind[kind] for kind in kinds) for name, kinds in KINDS_BY_PART.items()}
+    return build_memory_budget(parts, world_size)
+
+
+def build_memory_budget(parts: Mapping[str, float], world_size: int) -> MemoryBudget:
+    """Build a budget from the bytes of tensors by purpose."""
     peak = sum(parts.values())
     collectives = NCCL_BUFFER_BYTES if world_size > 1 else 0.0
     return MemoryBudget(parts, peak, peak + CUDA_CONTEXT_BYTES, peak * (1 + FRAGMENTATION_SHARE) + CUDA_CONTEXT_BYTES + collectives)

@@ -23,6 +23,7 @@ from azrecipe.errors import AzrecipeError, CannotRun, Interrupted, explain_error
 from azrecipe.hardware import Machine
 from azrecipe.modeling import liger_kernels
 from azrecipe.planning import memory_budget, step_time, training_loops
+from azrecipe.planning.evaluation_memory import compute_evaluation_budget
 from azrecipe.planning.model_config import NON_SHAPE_KEYS, ModelShape
 from azrecipe.planning.simulation import cost_cache
 from azrecipe.planning.simulation.step_cost import StepCost, parse_step_cost
@@ -159,6 +160,8 @@ def _plan_loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool 
 def _estimate_loop(loop: PlannedLoop, cost: StepCost, backend: Backend, devices: LocalDevices | None) -> dict[str, Any]:
     budget = memory_budget.compute_memory_budget(cost, loop.step, loop.batch, backend.world_size, backend.replicate_size)
     memory = {"parts": {name: round(value) for name, value in budget.parts.items()}, "peak": round(budget.peak)}
+    if (measuring := compute_evaluation_budget(cost, loop, backend.world_size, backend.context_parallel_size)) is not None:
+        memory["measuring"] = round(measuring.peak)
     rate: dict[str, Any] = {"tokens_per_second": None, "rests_on": None}
     if devices is not None:
         memory |= {"least": round(budget.lower_bound), "most": round(budget.upper_bound)}
@@ -290,6 +293,12 @@ def format_lines(plan: dict[str, Any]) -> list[str]:
         if loop["verdict"] in ("may fit", "does not fit"):
             verdict = "does not fit" if loop["verdict"] == "does not fit" else "may not fit"
             lines.append(f"  warning: {loop['name']} {verdict} on this card. {_format_advice(loop['change'])}")
+        measuring = memory.get("measuring", 0)
+        if plan["card"] and measuring > plan["card"]["bytes"]:
+            lines.append(
+                f"  warning: measuring on held-out text needs {format_bytes(measuring)} of tensors on this card: lower "
+                "training.per_device_eval_batch_size, which changes no result"
+            )
     return lines
 
 

@@ -29,7 +29,7 @@ class PlannedLoop:
     """One training loop of a recipe.
 
     length: tokens of a sequence on a device. batch: sequences on a device at once. accumulation: batches in an optimizer step. pairs:
-    sequences of one row of data (2 for preferences).
+    sequences of one row of data (2 for preferences). eval_batch: sequences on a device while measuring; 0 where that is not planned.
     """
 
     name: str
@@ -39,6 +39,7 @@ class PlannedLoop:
     accumulation: int
     global_batch_size: int
     pairs: int = 1
+    eval_batch: int = 0
 
     def count_tokens(self, backend: Backend) -> int:
         """Count the tokens in an optimizer step of all processes."""
@@ -132,6 +133,7 @@ def plan_config_loops(
                 split.per_device,
                 split.accumulation,
                 training.global_batch_size,
+                eval_batch=training.per_device_eval_batch_size,
             )
             for phase in config.phases
         ]

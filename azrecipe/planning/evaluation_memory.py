@@ -1,0 +1,50 @@
+"""How much card memory a measurement on held-out text needs. No torch.
+
+It is computed from a formula, not simulated: what is at rest between steps, the widest layer's tensors of one forward pass without
+gradients, and a part of the logits.
+"""
+
+from __future__ import annotations
+
+from azrecipe.planning.memory_budget import MemoryBudget, build_memory_budget
+from azrecipe.planning.simulation.step_cost import StepCost
+from azrecipe.planning.training_loops import PlannedLoop
+
+LOGIT_ROWS = 512  # rows of logits in memory at once: evaluation/token_losses.py
+LOGIT_COPIES = 2  # float32 tensors of a part's logits beside the head's output
+HIDDEN_COPIES = 6  # tensors as wide as the hidden state that a layer holds at once: residual, norm, query, key, value, output
+FEED_FORWARD_COPIES = 3  # gate, up, and their product
+
+
+def compute_evaluation_budget(cost: StepCost, loop: PlannedLoop, world_size: int, context_parallel_size: int = 1) -> MemoryBudget | None:
+    """Compute the memory of a measurement between two steps; None without one.
+
+    Args:
+        cost: The simulated step.
+        loop: The loop, with its evaluation batch.
+        world_size: Processes.
+        context_parallel_size: Processes that share a sequence in training; each measures whole ones.
+    """
+    if not loop.eval_batch:
+        return None
+    step, config = loop.step, loop.step.config
+    at_rest = cost.get_peak_memory(1, world_size if step.uses_fsdp else None)
+    width = 4 if step.precision == "float32" else 2
+    uses_autocast = step.precision == "bf16_mixed" and not step.uses_fsdp
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    intermediate = int(config.get("intermediate_size") or 4 * hidden)
+    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
+    tokens = loop.eval_batch * loop.length * context_parallel_size
+    layer = tokens * (HIDDEN_COPIES * hidden * (4 if uses_autocast else width) + FEED_FORWARD_COPIES * intermediate * width)
+    parameters = cost.parameters
+    gathered = parameters.embeddings + 2 * (parameters.total - parameters.embeddings) / layers if step.uses_fsdp else 0
+    parts = {
+        "weights": at_rest["weights"],
+        "optimizer": at_rest["optimizer"],
+        "buffers": at_rest["buffers"],
+        "activations": float(layer),
+        "logits and loss": float(LOGIT_ROWS * cost.head.vocab_size * (width + 4 * LOGIT_COPIES)),
+        "communication": gathered * width,
+        "temporary": parameters.trainable * 2.0 if uses_autocast else 0.0,  # autocast keeps a bfloat16 copy of every weight that trains
+    }
+    return build_memory_budget(parts, world_size)
