@@ -64,8 +64,14 @@ the pipeline's `project`. Its `variables` replace those of the same name that a 
 **Paths.** A relative path is relative to the file that it stands in: one in a pipeline's `set:` to the pipeline, one
 from `--set` to the working folder. A dataset's `path` is local if it begins with `./`, `../`, `/` or `~`, or ends in `.jsonl`,
 `.txt`, `.parquet`, `.jsonl.gz` or `.txt.gz`; a model's or tokenizer's `name_or_path` if it begins with one of the former. Anything
-else is a name on the Hugging Face hub. On the command line `recipes/…` and `accelerate_configs/…` that do not exist in the
-working folder are looked up among the files that ship with azrecipe.
+else is a name on the Hugging Face hub, and is refused where a file or folder of that name is here: write `./name` for that one.
+On the command line `recipes/…` and `accelerate_configs/…` that do not exist in the working folder are looked up among the files
+that ship with azrecipe.
+
+**Before a run.** `azrecipe validate` reads recipes only. Each step of a pipeline is checked by what the steps before it will make:
+a model, a tokenizer, a chat template, positions, held-out conversations. `azrecipe check` also reads the text, and builds models
+without their weights. A step whose upstream recipes have no run is checked too, but not what depends on their tokens and weights:
+lengths in tokens, and rows that are left out.
 
 **Commands.** `azrecipe validate`, `show` and `run` take a recipe; `accelerate launch … -m azrecipe RECIPE` and torchrun run one in
 the processes that they start. Exit codes of `azrecipe`:
