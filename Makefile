@@ -3,7 +3,10 @@
 # make test-long       the longest runs: many kills, every backend, the planner against real steps
 # make test-cluster    a SageMaker job as it is described, on two hosts in network namespaces (root, Linux; minutes)
 # make test-compatibility   what comes out, opened by transformers 4.57 and llama.cpp in an environment of their own (builds llama.cpp)
-# make test-all        all of these but test-compatibility
+# make test-floor      whole runs and the planner with the oldest versions (constraints-floor.txt, torch 2.9.1) in an environment of their own
+#   make test-floor FLOOR_TORCH=2.11.0 FLOOR_PYTHON=python3.12 runs them with another torch or Python
+# make test-sagemaker-image   the same with what a job installs in AWS' Hugging Face image: torch 2.9.0, sagemaker/constraints.txt, Python 3.12
+# make test-all        all of these but those that make environments
 # make setup   only the environment (.venv); all of the above do it first
 # make lock    requirements.lock anew, after a change of constraints.txt or pyproject.toml (needs uv)
 # A machine without a GPU can save the download of CUDA's libraries:
@@ -16,8 +19,15 @@ PYTHON ?= python3
 PIP_ARGS ?=
 READY := .venv/.ready
 LLAMA_CPP_PYTHON := 0.3.36
+FLOOR_TORCH ?= 2.9.1
+FLOOR_PYTHON ?= $(PYTHON)
+FLOOR_PINS ?= constraints-floor.txt
+FLOOR := .venv-floor-$(FLOOR_TORCH)
+FLOOR_TESTS := tests/run/test_pipeline.py tests/run/test_packing.py tests/run/test_plan.py tests/run/test_foreseen.py tests/unit/planning \
+  tests/unit/training tests/unit/modeling/test_attention.py tests/unit/modeling/test_parameter_groups.py \
+  tests/run/test_backends.py tests/run/test_tuning.py tests/run/test_evaluate.py
 
-.PHONY: setup lock demo lint test test-long test-cluster test-compatibility test-all clean
+.PHONY: setup lock demo lint test test-long test-cluster test-compatibility test-floor test-sagemaker-image test-all clean
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -77,6 +87,21 @@ test-cluster: $(READY)
 test-compatibility: $(READY) .venv-compatibility/.ready
 	@echo "==> pytest, other programs open what comes out"
 	@$(PYTEST) tests/test_compatibility.py
+
+$(FLOOR)/.ready: $(FLOOR_PINS) pyproject.toml
+	@echo "==> setting up $(FLOOR)"
+	@rm -rf $(FLOOR) && $(FLOOR_PYTHON) -m venv $(FLOOR)
+	@$(FLOOR)/bin/pip install --quiet $(PIP_ARGS) --constraint $(FLOOR_PINS) torch==$(FLOOR_TORCH) \
+	  --editable '.[evaluation]' pytest pytest-xdist hypothesis tiktoken
+	@touch $@
+
+# What needs an extra that is not installed here, or a newer torch, skips and says so
+test-floor: $(FLOOR)/.ready
+	@echo "==> pytest with torch $(FLOOR_TORCH)"
+	@$(FLOOR)/bin/python -m pytest -q $(IN_TWO) -m "not long and not cluster" $(FLOOR_TESTS)
+
+test-sagemaker-image:
+	@$(MAKE) --no-print-directory test-floor FLOOR=.venv-sagemaker-image FLOOR_TORCH=2.9.0 FLOOR_PYTHON=python3.12 FLOOR_PINS=sagemaker/constraints.txt
 
 test-all:
 	@status=0; for target in test test-long test-cluster; do $(MAKE) --no-print-directory $$target || status=1; done; exit $$status

@@ -141,7 +141,7 @@ def build_bundle(recipe: Recipe, settings: SageMakerSettings) -> Bundle:
     shipped = shipped_files.locate_root() / "sagemaker"
     extra_requirements = "".join(f"{line}\n" for line in list_required_packages(recipe))
     bundle.source_files["requirements.txt"] = (shipped / "requirements.txt").read_bytes() + extra_requirements.encode()
-    bundle.source_files["constraints.txt"] = (shipped / "constraints.txt").read_bytes()
+    bundle.source_files["constraints.txt"] = (shipped / "constraints.txt").read_bytes() + f"{settings.torch_pin}\n".encode()
     job = {
         "recipe": f"job/{recipe.name}.yaml",
         "run": f"{recipe.project}/{recipe.name}",

@@ -6,6 +6,7 @@ saved). It repeats the metrics in the log, and writes the model and the reason o
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from azrecipe.errors import EXIT_CANNOT_RUN, EXIT_SIGTERM, EXIT_SUCCESS, EXIT_WRONG_INPUT, AzrecipeError, CannotRun
@@ -31,6 +33,7 @@ MODEL_DIR = Path(os.environ.get("SM_MODEL_DIR", ML_DIR / "model"))
 FAILURE_FILE = Path(os.environ.get("SM_OUTPUT_FAILURE", ML_DIR / "output" / "failure"))
 RUNS_DIR = Path("/tmp/azrecipe/runs")  # the run directory in it is a link to CHECKPOINT_DIR, which SageMaker copies to S3
 CACHE_DIR = Path("/tmp/azrecipe/cache")
+SOURCE_DIR = Path(__file__).resolve().parents[2]  # what `bundle` wrote
 MAX_FAILURE_LENGTH = 1024  # characters of FailureReason that SageMaker keeps
 
 
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run this machine's part, and return the exit code."""
     try:
         machines, job = cluster.read_cluster(), _read_job_file()
+        _check_torch(SOURCE_DIR / "constraints.txt")
         _link_run_dirs(job)
         with tempfile.TemporaryDirectory() as folder:
             code = _run_processes(machines, job, list(arguments), Path(folder))
@@ -70,8 +74,24 @@ def main(arguments: Sequence[str]) -> int:
     )
 
 
+def _check_torch(constraints: Path) -> None:
+    """Check that torch is still the image's, whose CUDA fits the machine.
+
+    Raises CannotRun where a requirement replaced it, or the image has another one than the settings say.
+    """
+    if not constraints.is_file():
+        return
+    pins = [line.split("==")[1] for line in constraints.read_text(encoding="utf-8").splitlines() if line.startswith("torch==")]
+    installed = metadata.version("torch").partition("+")[0]
+    if any(not fnmatch.fnmatchcase(installed, pin) for pin in pins):
+        raise CannotRun(
+            f"this container has torch {installed}, and the job was made for {', '.join(pins)} (pytorch_version in the settings): either the image "
+            "is another one, or a requirement replaced its torch. Nothing was trained"
+        )
+
+
 def _read_job_file() -> JobFile:
-    file = Path(__file__).resolve().parents[2] / "job.json"
+    file = SOURCE_DIR / "job.json"
     content = read_json(file)
     if content is None:
         raise CannotRun(f"there is no {file}: `azrecipe sagemaker submit` or `pack` creates the source folder")

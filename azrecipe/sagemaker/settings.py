@@ -23,6 +23,10 @@ MAX_RUNTIME_SECONDS = 2_419_200  # 28 days, SageMaker's quota for a training job
 SECRET_NAME_PATTERN = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
+# torch of AWS' images, exactly, by pytorch_version; in an image that is not listed any patch release of that version is taken.
+IMAGE_TORCH: Mapping[str, str] = {"2.9": "2.9.0", "2.13": "2.13.0"}
+
+
 @dataclass(frozen=True)
 class SageMakerSettings:
     """A settings file. schema/sagemaker.json describes each key."""
@@ -54,6 +58,12 @@ class SageMakerSettings:
     price_per_hour: float | None
     steps: Mapping[str, Mapping[str, Any]]
     changes: Mapping[str, Any] = field(default_factory=dict)  # from the command line, which wins over `steps` too
+
+    @property
+    def torch_pin(self) -> str:
+        """The torch that the image has, for pip's constraints."""
+        exact = IMAGE_TORCH.get(self.pytorch_version) if self.training_image is None else None
+        return f"torch=={exact or f'{self.pytorch_version}.*'}"
 
     @property
     def max_wait_in_seconds(self) -> int:

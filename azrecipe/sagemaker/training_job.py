@@ -181,23 +181,32 @@ def _open_session(settings: SageMakerSettings, account: Account) -> Any:
 
 
 def _find_image(settings: SageMakerSettings, region: str) -> str:
+    """Return the container's URI.
+
+    For torch 2.9 it is AWS' Hugging Face image; that is for GPUs only, and the PyTorch image of the same version is for CPUs.
+    """
     if settings.training_image is not None:
         return settings.training_image
     from sagemaker.core import image_uris
 
+    arguments: dict[str, Any] = {"region": region, "instance_type": settings.instance_type, "image_scope": "training"}
+    if settings.pytorch_version == "2.9":
+        huggingface = {"framework": "huggingface", "version": "5.3.0", "base_framework_version": "pytorch2.9.0"}
+        arguments |= {"py_version": "py312"} | (huggingface if _has_gpu(settings) else {"framework": "pytorch", "version": "2.9"})
+    else:
+        arguments |= {"framework": "pytorch-amzn2023", "version": settings.pytorch_version}
     try:
-        uri: str = image_uris.retrieve(
-            "pytorch-amzn2023",
-            region=region,
-            version=settings.pytorch_version,
-            instance_type=settings.instance_type,
-            image_scope="training",
-        )
+        uri: str = image_uris.retrieve(**arguments)
     except ValueError as error:
         raise CommandError(
             f"pytorch_version {settings.pytorch_version}: {' '.join(str(error).split())}. Or name a training_image"
         ) from None
     return uri
+
+
+def _has_gpu(settings: SageMakerSettings) -> bool:
+    """Return whether a machine has a GPU: its family's name begins with g or p."""
+    return settings.instance_type.removeprefix("ml.").startswith(("g", "p"))
 
 
 def _build_configs(spec: JobSpec) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def submit(folder: Path, prefix: str, hosts: int = 2, *sets: str) -> TrainingJob:
-    settings = f"role: {aws.ROLE}\nbucket: azrecipe-{{account}}-{{region}}\nprefix: {prefix}\ninstance_type: ml.m5.xlarge\ninstance_count: {hosts}\nupload_data: true\n"
+    settings = f"role: {aws.ROLE}\nbucket: azrecipe-{{account}}-{{region}}\nprefix: {prefix}\ninstance_type: ml.m5.xlarge\npytorch_version: '{metadata.version('torch').rpartition('.')[0]}'\ninstance_count: {hosts}\nupload_data: true\n"
     job = sagemaker.submit(
         str(RECIPE), str(write(folder / "settings.yaml", settings)), yes=True, check=False, plan=False, set=[*SHORT, *sets]
     )

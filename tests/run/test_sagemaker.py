@@ -93,7 +93,10 @@ def test_the_job_is_the_one_that_was_asked_for(here: Path) -> None:
     assert {tag["Key"]: tag["Value"] for tag in asked["Tags"]} == {"team": "baku", "azrecipe:run": "p/recipe"}
     assert asked["Environment"]["NCCL_DEBUG"] == "INFO"
     image = said["AlgorithmSpecification"]["TrainingImage"]
-    assert image == "763104351884.dkr.ecr.us-east-1.amazonaws.com/pytorch:2.13-cu133-amzn2023-sagemaker"
+    assert (
+        image
+        == "763104351884.dkr.ecr.us-east-1.amazonaws.com/huggingface-pytorch-training:2.9.0-transformers5.3.0-gpu-py312-cu130-ubuntu22.04"
+    )
     assert not asked["HyperParameters"]  # SageMaker's driver would put them into a shell
     channels = {each["ChannelName"]: each["DataSource"]["S3DataSource"]["S3Uri"] for each in said["InputDataConfig"]}
     assert set(channels) == {"data0", "data1", "code", "sm_drivers"}
@@ -480,7 +483,51 @@ def test_the_containers_requirements_are_the_projects() -> None:
     lines = [line for line in (ROOT / "sagemaker/requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert set(lines) == wanted
     pins = [line for line in (ROOT / "sagemaker/constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert "torch==2.13.0" in pins and set(pins) <= set((ROOT / "constraints.txt").read_text().splitlines())
+    assert pins and set(pins) <= set((ROOT / "constraints.txt").read_text().splitlines())
+    assert not [pin for pin in pins if pin.startswith("torch==")]  # submit adds the image's
+
+
+@pytest.mark.parametrize(
+    ("changes", "image", "pin"),
+    [
+        ({}, "huggingface-pytorch-training:2.9.0-transformers5.3.0-gpu-py312-cu130-ubuntu22.04", "torch==2.9.0"),
+        ({"instance_type": "ml.m7i.8xlarge"}, "pytorch-training:2.9-cpu-py312", "torch==2.9.0"),
+        ({"pytorch_version": "2.13"}, "pytorch:2.13-cu133-amzn2023-sagemaker", "torch==2.13.0"),
+        ({"training_image": "1.dkr.ecr/mine:1", "pytorch_version": "2.10"}, "1.dkr.ecr/mine:1", "torch==2.10.*"),
+    ],
+)
+def test_each_image_has_its_torch(here: Path, changes: dict[str, str], image: str, pin: str) -> None:
+    from azrecipe.sagemaker import training_job
+
+    settings = replace(load_settings(here / "settings.yaml"), **changes)
+    assert training_job._find_image(settings, "us-east-1").rpartition("amazonaws.com/")[2] == image
+    assert settings.torch_pin == pin
+
+
+def test_the_role_of_the_documentation_writes_no_code_and_no_data() -> None:
+    text = (ROOT / "docs/sagemaker.md").read_text(encoding="utf-8")
+    policy = json.loads(text.partition("training-policy.json <<END\n")[2].partition("\nEND\n")[0])
+    bucket = "arn:aws:s3:::azrecipe-$ACCOUNT-$AWS_REGION"
+    for statement in policy["Statement"]:
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        resources = statement["Resource"] if isinstance(statement["Resource"], list) else [statement["Resource"]]
+        if any(action.startswith(("s3:Put", "s3:Delete")) for action in actions):
+            assert set(resources) == {f"{bucket}/azrecipe/{name}/*" for name in ("runs", "output", "tensorboard")}
+        if "s3:ListBucket" in actions:
+            assert statement["Condition"] == {"StringLike": {"s3:prefix": ["azrecipe", "azrecipe/*"]}}
+
+
+def test_a_container_with_another_torch_trains_nothing(tmp_path: Path) -> None:
+    from importlib import metadata
+
+    from azrecipe.errors import CannotRun
+    from azrecipe.sagemaker import container
+
+    version = metadata.version("torch").partition("+")[0]
+    for pin in (version, f"{version.rpartition('.')[0]}.*"):
+        container._check_torch(write(tmp_path / "constraints.txt", f"trl==1\ntorch=={pin}\n"))
+    with pytest.raises(CannotRun, match=rf"torch {version}, and the job was made for 2\.0\.1"):
+        container._check_torch(write(tmp_path / "constraints.txt", "torch==2.0.1\n"))
 
 
 def test_outside_a_container_the_entry_point_says_so_in_a_line(

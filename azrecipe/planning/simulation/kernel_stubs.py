@@ -7,6 +7,8 @@ rotary embedding needs no stub: it works in place and keeps the same memory. bit
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import types
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -383,3 +385,12 @@ def quantize_model(model: PreTrainedModel) -> None:
             size = -(-module.weight.numel() // 2) + blocks + 4 * -(-blocks // 256)
             module.weight = torch.nn.Parameter(module.weight.new_empty((size, 1), dtype=torch.uint8), requires_grad=False)
             module.__class__ = _Linear4Bit
+
+
+def register_collectives() -> None:
+    """Let collectives of a fake process group take fake tensors.
+
+    torch 2.11 and newer do so by themselves; in older ones a module does it when it is imported.
+    """
+    if importlib.util.find_spec("torch.distributed._meta_registrations") is None:
+        importlib.import_module("torch.distributed._tools.fake_collectives")

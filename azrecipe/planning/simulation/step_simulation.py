@@ -370,16 +370,14 @@ def _track_position(model: nn.Module, tracker: MemoryTracker) -> list[Any]:
 
 @contextlib.contextmanager
 def _open_mesh(shards: int) -> Iterator[Any]:
-    """Open a mesh over a fake process group.
-
-    The group is PyTorch's for tests and sends nothing. It is destroyed afterwards: libraries ask whether there is one.
-    """
+    """Open a mesh over PyTorch's fake process group, destroyed afterwards."""
     if shards == 1:
         yield None
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    kernel_stubs.register_collectives()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards)
     try:
         yield init_device_mesh("cpu", (shards,))

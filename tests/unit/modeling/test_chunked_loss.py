@@ -19,6 +19,8 @@ from azrecipe.modeling import chunked_loss
 from tests.conftest import ROOT, TALES
 from tests.small import Project, called
 
+pytestmark = pytest.mark.skipif(not chunked_loss.is_available(), reason="this torch has no linear_cross_entropy")
+
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

@@ -171,7 +171,7 @@ def test_machines_without_shared_storage_agree_on_a_checkpoint(tmp_path: Path) -
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), "checkpoints", tmp_path]
     done = called([str(word) for word in command], ROOT)
     assert done.code == 0, done.err
-    for rank, answers in enumerate(json.loads(done.out)):
+    for rank, answers in enumerate(json.loads(done.out.splitlines()[-1])):
         folder = tmp_path / f"machine{rank}"
         assert answers["same"] == str(folder / "checkpoint-4")
         assert answers["one is behind"] == str(folder / "checkpoint-2")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from azrecipe.modeling import chunked_loss
 from azrecipe.planning.simulation import gradient_accumulation, kernel_stubs, loss_tiles, step_simulation
 from azrecipe.planning.simulation.memory_tracker import MemoryTracker
 from azrecipe.planning.simulation.step_cost import StepCost
@@ -136,6 +137,7 @@ def test_memory_lies_between_none_and_all_layers_checkpointed() -> None:
 SIZES = [(tokens, vocabulary, width) for tokens in (7, 4096, 20_480) for vocabulary, width in ((1000, 64), (128_256, 2048), (500, 768))]
 
 
+@pytest.mark.skipif(not chunked_loss.is_available(), reason="this torch has no linear_cross_entropy")
 @pytest.mark.parametrize(("tokens", "vocabulary", "width"), SIZES)
 def test_tiles_have_the_rows_that_pytorch_chooses(tokens: int, vocabulary: int, width: int) -> None:
     options = torch.nn.LinearCrossEntropyOptions()
@@ -166,6 +168,7 @@ def test_tiles_have_the_rows_and_columns_that_trl_chooses() -> None:
     assert constants("trl.trainer.utils")["_CHUNKED_LOGPROB_CHUNK_SIZE"] == loss_tiles.TRL_COLUMNS
 
 
+@pytest.mark.skipif(not chunked_loss.is_available(), reason="this torch has no linear_cross_entropy")
 @pytest.mark.parametrize(("tokens", "vocabulary", "width"), SIZES)
 def test_tiles_have_the_rows_that_liger_chooses(tokens: int, vocabulary: int, width: int) -> None:
     triton = pytest.importorskip("triton")
