@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import EXIT_SUCCESS
+from azrecipe.errors import EXIT_SUCCESS, CommandError
 from azrecipe.utils.console import print_line
 
 SETTING_OPTIONS = (  # options that override a key of the settings
@@ -18,7 +18,7 @@ SETTING_OPTIONS = (  # options that override a key of the settings
 
 def add_sagemaker_verbs(verbs: Any) -> None:
     """Add submit, pack, status, logs, stop and fetch to argparse's subparsers."""
-    parser = verbs.add_parser("sagemaker", help="a recipe as a SageMaker training job: submit, status, logs, stop, fetch, pack")
+    parser = verbs.add_parser("sagemaker", help="a recipe as a SageMaker training job: submit, status, logs, stop, fetch, pack; deploy")
     inner = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     submit = inner.add_parser("submit", help="validate, check, plan, ask, upload what is lacking, and start the job")
     _add_recipe_arguments(submit)
@@ -45,7 +45,21 @@ def add_sagemaker_verbs(verbs: Any) -> None:
     fetch.add_argument("job", help="its name")
     fetch.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run directories go (default: runs)")
     fetch.add_argument("--checkpoints", action="store_true", help="with its checkpoints")
-    for verb in (status, logs, stop, fetch):
+    deploy = inner.add_parser("deploy", help="serve a finished model from an endpoint (experimental: tested without AWS)")
+    deploy.add_argument("run", help="a finished run, or a folder with a model")
+    deploy.add_argument(
+        "--config", default="sagemaker/sft.yaml", metavar="FILE", help="settings, for role, bucket and region (default: sagemaker/sft.yaml)"
+    )
+    deploy.add_argument("--instance-type", default="ml.g5.2xlarge", metavar="TYPE", help="the machine (default: ml.g5.2xlarge)")
+    deploy.add_argument("--instance-count", type=int, default=1, metavar="N", help="how many of them (default: 1)")
+    deploy.add_argument("--name", help="the endpoint's name (default: from the run's and the time)")
+    deploy.add_argument("--image", metavar="URI", help="another container than AWS' LMI (DJL Serving with vLLM)")
+    deploy.add_argument("--dry-run", action="store_true", help="print the requests, the files and the price; send nothing")
+    deploy.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+    deploy.add_argument("--yes", action="store_true", help="do not ask before money is spent")
+    delete = inner.add_parser("delete-endpoint", help="delete an endpoint, which stops its cost; the model's files stay in S3")
+    delete.add_argument("endpoint", help="its name")
+    for verb in (status, logs, stop, fetch, deploy, delete):
         verb.add_argument("--region", help="the AWS region, where it is not your profile's")
 
 
@@ -68,7 +82,9 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def run_sagemaker_verb(arguments: argparse.Namespace) -> int:
     """Run one of the verbs; return the exit code."""
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
-        "submit": _submit, "pack": _pack, "status": _status, "logs": _logs, "stop": _stop, "fetch": _fetch,
+        "submit": _submit, "pack": _pack, "status": _status, "logs": _logs,
+        "stop": _stop, "fetch": _fetch, "deploy": _deploy,
+        "delete-endpoint": _delete_endpoint,
     }  # fmt: skip
     return actions[arguments.action](arguments)
 
@@ -157,4 +173,40 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
     folder = jobs.fetch_run(arguments.job, arguments.runs_dir, arguments.checkpoints, arguments.region)
     print_line(f"{folder}\nazrecipe report {folder}")
+    return EXIT_SUCCESS
+
+
+def _deploy(arguments: argparse.Namespace) -> int:
+    from azrecipe.sagemaker import deployment, submission
+
+    names = ("instance_type", "instance_count", "name", "image", "region")
+    options = deployment.DeployOptions(**{name: getattr(arguments, name) for name in names})
+    if not arguments.dry_run:
+        ask = (lambda _: True) if arguments.yes else submission.ask_on_terminal
+        print_line(deployment.deploy(arguments.run, arguments.config, options, ask).name)
+        return EXIT_SUCCESS
+    plan = deployment.build_deployment(arguments.run, arguments.config, options)
+    files = {key: {"from": str(file), "bytes": file.stat().st_size} for key, file in plan.uploads.items()}
+    if arguments.json:
+        print_line(json.dumps({"endpoint": plan.name, "requests": plan.requests, "uploads": files, "cost": plan.cost}, indent=2))
+        return EXIT_SUCCESS
+    for action, request in plan.requests.items():
+        print_line(f"{action}\n{json.dumps(request, indent=2)}")
+    print_line("what would be uploaded")
+    for key, file in files.items():
+        print_line(f"  {file['bytes'] / 1e3:9,.1f} kB  {key} (from {file['from']})")
+    print_line(f"{plan.cost}\nto delete it again: {plan.delete_command}")
+    if not plan.authenticated:
+        print_line("no AWS credentials: 000000000000 replaces the account, and role and bucket were not checked")
+    print_line("Nothing was sent.")
+    return EXIT_SUCCESS
+
+
+def _delete_endpoint(arguments: argparse.Namespace) -> int:
+    from azrecipe.sagemaker import deployment
+
+    deleted = deployment.delete_endpoint(arguments.endpoint, arguments.region)
+    if not deleted:
+        raise CommandError(f"there is no endpoint {arguments.endpoint}, and no configuration and no model of that name")
+    print_line(f"{arguments.endpoint}: deleted: {', '.join(deleted)}")
     return EXIT_SUCCESS

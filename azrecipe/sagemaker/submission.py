@@ -106,7 +106,7 @@ def submit(recipe: str, config: str, **arguments: Any) -> TrainingJob | None:
     if not todo:
         return None
     new = [submission for submission in todo if submission.running_job is None]
-    if new and not options.yes and not (options.ask or _ask)(format_question(new)):
+    if new and not options.yes and not (options.ask or ask_on_terminal)(format_question(new)):
         raise Interrupted("nothing was submitted", 130)
     job = None
     for number, submission in enumerate(todo, 1):
@@ -364,7 +364,8 @@ def _start_job(submission: Submission, account: Account) -> TrainingJob:
     return TrainingJob(name, account, request)
 
 
-def _ask(question: str) -> bool:
+def ask_on_terminal(question: str) -> bool:
+    """Ask a question that y answers; raise CommandError without a terminal."""
     if not sys.stdin.isatty():
         raise CommandError(f"{question} There is no terminal to answer on: --yes")
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

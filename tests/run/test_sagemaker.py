@@ -517,6 +517,75 @@ def test_the_role_of_the_documentation_writes_no_code_and_no_data() -> None:
             assert statement["Condition"] == {"StringLike": {"s3:prefix": ["azrecipe", "azrecipe/*"]}}
 
 
+def test_a_model_is_deployed_and_deleted(here: Path, llama: Path, cli: Callable[..., Done]) -> None:
+    arguments = ("sagemaker", "deploy", llama, "--config", "settings.yaml", "--name", "azrecipe-llama", "--instance-type")
+    said = json.loads(cli(*arguments, "ml.g5.2xlarge", "--dry-run", "--json").out)
+    assert not aws.keys("azrecipe/models/") and "USD an hour" in said["cost"]
+    model, configuration, endpoint = said["requests"].values()
+    assert model["PrimaryContainer"]["Image"].endswith("amazonaws.com/djl-inference:0.38.0-lmi29.0.0-cu130")
+    machine = "ml.g4dn.2xlarge"  # moto knows no newer GPU
+    done = cli(*arguments, machine)
+    assert done.code == 2 and "There is no terminal" in done.err and not aws.keys("azrecipe/models/")
+    done = cli(*arguments, machine, "--yes")
+    assert (done.code, done.out) == (0, "azrecipe-llama\n"), done.text
+    assert "azrecipe sagemaker delete-endpoint azrecipe-llama --region us-east-1" in done.err
+    root = model["PrimaryContainer"]["ModelDataSource"]["S3DataSource"]["S3Uri"].removeprefix(f"s3://{aws.BUCKET}/")
+    served = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert aws.keys(root) == {f"{root}{name}": (llama / name).stat().st_size for name in served}
+    client = boto3.client("sagemaker")
+    made = client.describe_endpoint(EndpointName="azrecipe-llama")
+    assert made["EndpointConfigName"] == configuration["EndpointConfigName"] == endpoint["EndpointConfigName"]
+    (variant,) = client.describe_endpoint_config(EndpointConfigName="azrecipe-llama")["ProductionVariants"]
+    assert (variant["ModelName"], variant["InstanceType"]) == ("azrecipe-llama", machine)
+    assert client.describe_model(ModelName="azrecipe-llama")["ExecutionRoleArn"] == f"arn:aws:iam::{aws.ACCOUNT}:role/{aws.ROLE}"
+    done = cli("sagemaker", "delete-endpoint", "azrecipe-llama")
+    assert done.out == "azrecipe-llama: deleted: endpoint, endpoint configuration, model\n", done.text
+    assert not client.list_endpoints()["Endpoints"] and not client.list_models()["Models"]
+    done = cli("sagemaker", "delete-endpoint", "azrecipe-llama")
+    assert done.code == 2 and "there is no endpoint azrecipe-llama" in done.err
+
+
+def test_a_deployment_that_fails_half_way_leaves_nothing(here: Path, account: str, llama: Path, cli: Callable[..., Done]) -> None:
+    arguments = (
+        "sagemaker",
+        "deploy",
+        llama,
+        "--config",
+        "settings.yaml",
+        "--name",
+        "azrecipe-no-quota",
+        "--instance-type",
+        "ml.g4dn.2xlarge",
+        "--yes",
+    )
+    with aws.refusing(account, "CreateEndpoint", "ResourceLimitExceeded", "The account-level service limit is 0 Instances"):
+        done = cli(*arguments)
+    assert done.code == 3 and "Traceback" not in done.err
+    assert (
+        not boto3.client("sagemaker").list_models()["Models"] and not boto3.client("sagemaker").list_endpoint_configs()["EndpointConfigs"]
+    )
+
+
+def test_what_cannot_be_deployed_is_told_at_once(here: Path, llama: Path, cli: Callable[..., Done]) -> None:
+    done = cli(
+        "sagemaker",
+        "deploy",
+        llama,
+        "--config",
+        "settings.yaml",
+        "--dry-run",
+        "--name",
+        "a b",
+        "--instance-type",
+        "g5",
+        "--instance-count",
+        "0",
+    )
+    assert done.code == 2 and all(option in done.err for option in ("--name: a b", "--instance-type: g5", "--instance-count: 0"))
+    done = cli("sagemaker", "deploy", "nobody/nothing", "--config", "settings.yaml", "--dry-run")
+    assert done.code == 2 and "only what is on this machine" in done.err
+
+
 def test_a_container_with_another_torch_trains_nothing(tmp_path: Path) -> None:
     from importlib import metadata
 
