@@ -92,7 +92,7 @@ $(FLOOR)/.ready: $(FLOOR_PINS) pyproject.toml
 	@echo "==> setting up $(FLOOR)"
 	@rm -rf $(FLOOR) && $(FLOOR_PYTHON) -m venv $(FLOOR)
 	@$(FLOOR)/bin/pip install --quiet $(PIP_ARGS) --constraint $(FLOOR_PINS) torch==$(FLOOR_TORCH) \
-	  --editable '.[evaluation]' pytest pytest-xdist hypothesis tiktoken
+	  --editable '.[evaluation,harness]' pytest pytest-xdist hypothesis tiktoken
 	@touch $@
 
 # What needs an extra that is not installed here, or a newer torch, skips and says so

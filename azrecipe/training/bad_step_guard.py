@@ -175,6 +175,8 @@ class BadStepGuardMixin(Trainer):  # type: ignore[misc]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if hasattr(norm, "full_tensor"):  # under FSDP 2, where torch 2.9's item() gives the norm of this process' part alone
+            norm = norm.full_tensor()
         if self.guard is not None:
-            self.guard.device_grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            self.guard.device_grad_norm = norm
         return norm
