@@ -186,7 +186,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
         print_line(deployment.deploy(arguments.run, arguments.config, options, ask).name)
         return EXIT_SUCCESS
     plan = deployment.build_deployment(arguments.run, arguments.config, options)
-    files = {key: {"from": str(file), "bytes": file.stat().st_size} for key, file in plan.uploads.items()}
+    files: dict[str, dict[str, Any]] = {key: {"from": str(file), "bytes": file.stat().st_size} for key, file in plan.uploads.items()}
     if arguments.json:
         print_line(json.dumps({"endpoint": plan.name, "requests": plan.requests, "uploads": files, "cost": plan.cost}, indent=2))
         return EXIT_SUCCESS

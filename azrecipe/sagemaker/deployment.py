@@ -147,7 +147,7 @@ def delete_endpoint(name: str, region: str | None = None, account: Account | Non
 
     account = account or accounts.open_account(region)
     client: Any = account.session.client("sagemaker", region_name=account.region)
-    deletions = {
+    deletions: dict[str, Callable[[], Any]] = {
         "endpoint": lambda: client.delete_endpoint(EndpointName=name),
         "endpoint configuration": lambda: client.delete_endpoint_config(EndpointConfigName=name),
         "model": lambda: client.delete_model(ModelName=name),

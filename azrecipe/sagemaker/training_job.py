@@ -205,7 +205,7 @@ def _find_image(settings: SageMakerSettings, region: str) -> str:
 
 
 def _has_gpu(settings: SageMakerSettings) -> bool:
-    """Return whether a machine has a GPU: its family's name begins with g or p."""
+    """Return whether a machine has a GPU, by its family: g or p."""
     return settings.instance_type.removeprefix("ml.").startswith(("g", "p"))
 
 
