@@ -48,7 +48,7 @@ def precisions(recipe: Path, toy: bool) -> dict[str, Any]:
 
     sets = {"training.precision": "float32", "training.use_liger_kernel": False, "model.attn_implementation": "sdpa"}
     job, model = open_job(recipe, sets, "precisions")
-    data, size = job.schedule.dataset(0), 2
+    data, size = job.schedule.build_dataset(0), 2
     rows = [data[index] for index in range(4 if toy else 56)]
     model.config.use_cache = False
     exact: list[Any] = []
