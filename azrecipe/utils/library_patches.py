@@ -82,8 +82,16 @@ PATCHES = (
         "A skipped step's loss is taken out of the sum of losses that is logged",
     ),
     LibraryPatch(
+        "training.finetuning", "_move_model_to_device", "transformers", "5.23.0", "transformers/trainer.py, Trainer._move_model_to_device",
+        "TRL adds the adapter in its trainer's constructor; what is frozen is rounded after that and before it fills a GPU",
+    ),
+    LibraryPatch(
         "training.finetuning", "_prepare_dataset", "trl", "1.16.0", "trl/trainer/dpo_trainer.py, DPOTrainer._prepare_dataset",
         "The rows are tokenised already, by azrecipe's own checks",
+    ),
+    LibraryPatch(
+        "training.trainer", "_build_accelerator_args", "transformers", "5.23.0", "transformers/trainer.py, Trainer._build_accelerator_args",
+        "DDP's gradients lie in its buckets (gradient_as_bucket_view); there is no argument for it",
     ),
     LibraryPatch(
         "utils.template_limits", "chat_template_utils._compile_jinja_template", "transformers", "5.23.0",
