@@ -30,7 +30,10 @@ POISON = "Ж"
 
 @pytest.fixture
 def poisoned(small: Project, finished: Project) -> Project:
-    """A model whose embedding of a byte of Ж is no number, and a text in which one document has that letter."""
+    """A model without numbers for a byte of Ж, and a text in which one document has that letter.
+
+    Its embedding is zero, and the model divides by its norm. Weights that are no numbers would be refused before training.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = finished.path("base") / "final"
@@ -39,7 +42,8 @@ def poisoned(small: Project, finished: Project) -> Project:
     model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     with torch.no_grad():
         for token in tokenizer.encode(POISON, add_special_tokens=False):
-            model.get_input_embeddings().weight[token] = math.nan
+            model.get_input_embeddings().weight[token] = 0.0
+    model.config.rms_norm_eps = 0.0
     model.config.tie_word_embeddings = False
     model.save_pretrained(small.folder / "broken")
     tokenizer.save_pretrained(small.folder / "broken")
