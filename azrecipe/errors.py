@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# gloo's and NCCL's texts for a collective operation that took longer than its group's timeout
+_TIMEOUT_MESSAGES = ("Timed out waiting", "Application timeout caused pair closure", "Watchdog caught collective operation timeout")
 PEER_ENDED = "another process of this run ended"
 _PEER_MESSAGES = ("Connection closed by peer", "Connection reset by peer", "remote process exited or there was a network error")
 _DISK_FULL = {
@@ -117,6 +119,10 @@ class CommandError(AzrecipeError):
     exit_code = EXIT_WRONG_INPUT
 
 
+class DamagedFileError(CommandError, ValueError):
+    """A file that azrecipe wrote holds something else."""
+
+
 class CannotRun(AzrecipeError):
     """The environment cannot run the recipe (exit code 3).
 
@@ -199,6 +205,11 @@ def explain_error(error: BaseException) -> AzrecipeError | None:
         )
     if isinstance(error, (PermissionError, NotADirectoryError)) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return CannotRun(f"{error.filename}: cannot be opened or written: {error.strerror}")
+    if any(part in text for part in _TIMEOUT_MESSAGES):
+        return RunFailed(
+            "a process of this run did not answer in time (AZRECIPE_STEP_TIMEOUT): it is stopped, lost or far slower than the others. "
+            "What the others were doing is in the folder stacks of the run directory"
+        )
     if any(part in text for part in _PEER_MESSAGES):
         return RunFailed(f"{PEER_ENDED}; its own message says why")
     return None

@@ -32,10 +32,11 @@ from azrecipe.data.cleaning_report import explain_missing_text
 from azrecipe.data.sources import hash_text
 from azrecipe.data.token_store import TokenStore
 from azrecipe.data.tokenize_progress import PieceStats, TokenizeProgress
-from azrecipe.errors import CannotRun, RecipeError
+from azrecipe.errors import CannotRun, RecipeError, get_first_line
 from azrecipe.tokenization.encoding import hash_tokenizer, load_backend, write_backend_file
 from azrecipe.tokenization.fast_encoding import FastEncoder
 from azrecipe.utils.atomic_files import hold_lock, read_json, sync_folder, sync_tree, write_json
+from azrecipe.utils.checksums import compute_checksum, find_damaged_file
 from azrecipe.utils.console import print_progress
 from azrecipe.utils.process_pool import MIN_POOL_CHARACTERS, WorkerPool
 
@@ -85,8 +86,11 @@ def load_or_tokenize(source: readers.DataSource, spec: TokenizeSpec, cache: Path
     }
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / key
-    if not folder.is_dir():
+    if not folder.is_dir() or _find_damage(folder):
         with hold_lock(cache / f"{key}.lock", lambda: _print_waiting(source)):
+            if folder.is_dir() and (damage := _find_damage(folder)):
+                print_progress(f"  {folder}: {damage}: {source.title} is tokenised again", os.environ.get("RANK", "0") == "0")
+                shutil.rmtree(folder)
             if not folder.is_dir():
                 _tokenize_source(source, spec, folder)
     meta = read_json(folder / "meta.json")
@@ -104,6 +108,26 @@ def load_or_tokenize(source: readers.DataSource, spec: TokenizeSpec, cache: Path
         hashes=records["hash"],
         signatures=signatures,
     )
+
+
+def _find_damage(folder: Path) -> str:
+    """Say what of a store is not as it was written, or "".
+
+    Every byte is read. Stores of earlier versions have no checksums: their counts must fit the sizes of the files.
+    """
+    try:
+        meta = read_json(folder / "meta.json")
+        checksums = meta.get("xxh3_128")
+        if checksums is not None:
+            name = find_damaged_file(folder, checksums)
+            return f"the checksum of {name} differs" if name else ""
+        records = np.fromfile(folder / "documents.bin", DOCUMENT_DTYPE)
+        lengths = records["length"]
+        counts = [len(records), int(lengths.sum()), (folder / "tokens.bin").stat().st_size]
+        fits = counts == [meta["documents"], meta["tokens"], 4 * meta["tokens"]] and not (lengths < 0).any()
+        return "" if fits else "the files do not have the sizes that meta.json says"
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return f"a file is missing or damaged ({get_first_line(error)})"
 
 
 def _print_waiting(source: readers.DataSource) -> None:
@@ -137,7 +161,8 @@ def _tokenize_source(source: readers.DataSource, spec: TokenizeSpec, folder: Pat
         "excluded": stats.num_held_out,
         **({"cleaned": stats.report.to_dict()} if source.is_cleaned else {}),
     }
-    write_json(partial / "meta.json", meta)
+    checksums = {name: compute_checksum(partial / name) for name in writer.names}
+    write_json(partial / "meta.json", {**meta, "xxh3_128": checksums})
     sync_tree(partial)
     with suppress(OSError) if folder.exists() else ExitStack():  # another machine may have written the same
         partial.replace(folder)

@@ -69,8 +69,8 @@ def broadcast_from_main(value: Value) -> Value:
     return all_gather_object(value)[0] if storage_is_local() else value
 
 
-def merge_file_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the file sizes of all processes in one mapping.
+def merge_file_sizes(sizes: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what all processes know of their files in one mapping.
 
     With shared storage they are those of this process. A collective.
     """

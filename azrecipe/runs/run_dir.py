@@ -34,7 +34,7 @@ from azrecipe.runs import event_log, run_files
 from azrecipe.runs.environment import collect_environment
 from azrecipe.runs.event_log import format_current_time
 from azrecipe.utils import environment_variables
-from azrecipe.utils.atomic_files import list_file_sizes, read_json, write_json, write_text
+from azrecipe.utils.atomic_files import list_file_sizes, read_json, read_json_object, write_json, write_text
 from azrecipe.utils.console import format_disk_size
 
 
@@ -71,7 +71,7 @@ class RunDir:
 
         Keys: state, run_id, inputs, started, finished, exit_code, message, and the files of final/ with their sizes.
         """
-        return read_json(self.path / "status.json") or {}
+        return read_json_object(self.path / "status.json")
 
     @property
     def is_complete(self) -> bool:

@@ -64,7 +64,7 @@ class AsyncCheckpointWriter:
         self.pending[name] = copy_to_cpu(state)
         self.seconds_blocked += time.monotonic() - started
 
-    def start_writing(self, folder: Path, keep: int, remote_sizes: Mapping[str, int] | None = None) -> None:
+    def start_writing(self, folder: Path, keep: int, remote_sizes: Mapping[str, checkpoints.FileRecord] | None = None) -> None:
         """Write the copied files into a checkpoint folder and finalise it.
 
         Then all but the newest checkpoints are deleted.
@@ -72,7 +72,7 @@ class AsyncCheckpointWriter:
         Args:
             folder: The checkpoint's folder.
             keep: How many checkpoints stay.
-            remote_sizes: Sizes of the files on other machines, as `checkpoints.finalize` takes them.
+            remote_sizes: Records of the files on other machines, as `checkpoints.finalize` takes them.
         """
         pending, self.pending = self.pending, {}
         self.num_checkpoints += 1
@@ -104,7 +104,7 @@ class AsyncCheckpointWriter:
             "seconds_written": round(self.seconds_written, 3),
         }
 
-    def _write(self, folder: Path, pending: dict[str, Any], keep: int, remote_sizes: Mapping[str, int]) -> None:
+    def _write(self, folder: Path, pending: dict[str, Any], keep: int, remote_sizes: Mapping[str, checkpoints.FileRecord]) -> None:
         started = time.monotonic()
         try:
             for name, state in pending.items():

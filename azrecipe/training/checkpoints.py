@@ -10,21 +10,28 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from azrecipe.distributed import local_storage
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CannotRun, CommandError
 from azrecipe.utils.atomic_files import list_file_sizes, read_json, sync_tree, write_json
+from azrecipe.utils.checksums import compute_checksum, find_damaged_file
 
 MARKER = "COMPLETE.json"
 NAME = re.compile(r"checkpoint-\d+")
 BACKEND_FILE = "backend.json"
+CHECKSUM = "xxh3_128"  # in the marker
+DAMAGED = "is not what was written (its checksum differs), so this checkpoint is not used"
+FileRecord = int | dict[str, Any]  # the size, and the checksum; earlier versions wrote the size alone
 
 
 def list_folders(folder: Path) -> list[Path]:
-    """List the checkpoint-<step> folders. A copy by another name is the user's."""
-    return [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    """List the checkpoint-<step> folders.
+
+    A copy by another name is the user's, and so is what a link points to.
+    """
+    return [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def get_step(folder: Path) -> int:
@@ -32,45 +39,83 @@ def get_step(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
 
 
-def finalize(folder: Path, backend: Backend, remote_sizes: Mapping[str, int] | None = None) -> None:
+def finalize(folder: Path, backend: Backend, remote_sizes: Mapping[str, FileRecord] | None = None) -> None:
     """Sync a written checkpoint to disk and mark it complete.
 
-    Only then does `find_last_complete` find it. `remote_sizes` has the sizes of its files on other machines, if each has its own folder.
+    Only then does `find_last_complete` find it. `remote_sizes` has the records of its files on other machines, if each has its own folder.
     """
     write_marker(folder, {**(remote_sizes or {}), **sync_checkpoint(folder, backend)})
 
 
-def sync_checkpoint(folder: Path, backend: Backend) -> dict[str, int]:
-    """Sync this machine's files of a checkpoint to disk; return their sizes."""
+def sync_checkpoint(folder: Path, backend: Backend) -> dict[str, FileRecord]:
+    """Sync this machine's files of a checkpoint to disk.
+
+    Returns their sizes and checksums.
+    """
     if backend.main:
         write_json(folder / BACKEND_FILE, {"kind": backend.strategy, "processes": backend.world_size, "format": _get_fsdp_format(backend)})
-    return sync_tree(folder)
+    return {name: {"size": size, CHECKSUM: compute_checksum(folder / name)} for name, size in sync_tree(folder).items()}
 
 
-def write_marker(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Write the marker, last, with the sizes of all files."""
-    write_json(folder / MARKER, sizes)
+def write_marker(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Write the marker, last, with the sizes and checksums of all files."""
+    write_json(folder / MARKER, files)
 
 
 def is_complete(folder: Path) -> bool:
     """Tell whether a checkpoint has its marker and every file.
 
-    Each file must have the size that the marker says.
+    Each file must have the size that the marker says. `find_latest_common` looks at the content too.
     """
     try:
         sizes = _read_marker(folder)
-        return sizes is not None and all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return (
+            sizes is not None
+            and all((folder / name).stat().st_size == size for name, size in sizes.items())
+            and _read_backend(folder) is not None
+        )
     except OSError:
         return False
 
 
 def _read_marker(folder: Path) -> dict[str, int] | None:
     """Read the sizes in a checkpoint's marker; None without a valid one."""
+    files = _read_records(folder)
+    sizes = {name: record.get("size") if isinstance(record, dict) else record for name, record in files.items()}
+    return (
+        {name: size for name, size in sizes.items() if isinstance(size, int)}
+        if all(isinstance(s, int) for s in sizes.values()) and sizes
+        else None
+    )
+
+
+def _read_checksums(folder: Path) -> dict[str, str]:
+    """Read the checksums in a marker; those of earlier versions have none."""
+    return {
+        name: str(record[CHECKSUM]) for name, record in _read_records(folder).items() if isinstance(record, dict) and CHECKSUM in record
+    }
+
+
+def _read_records(folder: Path) -> dict[str, Any]:
     try:
-        sizes: dict[str, int] | None = read_json(folder / MARKER)
+        files = read_json(folder / MARKER)
+    except ValueError:
+        return {}
+    return files if isinstance(files, dict) else {}
+
+
+def _read_backend(folder: Path) -> dict[str, Any] | None:
+    """Read which backend wrote a checkpoint; None where the file is damaged.
+
+    Old checkpoints have no such file: only DDP existed.
+    """
+    try:
+        written_by = read_json(folder / BACKEND_FILE)
     except ValueError:
         return None
-    return sizes
+    if written_by is None:
+        return {"kind": "ddp"}
+    return written_by if isinstance(written_by, dict) and isinstance(written_by.get("kind"), str) else None
 
 
 def list_complete(folder: Path) -> list[Path]:
@@ -100,7 +145,38 @@ def find_latest_common(folder: Path) -> CommonCheckpoint:
 
     Raises:
         CannotRun: No checkpoint is complete for all, but one is complete for all machines together. Nothing is deleted.
+
+    The content of the one that is returned has its checksums: nothing of it has been unpickled before. A damaged one loses its marker.
     """
+    warnings = []
+    while True:
+        common = _find_common(folder)
+        reasons = local_storage.all_gather_object(_check_content(common.path) if common.path is not None else "")
+        warnings += [warning for warning in (common.warning, *dict.fromkeys(filter(None, reasons))) if warning and warning not in warnings]
+        if common.path is None or not any(reason.endswith(DAMAGED) for reason in reasons):
+            return CommonCheckpoint(common.path, "; ".join(warnings))
+
+
+def _check_content(checkpoint: Path) -> str:
+    """Compare a checkpoint's files to their checksums; return a warning.
+
+    One process of each machine, or of all that share the storage, reads them.
+    """
+    if not local_storage.is_writer(os.environ.get("RANK", "0") == "0"):
+        return ""
+    checksums = _read_checksums(checkpoint)
+    if not checksums:
+        return f"{checkpoint.name} has no checksums, as an earlier version wrote it: its files are used as they are"
+    local = {name: checksum for name, checksum in checksums.items() if (checkpoint / name).exists()}
+    name = find_damaged_file(checkpoint, local)
+    if name is None:
+        return ""
+    (checkpoint / MARKER).unlink()
+    return f"{checkpoint.name}: {name} {DAMAGED}"
+
+
+def _find_common(folder: Path) -> CommonCheckpoint:
+    """Find the newest checkpoint whose files all processes have."""
     steps_by_process = local_storage.all_gather_object([get_step(path) for path in list_complete(folder)])
     common, all_steps = set(steps_by_process[0]).intersection(*steps_by_process), set().union(*steps_by_process)
     newest = folder / f"checkpoint-{max(common)}" if common else None
@@ -207,7 +283,7 @@ def check_readable(folder: Path, backend: Backend) -> None:
         newest = find_last_complete(checkpoint.parent)
         if newest != checkpoint:
             continue
-        written_by = read_json(newest / BACKEND_FILE) or {"kind": "ddp"}  # old checkpoints have no such file: only DDP existed
+        written_by = _read_backend(newest) or {"kind": "ddp"}
         kind, num_processes = written_by["kind"], written_by.get("processes", 1)
         if kind.startswith("zero"):
             is_readable = (kind, num_processes) == (backend.strategy, backend.world_size)

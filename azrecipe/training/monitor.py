@@ -258,7 +258,8 @@ def trim_lines(file: Path, phase: str, step: int) -> None:
         except ValueError:
             dropped = True
             continue
-        if line.get("phase") == phase and line.get("step", 0) > step:
+        is_row = isinstance(line, dict) and isinstance(line.get("step", 0), int)
+        if not is_row or (line.get("phase") == phase and line.get("step", 0) > step):
             dropped = True
         else:
             lines.append(text)

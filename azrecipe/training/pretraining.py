@@ -34,7 +34,7 @@ from azrecipe.training import trainer as training_trainer
 from azrecipe.training.async_checkpoint import AsyncCheckpointMixin, AsyncCheckpointWriter
 from azrecipe.training.bad_step_guard import BadStepGuard, BadStepGuardMixin
 from azrecipe.training.monitor import LoopUnits
-from azrecipe.utils.atomic_files import list_file_sizes, read_json, write_json
+from azrecipe.utils.atomic_files import list_file_sizes, read_json_object, write_json
 from azrecipe.utils.console import print_progress
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PhaseRecord:
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
         self.file = run_dir.path / "phases.json"
-        self.data: dict[str, Any] = local_storage.broadcast_from_main(read_json(self.file)) or {"bpb": {}, "phases": {}}
+        self.data: dict[str, Any] = local_storage.broadcast_from_main(read_json_object(self.file)) or {"bpb": {}, "phases": {}}
 
     def is_finished(self, phase: str) -> bool:
         """Tell whether a phase is finished."""

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from azrecipe.errors import DamagedFileError
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content atomically.
@@ -45,11 +47,27 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON in a file; None without a file."""
+    """Return the JSON in a file; None without a file.
+
+    Raises DamagedFileError, which is a ValueError too, where it is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: damaged: not JSON ({error}). Restore the file, or remove the folder and run again") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; {} without a file.
+
+    Raises DamagedFileError where it holds anything else.
+    """
+    content = read_json(path)
+    if content is not None and not isinstance(content, dict):
+        raise DamagedFileError(f"{path}: damaged: not a JSON object. Restore the file, or remove the folder and run again")
+    return content or {}
 
 
 def sync_folder(folder: Path) -> None:

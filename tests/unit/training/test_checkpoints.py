@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CommandError
@@ -40,12 +41,17 @@ def test_a_checkpoint_is_complete_once_its_marker_is_written(tmp_path: Path) -> 
     checkpoints.write_marker(checkpoint, sizes)
     assert checkpoints.is_complete(checkpoint) and checkpoints.find_last_complete(tmp_path) == checkpoint
     marker = json.loads((checkpoint / checkpoints.MARKER).read_text())
-    backend_size = (checkpoint / checkpoints.BACKEND_FILE).stat().st_size
-    assert marker == {"model.safetensors": 100, "state/optimizer.pt": 50, checkpoints.BACKEND_FILE: backend_size}
+    files = [*FILES, checkpoints.BACKEND_FILE]
+    assert marker == {
+        name: {"size": (checkpoint / name).stat().st_size, "xxh3_128": xxhash.xxh3_128((checkpoint / name).read_bytes()).hexdigest()}
+        for name in files
+    }
     assert json.loads((checkpoint / checkpoints.BACKEND_FILE).read_text()) == {"kind": "single", "processes": 1, "format": None}
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "missing", "torn marker", "empty marker", "no marker"])
+@pytest.mark.parametrize(
+    "damage", ["short", "long", "missing", "torn marker", "empty marker", "no marker", "{}", "[1]", "5", '{"a": "b"}', "torn backend"]
+)
 def test_a_damaged_checkpoint_is_passed_over_and_removed(tmp_path: Path, damage: str) -> None:
     older, newest = write_checkpoint(tmp_path, 9), write_checkpoint(tmp_path, 10)
     optimizer, marker = newest / "state" / "optimizer.pt", newest / checkpoints.MARKER
@@ -55,12 +61,47 @@ def test_a_damaged_checkpoint_is_passed_over_and_removed(tmp_path: Path, damage:
         optimizer.unlink()
     elif damage == "no marker":
         marker.unlink()
+    elif damage == "torn backend":
+        content = (newest / checkpoints.BACKEND_FILE).read_text()
+        write(newest / checkpoints.BACKEND_FILE, content.replace("}", " "))
+    elif damage in ("{}", "[1]", "5", '{"a": "b"}'):
+        marker.write_text(damage)
     else:
         marker.write_text("" if damage == "empty marker" else marker.read_text()[:20])
     assert not checkpoints.is_complete(newest)
     assert checkpoints.find_latest_common(tmp_path) == (older, "")
     checkpoints.remove_incomplete(tmp_path)
     assert list_steps(tmp_path) == [9]
+
+
+@pytest.mark.parametrize("name", [*FILES, checkpoints.BACKEND_FILE])
+def test_changed_content_is_noticed_before_it_is_used(tmp_path: Path, name: str) -> None:
+    older, newest = write_checkpoint(tmp_path, 9), write_checkpoint(tmp_path, 10)
+    content = bytearray((newest / name).read_bytes())
+    content[2 if name == checkpoints.BACKEND_FILE else -1] = ord(" ")  # one byte; still JSON
+    (newest / name).write_bytes(content.replace(b"single", b"sinkle"))
+    found = checkpoints.find_latest_common(tmp_path)
+    assert found.path == older
+    assert f"checkpoint-10: {name} is not what was written (its checksum differs)" in found.warning
+    checkpoints.remove_incomplete(tmp_path)
+    assert list_steps(tmp_path) == [9]
+
+
+def test_a_marker_without_checksums_is_used_and_said(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 9, marked=False)
+    checkpoints.write_marker(checkpoint, {name: len(text) for name, text in FILES.items()})
+    found = checkpoints.find_latest_common(tmp_path)
+    assert found.path == checkpoint and "checkpoint-9 has no checksums" in found.warning
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_not_touched(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "elsewhere", 9)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-9").symlink_to(checkpoint)
+    assert checkpoints.find_latest_common(tmp_path / "run").path is None
+    checkpoints.remove_incomplete(tmp_path / "run")
+    checkpoints.rotate(tmp_path / "run", 1)
+    assert checkpoints.is_complete(checkpoint)
 
 
 def test_checkpoints_are_in_the_order_of_steps_not_of_names(tmp_path: Path) -> None:
