@@ -117,3 +117,33 @@ def test_a_signal_to_the_parent_alone_saves(small: Project, number: int, code: i
     status = small.status("cpt")
     assert (status["state"], status["exit_code"]) == ("interrupted", code), launch.text
     assert saved_steps(small)
+
+
+def test_a_stopped_rank_ends_the_run_after_the_timeout_with_stacks(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stopped process goes on later; else the launcher kills it after 30 s (the long test)."""
+    monkeypatch.setenv("AZRECIPE_STEP_TIMEOUT", "3")
+    launch = Launch(small)
+    launch.workers[1].send_signal(signal.SIGSTOP)
+    launch.wait_for(lambda: "AZRECIPE_STEP_TIMEOUT" in launch.text)
+    launch.workers[1].send_signal(signal.SIGCONT)
+    assert launch.end() == 1, launch.text
+    assert "a process of this run did not answer in time (AZRECIPE_STEP_TIMEOUT)" in launch.text
+    assert "Traceback" not in launch.text
+    assert small.status("cpt")["state"] == "failed"
+    assert "training_step" in (small.path("cpt") / "stacks" / "rank-0.txt").read_text()
+
+
+def test_a_second_signal_ends_a_run_whose_step_never_ends(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZRECIPE_STOP_TIMEOUT", "2")
+    launch = Launch(small)
+    launch.workers[1].send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    os.kill(launch.process.pid, signal.SIGTERM)
+    launch.wait_for(lambda: "the training step did not end within" in launch.text)
+    launch.workers[1].send_signal(signal.SIGCONT)
+    assert launch.end() == 143, launch.text
+    status = small.status("cpt")
+    assert (status["state"], status["exit_code"]) == ("interrupted", 143)
+    assert "ended at once, without a checkpoint. The last complete one is kept; what it was doing is in" in status["message"]
+    assert "training_step" in (small.path("cpt") / "stacks" / "rank-0.txt").read_text()
+    assert saved_steps(small) == []
