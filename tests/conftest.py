@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -53,6 +54,18 @@ class Done:
     @property
     def text(self) -> str:
         return self.out + self.err
+
+
+def _stop_ignoring_hangups() -> None:
+    """Let processes that tests start take SIGHUP as users' processes do.
+
+    It stays ignored where it is at their start, as under nohup, and tests may run under nohup.
+    """
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+_stop_ignoring_hangups()
 
 
 def write(path: str | Path, text: str | bytes) -> Path:

@@ -88,7 +88,7 @@ class CheckedFront:
 
     def _check_key(self, headers: Mapping[str, str]) -> None:
         key = headers.get("authorization", "").partition(" ")[2].strip()
-        if self.settings.api_key and not hmac.compare_digest(key.encode(), self.settings.api_key.encode()):
+        if self.settings.api_key and not hmac.compare_digest(key.encode("latin-1"), self.settings.api_key.encode()):
             raise RequestError(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key")
 
     def _describe_model(self) -> dict[str, Any]:
@@ -118,7 +118,8 @@ class CheckedFront:
     async def _read_body(self, receive: Receive, headers: Mapping[str, str]) -> bytes:
         limit, body = self.settings.max_body_bytes, b""
         too_large = RequestError(413, f"the body is larger than {limit} bytes")
-        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > limit:
+        length = headers.get("content-length", "0")
+        if length.isascii() and length.isdigit() and int(length) > limit:
             raise too_large
         while True:
             message = await receive()
@@ -198,7 +199,7 @@ class _ClientAnswer:
             event["model"] = self.model
             self.events.append(event)
             if self.stream:
-                await self._send_event(json.dumps(event, ensure_ascii=False))
+                await self._send_event(json.dumps(event))
 
     def _iter_events(self) -> Iterator[dict[str, Any]]:
         """Yield the events that are complete."""
@@ -234,7 +235,7 @@ class _ClientAnswer:
     async def send_json(self, status: int, body: Mapping[str, Any]) -> None:
         """Send a whole answer."""
         self.is_sent = True
-        data = json.dumps(body, ensure_ascii=False).encode()
+        data = json.dumps(body).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
@@ -242,7 +243,7 @@ class _ClientAnswer:
     async def fail(self, error: RequestError) -> None:
         """Send an error; in a stream that has begun, as its last event."""
         if self.is_sent:
-            await self._send_event(json.dumps(error.to_body(), ensure_ascii=False))
+            await self._send_event(json.dumps(error.to_body()))
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
         else:
             await self.send_json(error.status, error.to_body())

@@ -45,7 +45,7 @@ def parse_key_path(path: str) -> tuple[Key, ...] | None:
         if not match:
             return None
         name = match[1]
-        keys.append(int(name) if name.isdigit() and keys else name)
+        keys.append(int(name) if name.isascii() and name.isdigit() and keys else name)
         keys.extend(int(index) for index in re.findall(r"\[(\d+)\]", match[2]))
     return tuple(keys)
 

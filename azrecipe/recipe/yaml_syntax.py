@@ -70,6 +70,8 @@ def _describe_brackets(report: _Report) -> SyntaxProblem:
     opening, closing = (
         ("[", "]") if "sequence" in report.context or report.get_line(report.start_line)[report.start_column :][:1] == "[" else ("{", "}")
     )
+    if "node" in report.context and report.token == "<stream end>":
+        return report.at("the text ends inside a list or a mapping: close it with ] or }")
     if "node" in report.context:
         return report.at(f"a value is missing before this '{report.token}': write the value, or remove the comma")
     if report.token in ("]", "}"):

@@ -32,16 +32,18 @@ class _Kind(NamedTuple):
 
 
 _KINDS = (
-    _Kind("a Hugging Face token", ("hf_", "api_org_"), re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")),
+    _Kind("a Hugging Face token", ("hf_", "api_org_"), re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{30,}")),
     _Kind("a GitHub token", ("github_pat_",), re.compile(r"(?<![A-Za-z0-9])github_pat_[A-Za-z0-9_]{20,}")),
     _Kind("a GitHub token", ("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), re.compile(r"(?<![A-Za-z0-9])gh[pousr]_[A-Za-z0-9]{30,}")),
     _Kind("a GitLab token", ("glpat-",), re.compile(r"(?<![A-Za-z0-9])glpat-[A-Za-z0-9_\-.]{20,}")),
     _Kind("a Slack token", ("xox", "xapp-"), re.compile(r"(?<![A-Za-z0-9])(?:xox[abeoprs]|xapp)-[A-Za-z0-9-]{10,}")),
     _Kind("a Google API key", ("AIza",), re.compile(r"(?<![A-Za-z0-9_-])AIza[A-Za-z0-9_-]{35}")),
-    _Kind("an API key", ("sk-",), re.compile(r"(?<![A-Za-z0-9])sk-(?:[a-z0-9]+-)*[A-Za-z0-9_]{20,}")),
+    _Kind(
+        "an API key", ("sk-",), re.compile(r"(?<![A-Za-z0-9])sk-(?:(?:ant|proj|svcacct|admin|or|lf)-[A-Za-z0-9_-]{20,}|[A-Za-z0-9]{32,})")
+    ),
     _Kind("a private key", ("PRIVATE KEY",), re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY")),
     _Kind("an AWS access key", ("AKIA", "ASIA"), re.compile(r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])")),
-    _Kind("a Weights & Biases key", ("andb", "ANDB"), re.compile(r"(?i:wandb[a-z_ ]*key)\W{1,5}[0-9a-f]{40}(?![0-9a-f])")),
+    _Kind("a Weights & Biases key", ("andb", "ANDB"), re.compile(r"(?i:wandb[a-z_ ]{0,20}key)\W{1,5}[0-9a-f]{40}(?![0-9a-f])")),
     _Kind(
         "a password in an address",
         ("://",),

@@ -142,7 +142,7 @@ def test_fused_kernels_are_known_by_name() -> None:
         ("NVIDIA L40S", 362.05),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("Tesla T4", None),
+        ("Quadro P6000", None),
     ],
 )
 def test_a_chips_peak_is_found_by_its_name(device: str, tflops: float | None) -> None:

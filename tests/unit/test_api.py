@@ -207,12 +207,14 @@ def test_a_run_that_is_refused_raises_the_class_of_its_exit_code(project: Projec
 
 @pytest.fixture(scope="module")
 def broken(project: Project, base: Any) -> str:
-    """A recipe whose model has embeddings that are no numbers."""
+    """A recipe whose model divides by the norm of embeddings that are zero."""
     folder = project.folder / "broken"
     shutil.copytree(base.path / "final", folder)
     weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"] = np.full_like(weights["model.embed_tokens.weight"], np.nan)
+    weights["model.embed_tokens.weight"] = np.zeros_like(weights["model.embed_tokens.weight"])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.0}))
     write(project.folder / "broken.yaml", BROKEN)
     return "broken.yaml"
 

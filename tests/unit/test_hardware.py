@@ -282,7 +282,7 @@ machine: {}
         ("- p5", "mine.yaml:1:1: a hardware file is a mapping with the keys machines, cards, sources"),
         ("", "mine.yaml:1:1: a hardware file is a mapping"),
         ("machines: {a: 1, a: 2}", "mine.yaml:1:18: duplicate key 'a'"),
-        ("machines: [", "mine.yaml:1:11: '[' is not closed"),
+        ("machines: [", "mine.yaml:1:12: the text ends inside a list"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(text: str, told: str) -> None:

@@ -27,6 +27,8 @@ def start(kind: str, folder: Path, *, parent: str = "", timeout: str = "30") -> 
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    if kind == "stuck":
+        time.sleep(0.5)  # it says that it is ready before it blocks
     return process
 
 
