@@ -23,7 +23,8 @@ RESULT_NAMES = {
     "checkpoints", "phases", "candidates", "models", "adapter", "final", "metrics.jsonl", "bad_batches.jsonl", "result.json", "report.html", "stacks",
 }  # fmt: skip
 _COMMON_NAMES = {"checkpoints", "candidates", "models", "adapter", "final"}  # other programs have such folders, too
-CHECKPOINT_MARKER = "COMPLETE.json"  # in each complete checkpoint
+# In a complete checkpoint, and in the part of one that a machine other than the first has
+CHECKPOINT_FILES = ("checkpoint-*/COMPLETE.json", "checkpoint-*/rng_state_[0-9]*.pth")
 RUN_STATES = ("running", "complete", "failed", "interrupted")  # of status.json
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -65,7 +66,7 @@ def _holds_run(path: Path) -> bool:
         name in BOOKKEEPING_FILES | RESULT_NAMES or name.endswith((".sagemaker-uploading", ".sagemaker-uploaded")) for name in names
     ):
         # Files are uploaded one by one: those that identify a run may be missing, but not all that only a run writes.
-        return bool(names - _COMMON_NAMES) or any((path / "checkpoints").rglob(CHECKPOINT_MARKER))
+        return bool(names - _COMMON_NAMES) or any(file for pattern in CHECKPOINT_FILES for file in (path / "checkpoints").rglob(pattern))
     return any(
         (_is_status(_read_mapping(path / "status.json")), _is_environment(_read_mapping(path / "environment.json")), _holds_pipeline(path))
     )
