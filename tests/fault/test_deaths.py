@@ -119,6 +119,7 @@ def test_a_signal_to_the_parent_alone_saves(small: Project, number: int, code: i
     assert saved_steps(small)
 
 
+@pytest.mark.long
 def test_a_stopped_rank_ends_the_run_after_the_timeout_with_stacks(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stopped process goes on later; else the launcher kills it after 30 s (the long test)."""
     monkeypatch.setenv("AZRECIPE_STEP_TIMEOUT", "3")
@@ -133,6 +134,7 @@ def test_a_stopped_rank_ends_the_run_after_the_timeout_with_stacks(small: Projec
     assert "training_step" in (small.path("cpt") / "stacks" / "rank-0.txt").read_text()
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_a_run_whose_step_never_ends(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZRECIPE_STOP_TIMEOUT", "2")
     launch = Launch(small)
