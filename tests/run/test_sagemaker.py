@@ -304,7 +304,7 @@ def test_what_the_job_would_refuse_is_refused_here(here: Path, cli: Callable[...
     assert "far-away is in eu-west-1 and the job would run in us-east-1" in both and "there is no role nobody" in both
     assert "as in ml.p4d.24xlarge" in told("--instance-type", "p4d.24xlarge")
     assert "trn1" in told("--instance-type", "ml.trn1.32xlarge")
-    assert "description looks like a secret" in told("--set", "description=hf_abcdefghijklmnopqrstuvwxyz")
+    assert "description looks like a secret" in told("--set", "description=hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")
     assert aws.keys() == before
 
 

@@ -58,6 +58,7 @@ ERRORS: list[AzrecipeError] = [
     RecipeError([Problem(SourceLocation("r.yaml", 3, 4), "no such key"), Problem(SourceLocation("--set x"), "write key=value")]),
     CommandError("there is no step 'x'"),
     CannotRun("no GPU"),
+    errors.DamagedFileError("status.json: damaged"),
     RunFailed("loss is nan"),
     Interrupted("interrupted", 143),
 ]
