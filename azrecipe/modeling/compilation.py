@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from azrecipe.recipe.load import Recipe
+
 
 def compile_blocks(model: PreTrainedModel, backend: str = "inductor") -> int:
     """Compile the forward of each block of a model.
@@ -39,6 +41,22 @@ def check_blocks(model: PreTrainedModel) -> None:
     """Raise CommandError for a model whose class names no blocks."""
     if not find_blocks(model):
         raise CommandError(f"torch_compile: a {model.config.model_type} names no blocks to compile (_no_split_modules)")
+
+
+def check_torch_compile(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Check that a model has blocks that a recipe can compile.
+
+    Args:
+        recipe: The recipe, with training.torch_compile on.
+        model: The model.
+
+    Raises:
+        RecipeError: It has none.
+    """
+    try:
+        check_blocks(model)
+    except CommandError as error:
+        raise recipe.error(str(error), "training", "torch_compile") from None
 
 
 def find_blocks(model: PreTrainedModel) -> list[nn.Module]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from azrecipe import hardware
 from azrecipe.distributed.backend import Backend, count_nodes, has_accelerator
-from azrecipe.errors import AzrecipeError, CannotRun, Interrupted, explain_error
+from azrecipe.errors import AzrecipeError, CannotRun, Interrupted, explain_error, get_first_line
 from azrecipe.hardware import Machine
 from azrecipe.modeling import liger_kernels
 from azrecipe.planning import memory_budget, step_time, training_loops
@@ -103,7 +103,7 @@ def estimate_run(recipe: Recipe, model: ModelShape, run_dir: RunDir, backend: Ba
     except Interrupted:
         raise
     except Exception as error:  # whatever goes wrong with an estimate, the run goes on
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = get_first_line(error)
         print_progress(f"  no estimate of memory and rate: {reason}")
 
 

@@ -213,10 +213,7 @@ def _check_architecture(recipe: Recipe, model: PreTrainedModel) -> None:
     if config.training.use_liger_kernel:
         liger_kernels.check_liger_kernels(recipe, model.config.model_type)
     if config.training.torch_compile:
-        try:
-            compilation.check_blocks(model)
-        except CommandError as error:
-            raise recipe.error(str(error), "training", "torch_compile") from None
+        compilation.check_torch_compile(recipe, model)
     if config.training.fused_linear_cross_entropy == "torch":
         try:
             chunked_loss.check_chunked_loss(model)

@@ -163,10 +163,7 @@ def _check_model(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTo
     if config.training.use_liger_kernel:
         liger_kernels.check_liger_kernels(recipe, model.config.model_type)
     if config.training.torch_compile:
-        try:
-            compilation.check_blocks(model)
-        except CommandError as error:
-            raise recipe.error(str(error), "training", "torch_compile") from None
+        compilation.check_torch_compile(recipe, model)
     try:
         new_token_ids = chat_templates.set_chat_template(
             tokenizer,
