@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from azrecipe.distributed.attention_choice import find_config_obstacles
 from azrecipe.planning.placement import Placement
-from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.simulation.step_spec import LAYER_KERNELS, StepSpec
 from azrecipe.planning.training_loops import PlannedLoop
 from azrecipe.recipe.attention_kinds import VARLEN
 from azrecipe.recipe.types import Lora, PretrainConfig, SftConfig
@@ -57,7 +57,7 @@ def _kernel_changes(loop: PlannedLoop) -> Iterator[_LoopChange]:
         yield _LoopChange("without Liger's kernels", "--set training.use_liger_kernel=false", changed)
         return
     head = "liger_float32" if step.head == "logits" else step.head
-    changed = _with_step(loop, replace(loop.step, kernels=("rms_norm", "swiglu"), head=head))
+    changed = _with_step(loop, replace(loop.step, kernels=LAYER_KERNELS, head=head))
     yield _LoopChange("Liger's kernels", "--set training.use_liger_kernel=true", changed)
     if step.head == "logits":
         changed = _with_step(loop, replace(loop.step, head="torch"))

@@ -17,7 +17,7 @@ from azrecipe.distributed.attention_choice import (
 from azrecipe.distributed.backend import Backend
 from azrecipe.modeling import liger_kernels
 from azrecipe.planning.model_config import ModelShape
-from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.simulation.step_spec import LAYER_KERNELS, StepSpec
 from azrecipe.recipe import optimizer_settings
 from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.load import Recipe
@@ -162,7 +162,7 @@ def _list_kernels(training: Training) -> tuple[str, ...]:
     if not training.use_liger_kernel:
         return ()
     chosen: Mapping[str, bool] = liger_kernels.choose_kernels(training) or {}
-    return tuple(name for name in ("rms_norm", "swiglu", "geglu", "layer_norm") if chosen.get(name, True))
+    return tuple(name for name in LAYER_KERNELS if chosen.get(name, True))
 
 
 def _choose_head(training: Any) -> str:

@@ -60,7 +60,7 @@ PATCHES = (
         "The model hands labels to its head instead of computing all logits",
     ),
     LibraryPatch(
-        "planning.simulation.kernel_stubs", "module.__class__", "torch", "2.13.0", "torch/nn/modules/linear.py, Linear",
+        "planning.simulation.bitsandbytes_stubs", "module.__class__", "torch", "2.13.0", "torch/nn/modules/linear.py, Linear",
         "Linear layers stand for bitsandbytes' 4-bit layers, which need a GPU; in a simulated step only",
     ),
     LibraryPatch(

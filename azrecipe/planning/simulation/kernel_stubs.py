@@ -2,7 +2,7 @@
 
 No kernel can run on such tensors. Each stub keeps for the backward pass what the real kernel keeps, and overwrites what it overwrites
 (Liger 0.8, liger_kernel/ops; PyTorch 2.13, torch/nn/modules/linear_cross_entropy.py; TRL 1.16, trl/kernels/chunked_logprob.py). Liger's
-rotary embedding needs no stub: it works in place and keeps the same memory. bitsandbytes' formats are from its documentation.
+rotary embedding needs no stub: it works in place and keeps the same memory.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class _Liger(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, head: LossHead) -> torch.Tensor:
-        hidden, table = _to_autocast_dtype(x), _to_autocast_dtype(weight.detach())
+        hidden, table = to_autocast_dtype(x), to_autocast_dtype(weight.detach())
         gx = torch.zeros_like(hidden)
         sum_dtype = torch.float32 if head.kind == "liger_float32" else table.dtype
         gw = torch.zeros_like(table, dtype=sum_dtype) if ctx.needs_input_grad[1] else None
@@ -247,7 +247,8 @@ def _run_trl_tiles(
                 head.record_product(logits.t(), part.t(), gw[:columns], tile_rows)
 
 
-def _to_autocast_dtype(tensor: torch.Tensor) -> torch.Tensor:
+def to_autocast_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """Convert a tensor as autocast does for a product."""
     device = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
@@ -269,7 +270,7 @@ def _compute_loss(head: LossHead, hidden: torch.Tensor, weight: torch.Tensor, la
             x = x.index_select(0, torch.zeros(x.shape[0], dtype=torch.long))
         return _TRL.apply(x, weight, head).sum()  # type: ignore[no-untyped-call, no-any-return]
     _following = torch.nn.functional.pad(labels, (0, 1))[..., 1:].contiguous()
-    x, table = _to_autocast_dtype(hidden).flatten(0, -2), _to_autocast_dtype(weight)
+    x, table = to_autocast_dtype(hidden).flatten(0, -2), to_autocast_dtype(weight)
     return _Torch.apply(x, table, head).float().sum()  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -299,10 +300,15 @@ def fuse_layers(model: PreTrainedModel, kernels: Collection[str]) -> None:
             forward = _make_norm_forward(_RMSNorm)
         elif "layer_norm" in kernels and isinstance(module, torch.nn.LayerNorm):
             forward = _make_norm_forward(_LayerNorm)
-        elif {"swiglu", "geglu"} & set(kernels) and all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")) and _get_gated_kernel(module) in kernels:
             forward = _forward_gated
         if forward is not None:
             module.forward = types.MethodType(forward, module)
+
+
+def _get_gated_kernel(module: torch.nn.Module) -> str:
+    """Return the name of Liger's kernel for a gated layer, by its activation."""
+    return "geglu" if "gelu" in type(getattr(module, "act_fn", None)).__name__.lower() else "swiglu"
 
 
 def _make_norm_forward(function: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
@@ -315,76 +321,6 @@ def _make_norm_forward(function: Any) -> Callable[[Any, torch.Tensor], torch.Ten
 
 def _forward_gated(self: Any, x: torch.Tensor) -> Any:
     return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-untyped-call]
-
-
-class BitsandbytesOptimizer(torch.optim.Optimizer):
-    """The state of bitsandbytes' optimizers.
-
-    In 8 bits, a moment is a byte for each number and a float32 for each 256 numbers. Moments of parameters with fewer than 4,096 numbers
-    are float32, and those of embeddings too, as transformers sets it.
-    """
-
-    def __init__(self, model: torch.nn.Module, moments: int, bits: int) -> None:
-        super().__init__([p for p in model.parameters() if p.requires_grad], {})
-        embeddings = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
-        self.moments, self.float32_ids = moments, embeddings if bits == 8 else {id(p) for p in model.parameters()}
-
-    def step(self, closure: Any = None) -> Any:
-        """Update each parameter in place."""
-        for parameter in self.param_groups[0]["params"]:
-            local = getattr(parameter, "_local_tensor", parameter).detach()
-            state = self.state[parameter]
-            if not state:
-                is_float32 = id(parameter) in self.float32_ids or local.numel() < 4096
-                for moment in range(1, self.moments + 1):
-                    state[f"state{moment}"] = torch.empty_like(local, dtype=torch.float32 if is_float32 else torch.uint8)
-                    if not is_float32:
-                        state[f"absmax{moment}"] = local.new_empty(-(-local.numel() // 256), dtype=torch.float32)
-            for tensor in (local, *state.values()):
-                tensor.mul_(1)
-
-
-class _Product4Bit(torch.autograd.Function):
-    """x times a packed matrix, which is unpacked for each product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        ctx.save_for_backward(packed)
-        ctx.shape = shape
-        return x @ _unpack(packed, shape, x.dtype).t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (packed,) = ctx.saved_tensors
-        return grads[0] @ _unpack(packed, ctx.shape, grads[0].dtype), None, None
-
-
-def _unpack(packed: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    return packed.new_zeros(shape, dtype=dtype)
-
-
-class _Linear4Bit(torch.nn.Linear):
-    """A linear layer with weights in 4 bits."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = (self.out_features, self.in_features)
-        out: torch.Tensor = _Product4Bit.apply(_to_autocast_dtype(x), self.weight, shape)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias
-
-
-def quantize_model(model: PreTrainedModel) -> None:
-    """Quantize a model's linear layers to 4 bits and freeze them.
-
-    Not its head. NF4 with double quantization is half a byte a number, a byte for each 64 numbers, and a float32 for each 256 of those
-    bytes.
-    """
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if type(module) is torch.nn.Linear and module is not head:
-            blocks = -(-module.weight.numel() // 64)
-            size = -(-module.weight.numel() // 2) + blocks + 4 * -(-blocks // 256)
-            module.weight = torch.nn.Parameter(module.weight.new_empty((size, 1), dtype=torch.uint8), requires_grad=False)
-            module.__class__ = _Linear4Bit
 
 
 def register_collectives() -> None:

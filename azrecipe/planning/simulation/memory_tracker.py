@@ -32,19 +32,30 @@ _ALLOCATIONS = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty
 _SELECTIONS = {_aten.embedding, _aten.nll_loss_forward, _aten.nll_loss_backward, _aten.gather, _aten.index, _aten.index_select}
 
 
-def _flash(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _count_pairs(queries: int, keys: int, is_causal: bool) -> int:
+    """Count the pairs of query and key that attention computes.
+
+    Fused kernels skip what a causal attention does not look at. A mask of the caller's skips nothing.
+    """
+    return sum(range(max(keys - queries, 0) + 1, keys + 1)) if is_causal else queries * keys
+
+
+def _flash(
+    query: Any, key: Any, value: Any, _dropout: float = 0.0, is_causal: bool = False, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
     """Count the two products of each query head.
 
-    Written out because torch's own formula takes equal heads only before 2.13.
+    Written out because torch's own formula counts all pairs, and takes equal heads only before 2.13.
     """
     batch, heads, queries, width = query
-    return int(2 * batch * heads * queries * key[2] * (width + value[3]))
+    return int(2 * batch * heads * _count_pairs(queries, key[2], is_causal) * (width + value[3]))
 
 
-def _flash_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _flash_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **__: Any) -> int:
     """Count five products: the scores again, and four gradients."""
     batch, heads, queries, width = query
-    return int(2 * batch * heads * queries * key[2] * (3 * width + 2 * value[3]))
+    is_causal = len(rest) > 3 and bool(rest[3])  # after the output, its logsumexp and the dropout
+    return int(2 * batch * heads * _count_pairs(queries, key[2], is_causal) * (3 * width + 2 * value[3]))
 
 
 def _addmm(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:

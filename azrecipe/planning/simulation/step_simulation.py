@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from azrecipe.modeling import frozen_weights, parameter_groups
 from azrecipe.modeling import lora as adapters
 from azrecipe.modeling.dtypes import PARAM_DTYPES
-from azrecipe.planning.simulation import gradient_accumulation, kernel_stubs
+from azrecipe.planning.simulation import bitsandbytes_stubs, gradient_accumulation, kernel_stubs
 from azrecipe.planning.simulation.memory_tracker import MemoryTracker
 from azrecipe.planning.simulation.step_cost import HeadShape, ParameterCounts, RecordedStep, StepCost, StepPosition, compute_step_cost
 from azrecipe.planning.simulation.step_spec import BatchShape, StepSpec
@@ -57,7 +57,7 @@ def build_meta_model(spec: StepSpec) -> Any:
 
         config = adapters.build_lora_config(spec.lora, model, range(spec.new_rows) if spec.lora.train_new_tokens else ())
         if spec.quantized:
-            kernel_stubs.quantize_model(model)
+            bitsandbytes_stubs.quantize_model(model)
         with torch.device("meta"):
             model = get_peft_model(model, config)
     if spec.rounds_frozen_weights:
@@ -258,7 +258,7 @@ def _build_optimizer(model: nn.Module, spec: StepSpec) -> torch.optim.Optimizer:
     if spec.optim == "adamw_torch":  # on a GPU it works on all tensors at once, on a CPU on one after the other
         return torch.optim.AdamW(parameters, lr=1e-4, foreach=spec.cuda, fused=False)
     if spec.optim in BITSANDBYTES_OPTIMIZERS:
-        return kernel_stubs.BitsandbytesOptimizer(
+        return bitsandbytes_stubs.BitsandbytesOptimizer(
             model, 1 if spec.optim.startswith("lion") else 2, 8 if spec.optim.endswith("8bit") else 32
         )
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True)

@@ -19,12 +19,15 @@ SOURCE_MODULES = (
     "azrecipe.planning.simulation.memory_tracker",
     "azrecipe.planning.simulation.gradient_accumulation",
     "azrecipe.planning.simulation.kernel_stubs",
+    "azrecipe.planning.simulation.bitsandbytes_stubs",
     "azrecipe.planning.simulation.step_cost",
     "azrecipe.planning.simulation.loss_tiles",
     "azrecipe.modeling.frozen_weights",
     "azrecipe.modeling.parameter_groups",
     "azrecipe.modeling.lora",
 )  # the modules that compute a cost
+
+LAYER_KERNELS = ("rms_norm", "swiglu", "geglu", "layer_norm")  # Liger's kernels in layers; a model has the layers for some of them
 
 
 @dataclass(frozen=True)

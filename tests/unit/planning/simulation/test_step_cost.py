@@ -134,6 +134,28 @@ def test_memory_lies_between_none_and_all_layers_checkpointed() -> None:
     assert flops[1] - flops[0] == pytest.approx((flops[2] - flops[0]) / 2, rel=0.01)
 
 
+@pytest.mark.parametrize(("model_type", "kernel"), [("llama", "swiglu"), ("gemma", "geglu")])
+def test_a_gated_layer_is_fused_by_the_kernel_of_its_activation_alone(model_type: str, kernel: str) -> None:
+    """Liger's SwiGLU keeps two tensors of a layer's inner width, and the layer itself more."""
+    spec = PLAIN.with_config({**LLAMA, "model_type": model_type, "head_dim": 16})
+    kept = {}
+    for name in ("none", "swiglu", "geglu"):
+        kept[name] = step_simulation.measure_step(replace(spec, kernels=(name,)), 64).get_peak_memory(8)["activations"]
+    other = {"swiglu": "geglu", "geglu": "swiglu"}[kernel]
+    assert kept[other] == kept["none"]
+    assert kept[kernel] < 0.95 * kept["none"]
+
+
+@pytest.mark.parametrize("length", [64, 256])
+def test_attention_is_counted_as_its_kernel_computes_it(length: int) -> None:
+    """A causal kernel skips the later keys; a mask that separates documents skips nothing."""
+    causal, masked = (step_simulation.measure_step(replace(PLAIN, masked=masked), length) for masked in (False, True))
+    per_pair = 14 * 6 * 64  # layers, width
+    assert (masked.count_flops(3) - causal.count_flops(3)) / 3 == per_pair * (length * length - length * (length + 1) / 2)
+    matrices = causal.parameters.total - 13 * 64  # norms multiply no matrix; the head, which is tied, does
+    assert causal.count_flops(3) / 3 == 6 * matrices * length + per_pair * length * (length + 1) / 2
+
+
 SIZES = [(tokens, vocabulary, width) for tokens in (7, 4096, 20_480) for vocabulary, width in ((1000, 64), (128_256, 2048), (500, 768))]
 
 
