@@ -14,6 +14,7 @@ from azrecipe.data import unicode_scripts
 MAX_SAMPLES = 5
 CONTEXT_CHARACTERS = 30
 EXCERPT_CHARACTERS = 200
+LONG_DOCUMENT = "max_document_bytes"  # the reason under which such documents are counted
 
 
 class Edit(NamedTuple):
@@ -85,6 +86,7 @@ class CleaningReport:
         dropped: Samples of what the clean-up dropped.
         edited: Samples of the changes of each step.
         refused: Samples of the documents that each quality filter dropped.
+        first_long_document: The place of the first document that is longer than max_document_bytes, or "".
     """
 
     documents: int = 0
@@ -98,6 +100,7 @@ class CleaningReport:
     dropped: Samples = field(default_factory=Samples)
     edited: dict[str, Samples] = field(default_factory=dict)
     refused: dict[str, Samples] = field(default_factory=dict)
+    first_long_document: str = ""
 
     def merge(self, other: CleaningReport) -> None:
         """Merge the counts and samples of a later part of the source."""
@@ -105,6 +108,7 @@ class CleaningReport:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for mine, theirs in ((self.changed, other.changed), (self.filtered, other.filtered)):
             mine.update({key: mine.get(key, 0) + count for key, count in theirs.items()})
+        self.first_long_document = self.first_long_document or other.first_long_document
         self.dropped.merge(other.dropped)
         for mine_samples, their_samples in ((self.edited, other.edited), (self.refused, other.refused)):
             for key, samples in their_samples.items():
@@ -127,6 +131,12 @@ class CleaningReport:
         """Record a document that a quality filter drops, with measured values."""
         self.filtered[reason] = self.filtered.get(reason, 0) + 1
         self.refused.setdefault(reason, Samples()).offer(text[:EXCERPT_CHARACTERS], lambda: {"text": text[:EXCERPT_CHARACTERS], **values})
+
+    def record_long_document(self, place: str, excerpt: str) -> None:
+        """Record a document that is longer than max_document_bytes."""
+        self.documents += 1
+        self.first_long_document = self.first_long_document or place
+        self.record_refusal(LONG_DOCUMENT, excerpt, {"place": place})
 
     def record_edits(self, step: str, text: str, edits: list[Edit]) -> None:
         """Record the edits of a step; the first becomes a sample."""
@@ -159,6 +169,7 @@ class CleaningReport:
             "changed_documents": self.changed_documents,
             "changed": dict(self.changed),
             **({"filtered": dict(self.filtered)} if self.filtered else {}),
+            **({"first_long_document": self.first_long_document} if self.first_long_document else {}),
             "samples": {name: entries for name, entries in samples.items() if entries},
         }
 
@@ -170,5 +181,7 @@ def _excerpt(dropped: str) -> dict[str, Any]:
 def explain_missing_text(report: CleaningReport) -> str:
     """Explain at the end of an error why no text is left."""
     dropped = report.dropped_documents + sum(report.filtered.values())
+    if report.first_long_document:
+        return f" ({report.filtered[LONG_DOCUMENT]} of {report.documents} documents are longer than max_document_bytes, the first at {report.first_long_document})"
     who = "filters drop" if report.filtered and not report.dropped_documents else "clean-up drops"
     return f" (its {who} {dropped} of {report.documents} documents)" if dropped else ""

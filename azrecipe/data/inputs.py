@@ -9,7 +9,7 @@ from pathlib import Path
 
 from azrecipe.data.cleaning_report import CleaningReport, explain_missing_text
 from azrecipe.data.readers import DataSource, list_files
-from azrecipe.data.sources import read_documents
+from azrecipe.data.sources import announce_long_documents, read_documents
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.overrides import format_key_path
 from azrecipe.recipe.types import ModelSource, PretrainTokenizer, Source, ValidationSource
@@ -72,7 +72,7 @@ class Inputs:
     def read_validation(self, sources: Mapping[str, ValidationSource]) -> dict[str, list[str]]:
         """Read the held-out documents of each validation set into memory.
 
-        Fills `document_groups`, `raw_hashes` and, for the sets with a clean-up or filters, `cleaning_reports`.
+        Fills `document_groups`, `raw_hashes` and, for the sets of which documents may be dropped, `cleaning_reports`.
 
         Raises:
             RecipeError: A set holds no text.
@@ -86,6 +86,7 @@ class Inputs:
                 raise located.error(f"validation set '{name}': {located.title} holds no text{explain_missing_text(report)}")
             texts[name], self.document_groups[name] = [document.text for document in held_out], [document.group for document in held_out]
             self.raw_hashes.update(document.raw_hash for document in held_out)
-            if located.is_cleaned:
+            announce_long_documents(located, report)
+            if located.has_report(report):
                 self.cleaning_reports[name] = report
         return texts

@@ -35,8 +35,8 @@ class QualityFilter:
 
         The report counts a dropped one under its first reason.
         """
-        if not report.filtered:
-            report.filtered.update(dict.fromkeys(self.reasons, 0))
+        for reason in self.reasons:
+            report.filtered.setdefault(reason, 0)
         if self.settings.min_characters is not None and len(text) < self.settings.min_characters:
             report.record_refusal("min_characters", text, {"characters": len(text)})
         elif self.settings.max_characters is not None and len(text) > self.settings.max_characters:

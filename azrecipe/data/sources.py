@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from azrecipe.data import cleaning, quality_filters
 from azrecipe.data.cleaning import TextCleaner
-from azrecipe.data.cleaning_report import CleaningReport
+from azrecipe.data.cleaning_report import LONG_DOCUMENT, CleaningReport
 from azrecipe.data.readers import DataSource, Row, list_files, read_rows
 from azrecipe.errors import SourceLocation, suggest_choices
 from azrecipe.recipe.types import HeldOut, TextSource, ValidationSource
+from azrecipe.recipe.types.data import MAX_DOCUMENT_BYTES
+from azrecipe.utils.console import format_bytes, print_progress
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,33 @@ def read_documents(source: DataSource, held_out_side: bool = False, report: Clea
     Args:
         source: The source.
         held_out_side: Whether to read the held-out documents of a source with `held_out`, or the others.
-        report: Counts what is read on that side, and what its clean-up and filters do.
+        report: Counts what is read on that side, and what its clean-up and filters do. Rows that are longer than
+            max_document_bytes have no side: they count on both.
 
     Raises:
         RecipeError: A file is missing, not UTF-8 or lacks the column.
         CannotRun: The hub or S3 cannot be read.
     """
-    reader = DocumentReader(source)
-    documents = reader.read_documents(
-        read_rows(source, reader.entry.text_column, reader.columns), report or CleaningReport(), held_out_side
-    )
+    reader, report = DocumentReader(source), report or CleaningReport()
+    rows = read_rows(source, reader.entry.text_column, reader.columns, partial(record_long_row, report))
+    documents = reader.read_documents(rows, report, held_out_side)
     return limit_bytes(documents, reader.entry.max_bytes)
+
+
+def record_long_row(report: CleaningReport, location: SourceLocation, excerpt: str) -> None:
+    """Record a row that is longer than max_document_bytes."""
+    report.record_long_document(str(location), excerpt)
+
+
+def announce_long_documents(source: DataSource, report: CleaningReport) -> None:
+    """Say how many documents max_document_bytes left out, if any."""
+    if report.first_long_document:
+        count, limit = report.filtered[LONG_DOCUMENT], format_bytes(source.entry.max_document_bytes)
+        print_progress(
+            f"  {source.title}: left out because they are longer than max_document_bytes ({limit}): {count:,} of {report.documents:,} documents; "
+            f"the first: {report.first_long_document}",
+            os.environ.get("RANK", "0") == "0",
+        )
 
 
 def limit_bytes(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
@@ -145,6 +165,8 @@ def describe_source(source: DataSource) -> dict[str, Any]:
         origin = [entry.path, entry.name, entry.split, entry.data_files, entry.revision]
     held_out = entry.held_out and [entry.held_out.fraction, entry.held_out.by]
     description = {"origin": origin, "column": entry.text_column, "max_bytes": entry.max_bytes, "held_out": held_out}
+    if entry.max_document_bytes != MAX_DOCUMENT_BYTES:  # the default is left out, so that caches of earlier versions stay valid
+        description["max_document_bytes"] = entry.max_document_bytes
     description |= {"clean_up": clean_up} if (clean_up := cleaning.describe_cleaning(entry)) else {}
     return description | ({"filters": filters} if (filters := quality_filters.describe_filters(entry)) else {})
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -159,7 +159,7 @@ def _tokenize_source(source: readers.DataSource, spec: TokenizeSpec, folder: Pat
         "tokens": stats.tokens,
         "bytes": stats.bytes,
         "excluded": stats.num_held_out,
-        **({"cleaned": stats.report.to_dict()} if source.is_cleaned else {}),
+        **({"cleaned": stats.report.to_dict()} if source.has_report(stats.report) else {}),
     }
     checksums = {name: compute_checksum(partial / name) for name in writer.names}
     write_json(partial / "meta.json", {**meta, "xxh3_128": checksums})
@@ -170,6 +170,7 @@ def _tokenize_source(source: readers.DataSource, spec: TokenizeSpec, folder: Pat
     shutil.rmtree(partial, ignore_errors=True)
     (folder / "state.json").unlink(missing_ok=True)
     progress.print_line(stats, "done", min_seconds=5)
+    sources.announce_long_documents(source, stats.report)
 
 
 class _WorkerInputs(NamedTuple):
@@ -240,7 +241,7 @@ def _tokenize_piece(file: str, piece: readers.SourcePiece, limit: int | None = N
     stats = PieceStats()
     texts: list[str] = []
     hashes: list[bytes] = []
-    rows = piece.read_rows(reader.source, reader.entry.text_column)
+    rows = piece.read_rows(reader.source, reader.entry.text_column, partial(sources.record_long_row, stats.report))
     for document in sources.limit_bytes(reader.read_documents(rows, stats.report), limit):
         text_hash = hash_text(document.text)
         stats.bytes_read += len(document.text.encode())

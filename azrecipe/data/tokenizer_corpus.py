@@ -9,7 +9,7 @@ from typing import Any
 
 from azrecipe.data.cleaning_report import CleaningReport
 from azrecipe.data.readers import DataSource
-from azrecipe.data.sources import hash_text, mix_documents
+from azrecipe.data.sources import announce_long_documents, hash_text, mix_documents
 
 PORTION_CHARACTERS = 1_000_000  # the most that a trainer gets at a time
 
@@ -57,6 +57,8 @@ class TokenizerCorpus:
             self.num_special_tokens += len(pieces) - 1
             for piece in filter(None, pieces):
                 yield from _split_portions(piece)
+        for source, report in zip(self.sources, self.cleaning_reports, strict=True):
+            announce_long_documents(source, report)
 
     def to_dict(self) -> dict[str, Any]:
         """Summarise what was read for result.json."""
@@ -71,7 +73,7 @@ class TokenizerCorpus:
                     "source": source.title,
                     "bytes": size,
                     "share": round(size / total, 4) if total else 0.0,
-                    **({"cleaned": report.to_dict()} if source.is_cleaned else {}),
+                    **({"cleaned": report.to_dict()} if source.has_report(report) else {}),
                 }
                 for source, size, report in zip(self.sources, self.source_bytes, self.cleaning_reports, strict=True)
             ],

@@ -217,7 +217,7 @@ def _read_protected_texts(recipe: Recipe, inputs: Inputs, held_out_hashes: froze
             summary["held_out_documents"] += hash_text(text) in held_out_hashes
         if not summary["documents"]:
             raise source.error(f"{source.title} holds no text to protect{explain_missing_text(report)}")
-        protected[name] = _ProtectedText(source, summary | ({"cleaned": report.to_dict()} if source.is_cleaned else {}))
+        protected[name] = _ProtectedText(source, summary | ({"cleaned": report.to_dict()} if source.has_report(report) else {}))
     return protected
 
 

@@ -26,6 +26,9 @@ class Filters:
     repetition: bool = False
 
 
+MAX_DOCUMENT_BYTES = 64 << 20  # the default of max_document_bytes
+
+
 @dataclass(frozen=True)
 class Source:
     """The keys of every kind of dataset."""
@@ -35,6 +38,7 @@ class Source:
     name: str | None = None
     data_files: str | list[str] | None = None
     revision: str | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
 
 @dataclass(frozen=True)
