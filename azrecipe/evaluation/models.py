@@ -19,6 +19,7 @@ from azrecipe.modeling.lora import BaseModel, merge_adapter
 from azrecipe.modeling.weight_checks import read_tensor_shapes
 from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.recipe.types import EvaluateModel, Model
+from azrecipe.recipe.yaml_tree import Key
 from azrecipe.tokenization import tokenizer
 
 if TYPE_CHECKING:
@@ -79,12 +80,12 @@ def find_models(inputs: Inputs, sources: Mapping[str, EvaluateModel]) -> Evaluat
     problems: list[Problem] = []
     for name, source in sources.items():
         try:
-            model = _locate_model(inputs.find_model(source, "models", name), source)
+            model = locate_model(inputs, source, "models", name)
             duplicate = next((other for other, earlier in models.items() if earlier.identity == model.identity), None)
             if duplicate:
-                raise CommandError(f"'{name}' is the same model as '{duplicate}': measure it once")
+                raise CommandError(f"'{name}' is the same model as '{duplicate}': name it once")
             models[name] = model
-            tokenizers[name] = _check_model(model)
+            tokenizers[name] = check_model(model)
         except RecipeError as error:
             problems += error.problems
         except CommandError as error:
@@ -94,8 +95,19 @@ def find_models(inputs: Inputs, sources: Mapping[str, EvaluateModel]) -> Evaluat
     return EvaluatedModels(models, tokenizers)
 
 
-def _locate_model(path: str, source: EvaluateModel) -> EvaluatedModel:
-    """Locate a model's base, adapter and tokenizer."""
+def locate_model(inputs: Inputs, source: EvaluateModel, *keys: Key) -> EvaluatedModel:
+    """Locate a model's base, adapter and tokenizer.
+
+    Args:
+        inputs: The recipe's inputs.
+        source: The model's entry in the recipe.
+        keys: Where the entry is.
+
+    Raises:
+        RecipeError: The run that it names is not complete.
+        CommandError: Its adapter is wrong.
+    """
+    path = inputs.find_model(source, *keys)
     if source.adapter is None and not Path(path, ADAPTER_CONFIG_FILE).is_file():
         return EvaluatedModel(path, source.revision, tokenizer_path=path)
     adapter = source.adapter or path
@@ -127,8 +139,8 @@ def _find_tokenizer(adapter: str, base: str) -> str:
     return base
 
 
-def _check_model(model: EvaluatedModel) -> PreTrainedTokenizerBase:
-    """Check that weights and tokenizer fit together; returns the tokenizer."""
+def check_model(model: EvaluatedModel) -> PreTrainedTokenizerBase:
+    """Check that weights and tokenizer fit together; return the tokenizer."""
     meta_model = loading.load_meta_model(model.path, revision=model.revision)
     if model.adapter is not None:
         _check_fit(model.adapter, model.path, meta_model)

@@ -66,7 +66,7 @@ def set_trainable_parameters(model: PreTrainedModel, patterns: list[str], new_ro
         full_names |= matched
         by_pattern[pattern] = sum(_count_elements(parameters[name]) for name in matched)
         if not matched:
-            problems.append(_explain_no_match(pattern, parameters))
+            problems.append(explain_no_match(pattern, parameters))
     if problems:
         raise CommandError("\n".join(f"trainable_parameters: {problem}" for problem in problems))
     rows_only = set().union(*names_by_matrix.values()) - full_names
@@ -125,7 +125,7 @@ def _number_layers(parameters: Iterable[str]) -> dict[str, int]:
     return {name: int(match[1]) for name in parameters if (match := _LAYER_PATTERN.search(name))}
 
 
-def _explain_no_match(pattern: str, parameters: Mapping[str, Parameter]) -> str:
+def explain_no_match(pattern: str, parameters: Mapping[str, Parameter]) -> str:
     """Explain that a pattern matches no parameter."""
     if parameter_groups.parse_layer_range(pattern, 0) is not None:
         count = len(set(_number_layers(parameters).values()))

@@ -104,8 +104,10 @@ def check_recipes(
 def _check_stage(recipe: Recipe, runs_dir: Path) -> PretrainPreview | SftPreview | None:
     """Call the check of a recipe's stage."""
     from azrecipe.data.inputs import Inputs
-    from azrecipe.stages import evaluate, pretrain, sft, tokenizer
+    from azrecipe.stages import evaluate, merge, pretrain, sft, tokenizer
 
+    if recipe.stage == "merge":
+        merge.check(recipe, Inputs(recipe, runs_dir))
     if recipe.stage == "tokenizer":
         tokenizer.check(recipe, Inputs(recipe, runs_dir))
     if recipe.stage == "sft":

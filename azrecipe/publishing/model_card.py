@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from azrecipe.publishing import merge_card
 from azrecipe.publishing.licenses import LicenseTerms
+from azrecipe.publishing.merge_card import render_table
 from azrecipe.recipe.to_yaml import to_yaml
 from azrecipe.runs.lineage import Lineage, ModelEvaluation
 from azrecipe.runs.reader import RunRecord
@@ -92,7 +94,7 @@ def _iter_sections(
     if lineage.runs:
         yield "## Training steps\n\n" + "\n\n".join(_render_step(step) for step in lineage.runs)
         yield _render_data(lineage, settings)
-        yield "## Hyperparameters\n\n" + "\n\n".join(map(_render_hyperparameters, lineage.runs))
+        yield "## Hyperparameters\n\n" + "\n\n".join(_render_hyperparameters(step) for step in lineage.runs if "training" in step.recipe)
         yield "## Measured\n\n" + (_render_evaluation(lineage, evaluations) or "Nothing was measured.")
         yield _render_environment(lineage)
     yield _render_limits(lineage, evaluations)
@@ -138,6 +140,8 @@ def _render_step(step: RunRecord) -> str:
     """Render a step: its phases, or its conversations and adapter."""
     title = f"**{step.name}** (`{step.stage}`). {step.recipe.get('description') or ''}".strip()
     result = step.result
+    if step.stage == "merge":
+        return f"{title}\n\n{merge_card.render_merge(step)}"
     if step.stage == "pretrain":
         trainable = {phase["name"]: ", ".join(phase["trainable_parameters"]) for phase in step.recipe["phases"]}
         rows = [
@@ -151,7 +155,7 @@ def _render_step(step: RunRecord) -> str:
             method = step.recipe["tokenizer"]["new_embeddings"]
             vocabulary = f"\n\nThe vocabulary was changed from {swap['old_size']:,} to {swap['new_size']:,} tokens; new embeddings were initialized by `{method}`."
         columns = ["phase", "trained", "parameters trained", "learning rate", "steps", "tokens", "bytes of text"]
-        return f"{title}\n\n{_render_table(columns, rows)}{vocabulary}"
+        return f"{title}\n\n{render_table(columns, rows)}{vocabulary}"
     data, lora, training = result["data"], step.recipe.get("lora"), result["training"]
     adapter = step.recipe.get("adapter", "lora")
     quantized = " on a base in 4 bits" if adapter == "qlora" else ""
@@ -213,12 +217,12 @@ def _render_data(lineage: Lineage, settings: CardSettings) -> str:
     notes = "A share is of the bytes of text read in a step; epochs count how often its documents were read." + (
         "" if settings.data_license else " The licences of the data are not recorded."
     )
-    return f"## Data\n\n{_render_table(['step', 'source', 'share', 'epochs', 'documents', 'bytes', 'licence'], rows)}\n\n{notes}"
+    return f"## Data\n\n{render_table(['step', 'source', 'share', 'epochs', 'documents', 'bytes', 'licence'], rows)}\n\n{notes}"
 
 
 def _render_hyperparameters(step: RunRecord) -> str:
     recipe = step.recipe
-    training = {key: value for key, value in recipe["training"].items() if key not in _HIDDEN_KEYS and not _is_local_path(value)}
+    training = {key: value for key, value in recipe["training"].items() if key not in _HIDDEN_KEYS and not merge_card.is_local_path(value)}
     parts: dict[str, Any] = {"seed": recipe.get("seed"), "max_length": recipe["data"].get("max_length")}
     if "phases" in recipe:
         parts["phases"] = recipe["phases"]
@@ -230,16 +234,9 @@ def _render_hyperparameters(step: RunRecord) -> str:
         *(["dpo"] if _uses_preferences(step) else []),
     )
     for key in keys:
-        if key in recipe and not _is_local_path(recipe[key]):
+        if key in recipe and not merge_card.is_local_path(recipe[key]):
             parts[key] = recipe[key]
     return f"{step.name}:\n\n```yaml\n{to_yaml({**parts, 'training': training})}```"
-
-
-def _is_local_path(value: Any) -> bool:
-    """Whether a value is or contains a local path."""
-    if isinstance(value, Mapping):
-        return any(map(_is_local_path, value.values()))
-    return isinstance(value, str) and value.startswith(("/", "./", "../", "~"))
 
 
 def _render_evaluation(lineage: Lineage, evaluations: Sequence[ModelEvaluation]) -> str:
@@ -261,7 +258,7 @@ def _render_evaluation(lineage: Lineage, evaluations: Sequence[ModelEvaluation])
                 [name, *(_format_measure(model.get(key, {}).get(column)) for column in columns)] for name, model in result["models"].items()
             ]
             meaning = result.get("definitions", {}).get(key)
-            paragraphs.append(f"{_TITLES.get(key, key)}{f' ({meaning})' if meaning else ''}:\n\n{_render_table(['model', *columns], rows)}")
+            paragraphs.append(f"{_TITLES.get(key, key)}{f' ({meaning})' if meaning else ''}:\n\n{render_table(['model', *columns], rows)}")
     last = lineage.runs[-1]
     if last.stage == "sft" and (loss := last.result.get("held_out_loss")):
         meaning = last.result["definitions"]["held_out_loss"]
@@ -276,7 +273,7 @@ def _render_evaluation(lineage: Lineage, evaluations: Sequence[ModelEvaluation])
         bpb = last.result["bpb"]
         columns = list(next(iter(bpb.values()), {}))
         rows = [[point, *(_format_measure(values.get(column)) for column in columns)] for point, values in bpb.items()]
-        paragraphs.append(f"Bits per byte ({last.result['definitions']['bpb']}):\n\n{_render_table(['after', *columns], rows)}")
+        paragraphs.append(f"Bits per byte ({last.result['definitions']['bpb']}):\n\n{render_table(['after', *columns], rows)}")
     return "\n\n".join(paragraphs)
 
 
@@ -363,8 +360,3 @@ def _render_license(settings: CardSettings, terms: LicenseTerms | None) -> str:
         built_with = f" {terms.built_with}." if terms.built_with else ""
         return f"## Licence\n\n[{terms.license}]({terms.url}), as its base.{built_with} {terms.notice}"
     return f"## Licence\n\n{settings.license or 'Not stated.'}"
-
-
-def _render_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in row) + " |" for row in [columns, *rows]]
-    return "\n".join([lines[0], "|" + " --- |" * len(columns), *lines[1:]])

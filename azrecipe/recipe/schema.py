@@ -12,7 +12,7 @@ from azrecipe.recipe.overrides import format_key_path
 from azrecipe.recipe.yaml_tree import Key, YamlNode, suggest_number
 from azrecipe.utils import shipped_files
 
-STAGES = ("tokenizer", "pretrain", "sft", "evaluate", "pipeline")
+STAGES = ("tokenizer", "pretrain", "sft", "merge", "evaluate", "pipeline")
 MAX_WORDS_SHOWN = 15  # messages abbreviate a longer list of allowed words
 MAX_CHARACTERS_SHOWN = 200  # and a longer value
 Schema = Mapping[str, Any]

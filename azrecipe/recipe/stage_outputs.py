@@ -11,7 +11,7 @@ from typing import Any
 from azrecipe.errors import Problem, RecipeError, list_choices, suggest_choices
 from azrecipe.recipe.compose import compose_recipe
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import EvaluateConfig, HarnessTask, ModelSource, PretrainConfig, SftConfig, TokenizerConfig
+from azrecipe.recipe.types import EvaluateConfig, HarnessTask, MergeConfig, ModelSource, PretrainConfig, SftConfig, TokenizerConfig
 from azrecipe.recipe.yaml_tree import Key
 
 MODEL, TOKENIZER, POSITION, CONVERSATIONS = "a model", "a tokenizer", "a position in its text", "held-out conversations"
@@ -20,6 +20,7 @@ STAGE_OUTPUTS: Mapping[str, frozenset[str]] = {
     "tokenizer": frozenset({TOKENIZER}),
     "pretrain": frozenset({MODEL, TOKENIZER, POSITION}),
     "sft": frozenset({MODEL, TOKENIZER, CONVERSATIONS}),
+    "merge": frozenset({MODEL, TOKENIZER}),
     "evaluate": frozenset(),
     "pipeline": frozenset(),
 }
@@ -69,12 +70,14 @@ def list_references(recipe: Recipe) -> list[UpstreamReference]:
         references.append(UpstreamReference(("tokenizer", "output_of"), config.tokenizer.output_of, TOKENIZER))
     if isinstance(config, PretrainConfig) and config.data.continue_from is not None:
         references.append(UpstreamReference(("data", "continue_from"), config.data.continue_from, POSITION))
-    if isinstance(config, EvaluateConfig):
+    if isinstance(config, EvaluateConfig | MergeConfig):
         for name, model in config.models.items():
             if model.output_of is not None:
                 references.append(UpstreamReference(("models", name, "output_of"), model.output_of, MODEL))
-        if config.answers is not None:
-            references.append(UpstreamReference(("answers", "output_of"), config.answers.output_of, CONVERSATIONS))
+    if isinstance(config, MergeConfig) and config.base is not None and config.base.output_of is not None:
+        references.append(UpstreamReference(("base", "output_of"), config.base.output_of, MODEL))
+    if isinstance(config, EvaluateConfig) and config.answers is not None:
+        references.append(UpstreamReference(("answers", "output_of"), config.answers.output_of, CONVERSATIONS))
     return references
 
 
@@ -89,6 +92,8 @@ def describe_output(recipe: Recipe, find_output: FindOutput) -> StageOutput:
     output = StageOutput(recipe.stage, config)
     if isinstance(config, TokenizerConfig):
         return _take_template(output, config.tokenizer, find_output)
+    if isinstance(config, MergeConfig):
+        return _describe_merge(output, config, find_output)
     if not isinstance(config, PretrainConfig | SftConfig):
         return output
     if config.model.output_of is not None:
@@ -105,6 +110,22 @@ def describe_output(recipe: Recipe, find_output: FindOutput) -> StageOutput:
         return replace(output, has_template=False)
     has_source = config.tokenizer.name_or_path is not None or config.tokenizer.output_of is not None
     return _take_template(output, config.tokenizer if has_source else config.model, find_output)
+
+
+def _describe_merge(output: StageOutput, config: MergeConfig, find_output: FindOutput) -> StageOutput:
+    """Describe a merged model.
+
+    It has one model's vocabulary, and perhaps the template of another.
+    """
+    source = config.models[config.tokenizer_of or next(iter(config.models))]
+    upstream = find_output(source.output_of) if source.output_of is not None else None
+    base_model = source if source.output_of is None else upstream.base_model if upstream else None
+    output = replace(output, base_model=base_model, max_positions=upstream.max_positions if upstream else None)
+    output = _take_template(output, source, find_output)
+    if config.special_tokens_from is None:
+        return output
+    template = _take_template(replace(output, has_template=None), config.models[config.special_tokens_from], find_output)
+    return output if template.has_template is False else template
 
 
 def _take_template(output: StageOutput, source: ModelSource, find_output: FindOutput) -> StageOutput:

@@ -9,6 +9,7 @@ from azrecipe.report import (
     estimate_section,
     evaluate_section,
     history_section,
+    merge_section,
     pretrain_section,
     recipe_section,
     sft_section,
@@ -30,6 +31,7 @@ STAGE_REPORTS: Mapping[str, StageReport] = {
     "tokenizer": StageReport("Tokenizers", tokenizer_section.collect_headline, tokenizer_section.build_sections),
     "pretrain": StageReport("Pretraining", pretrain_section.collect_headline, pretrain_section.build_sections),
     "sft": StageReport("Instruction tuning", sft_section.collect_headline, sft_section.build_sections),
+    "merge": StageReport("Merging", merge_section.collect_headline, merge_section.build_sections),
     "evaluate": StageReport("Evaluation", evaluate_section.collect_headline, evaluate_section.build_sections),
 }
 

@@ -23,7 +23,8 @@ def show_run(recipe: Recipe, runs_dir: Path) -> None:
     path = locate_run(recipe, runs_dir).path
     result = _read_result(path)
     if result:
-        {"tokenizer": _print_tokenizer, "pretrain": _print_pretrain, "sft": _print_sft, "evaluate": _print_evaluate}[recipe.stage](result)
+        printers = {"tokenizer": _print_tokenizer, "pretrain": _print_pretrain, "sft": _print_sft, "merge": _print_merge}
+        {**printers, "evaluate": _print_evaluate}[recipe.stage](result)
         _print_estimate(RunRecord(path, recipe.name))
 
 
@@ -126,6 +127,14 @@ def _print_tokenizer(result: Mapping[str, Any]) -> None:
         for line in result["candidates"]:
             words.add_row(line["name"], *("|".join("·".join(piece) for piece in word) for word in line["words"]))
         console.print(words)
+
+
+def _print_merge(result: Mapping[str, Any]) -> None:
+    table = Table(title=f"Merged by {result['method']}: rows of tokens", caption=result["definitions"]["rows"])
+    for name in result["rows"]:
+        table.add_column(name, justify="right")
+    table.add_row(*(number_format.format_number(count) for count in result["rows"].values()))
+    open_console().print(table)
 
 
 def _print_pretrain(result: Mapping[str, Any]) -> None:

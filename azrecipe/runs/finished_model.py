@@ -86,12 +86,27 @@ def download_model(model: FinishedModel) -> FinishedModel:
 
     A local model is returned unchanged. Raises CannotRun where the download fails.
     """
-    if model.is_local:
-        return model
+    return model if model.is_local else FinishedModel(download_snapshot(model.path))
+
+
+def download_snapshot(path: str, revision: str | None = None) -> str:
+    """Download a model's repository into the hub's cache; return the folder.
+
+    A local folder is returned unchanged.
+
+    Args:
+        path: A folder or a hub id.
+        revision: Of the repository; None for main.
+
+    Raises:
+        CannotRun: The download fails.
+    """
+    if Path(path).is_dir():
+        return path
     from huggingface_hub import snapshot_download
 
-    with translate_hub_errors("model", model.path):
-        return FinishedModel(snapshot_download(model.path, allow_patterns=list(HUB_FILE_PATTERNS), ignore_patterns="*/*"))
+    with translate_hub_errors("model", path):
+        return snapshot_download(path, revision=revision, allow_patterns=list(HUB_FILE_PATTERNS), ignore_patterns="*/*")
 
 
 def _must_be_local(argument: str) -> bool:

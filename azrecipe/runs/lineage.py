@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,14 @@ class ModelEvaluation:
 
 
 def trace_lineage(run: RunDir) -> Lineage:
-    """Follow `output_of` back from a complete run."""
+    """Follow `output_of` back from a complete run.
+
+    Of a merged model, it follows the one whose vocabulary the merged model has.
+    """
     runs = [_read_record(run.path)]
     while True:
         first = runs[0]
-        model = _parse_recipe(first).get("model") or {}
+        model = _get_model_source(_parse_recipe(first))
         if model.get("output_of") is None:
             return Lineage(runs, model.get("name_or_path"))
         name = Path(model["output_of"]).stem
@@ -51,6 +54,13 @@ def trace_lineage(run: RunDir) -> Lineage:
         if upstream is None:
             return Lineage(runs, missing_run=name)
         runs.insert(0, upstream)
+
+
+def _get_model_source(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return where a recipe's model comes from: name_or_path or output_of."""
+    models = recipe.get("models") or {}
+    source = models.get(recipe.get("tokenizer_of") or next(iter(models), None)) if recipe.get("stage") == "merge" else recipe.get("model")
+    return source or {}
 
 
 def find_evaluations(run: RunDir) -> list[ModelEvaluation]:

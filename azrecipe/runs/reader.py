@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from azrecipe.errors import CommandError, RecipeError
 from azrecipe.recipe.yaml_tree import parse_yaml
 from azrecipe.runs import event_log
-from azrecipe.runs.result_types import ComparisonResult, EvaluateResult, PretrainResult, RunPlan, SftResult, TokenizerResult
+from azrecipe.runs.result_types import ComparisonResult, EvaluateResult, MergeResult, PretrainResult, RunPlan, SftResult, TokenizerResult
 from azrecipe.utils.atomic_files import read_json
 
 STEPS_FILE = "steps.json"  # in a pipeline's folder: its steps in the order in which they run, and their run directories
@@ -63,6 +63,11 @@ class RunRecord:
     def sft_result(self) -> SftResult:
         """result.json of a complete sft run. Raises CommandError."""
         return cast(SftResult, self._read_result("sft"))
+
+    @property
+    def merge_result(self) -> MergeResult:
+        """result.json of a complete merge run. Raises CommandError."""
+        return cast(MergeResult, self._read_result("merge"))
 
     @property
     def evaluate_result(self) -> EvaluateResult:

@@ -168,6 +168,28 @@ class SftResult(TypedDict):
     definitions: dict[str, str]
 
 
+class MergedModelSource(TypedDict):
+    """A model that was merged."""
+
+    path: str
+    adapter: NotRequired[str]
+
+
+class MergeResult(TypedDict):
+    """The result of a merge recipe; rows are those of the embedding matrices."""
+
+    stage: Literal["merge"]
+    method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare_ties"]
+    tokenizer_of: str
+    models: dict[str, MergedModelSource]
+    parameters: int
+    vocab_size: int
+    rows: dict[str, int]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    bytes: int
+    definitions: dict[str, str]
+
+
 class ModelResult(TypedDict):
     """An evaluated model; difference is to the baseline."""
 

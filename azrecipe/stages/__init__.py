@@ -1,1 +1,1 @@
-"""The four jobs: tokenizer, pretrain, sft, evaluate; each reads top to bottom."""
+"""The five jobs: tokenizer, pretrain, sft, merge, evaluate; each reads top to bottom."""

@@ -13,7 +13,7 @@ SHIPPED_FOLDERS = ("recipes", "schema", "accelerate_configs", "hardware", "sagem
 # What a run reads. They are listed by name: other files may lie beside them in a checkout.
 RUNTIME_FILES = (
     *(f"schema/{name}.json" for name in (
-        "common", "evaluate", "hardware", "pipeline", "plan", "pretrain", "result", "sagemaker", "sft", "tokenizer",
+        "common", "evaluate", "hardware", "merge", "pipeline", "plan", "pretrain", "result", "sagemaker", "sft", "tokenizer",
     )),
     *(f"accelerate_configs/{name}.yaml" for name in ("context", "cpu", "ddp", "fsdp", "hsdp", "zero2", "zero3")),
     *(f"hardware/{name}.yaml" for name in ("calibration", "hardware", "models")),

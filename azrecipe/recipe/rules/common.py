@@ -11,7 +11,7 @@ from pathlib import Path
 
 from azrecipe.errors import Problem, SourceLocation, did_you_mean, suggest_choices
 from azrecipe.recipe import parameter_groups, schema
-from azrecipe.recipe.rules import evaluate, optimizer, sft
+from azrecipe.recipe.rules import evaluate, merge, optimizer, sft
 from azrecipe.recipe.yaml_tree import YamlNode
 from azrecipe.utils.paths import LOCAL_PATH_CHECKS, is_file, is_folder, is_s3
 
@@ -52,6 +52,8 @@ def check_rules(root: YamlNode, stage: str) -> list[Problem]:
         problems += _check_candidates(root)
     if stage == "evaluate":
         problems += evaluate.check_evaluate(root)
+    if stage == "merge":
+        problems += merge.check_merge(root)
     if stage == "pipeline":
         problems += _check_compare(root)
     return problems

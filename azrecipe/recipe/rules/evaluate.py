@@ -24,15 +24,16 @@ LANGUAGES = {
 
 def check_evaluate(root: YamlNode) -> list[Problem]:
     """Return the problems of a tree, which may have failed its schema."""
-    return [*_check_models(root), *_check_baseline(root), *_check_languages(root), *_check_unread(root), *_check_tasks(root)]
+    return [*check_distinct_models(root), *_check_baseline(root), *_check_languages(root), *_check_unread(root), *_check_tasks(root)]
 
 
-def _check_models(root: YamlNode) -> Iterator[Problem]:
+def check_distinct_models(root: YamlNode) -> Iterator[Problem]:
+    """Find models that are named twice."""
     models, names = root.get("models"), dict[str, str]()
     for name, model in models.value.items() if models and isinstance(models.value, dict) else ():
         source = repr(sorted(model.to_plain().items())) if isinstance(model.value, dict) and model.value else None
         if source is not None and source in names:
-            yield Problem(model.entry_location, f"'{name}' is the same model as '{names[source]}': measure it once")
+            yield Problem(model.entry_location, f"'{name}' is the same model as '{names[source]}': name it once")
         elif source is not None:
             names[source] = name
 

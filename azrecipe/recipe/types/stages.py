@@ -118,6 +118,32 @@ class EvaluateModel(ModelSource):
 
 
 @dataclass(frozen=True)
+class MergeModel(EvaluateModel):
+    """A model that is merged.
+
+    At most one of weight and weights is set.
+    """
+
+    weight: float | None = None
+    weights: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    stage: str
+    project: str
+    description: str
+    seed: int
+    models: Mapping[str, MergeModel]
+    method: str
+    density: float
+    base: EvaluateModel | None = None
+    tokenizer_of: str | None = None
+    special_tokens_from: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
 class Answers:
     output_of: str
     max_conversations: int
@@ -182,6 +208,7 @@ STAGE_TYPES: Mapping[str, type[Any]] = {
     "tokenizer": TokenizerConfig,
     "pretrain": PretrainConfig,
     "sft": SftConfig,
+    "merge": MergeConfig,
     "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,
 }

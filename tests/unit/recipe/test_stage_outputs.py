@@ -54,7 +54,7 @@ def refuse(path: str, *sets: str) -> list[str]:
         ("base.yaml:data.max_length=256", "data.max_length = 256 is more than the model's 128 positions"),
         ("sft.yaml:data.max_length=129", "data.max_length = 129 is more than the model's 128 positions"),
         ("evaluate.yaml:tasks=[{task: a.yaml, apply_chat_template: true}]", "apply_chat_template: models without a chat template: base, adapted"),
-        ("evaluate.yaml:models.again={output_of: sft.yaml}", "'again' is the same model as 'assistant': measure it once"),
+        ("evaluate.yaml:models.again={output_of: sft.yaml}", "'again' is the same model as 'assistant': name it once"),
     ],
 )  # fmt: skip
 def test_a_step_that_cannot_use_an_earlier_one_is_refused(change: str, message: str) -> None:
@@ -105,11 +105,11 @@ def test_a_cell_is_checked_by_the_steps_that_it_runs() -> None:
 @pytest.mark.usefixtures("small")
 def test_a_single_recipe_is_checked_by_the_stages_of_the_files_that_it_names() -> None:
     assert refuse("cpt.yaml", "model.output_of=tokenizer.yaml") == [
-        "--set model.output_of=tokenizer.yaml: tokenizer.yaml is a tokenizer recipe, which leaves no model. Stages that do: pretrain, sft"
+        "--set model.output_of=tokenizer.yaml: tokenizer.yaml is a tokenizer recipe, which leaves no model. Stages that do: merge, pretrain, sft"
     ]
     write("cpt2.yaml", RECIPES["cpt"].replace("model: {output_of: base.yaml}", "model: {output_of: evaluate.yaml}"))
     assert [str(problem) for problem in validate_recipes([Path("cpt2.yaml")]).problems] == [
-        "cpt2.yaml:4:20: evaluate.yaml is an evaluate recipe, which leaves no model. Stages that do: pretrain, sft"
+        "cpt2.yaml:4:20: evaluate.yaml is an evaluate recipe, which leaves no model. Stages that do: merge, pretrain, sft"
     ]
     assert describe_file("sft.yaml") == StageOutput("sft")
     assert describe_file("missing.yaml") is None

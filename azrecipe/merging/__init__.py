@@ -1,0 +1,1 @@
+"""Several models' weights combined into one, tensor by tensor."""
