@@ -69,6 +69,11 @@ PATCHES = (
         "FSDP 2 frees and refills storages outside the dispatcher; replaced while a simulated step runs only",
     ),
     LibraryPatch(
+        "planning.simulation.memory_tracker", "ShardingPropagator._propagate_tensor_meta_non_cached", "torch", "2.13.0",
+        "torch/distributed/tensor/_sharding_prop.py, ShardingPropagator._propagate_tensor_meta_non_cached",
+        "DTensor infers a result's shape from tensors of the whole shape, which no process has; they are not counted in a simulated step",
+    ),
+    LibraryPatch(
         "training.async_checkpoint", "_save_optimizer_and_scheduler", "transformers", "5.23.0",
         "transformers/trainer.py, Trainer._save_optimizer_and_scheduler",
         "The optimizer's state is copied, and a thread writes it; there is no public hook",

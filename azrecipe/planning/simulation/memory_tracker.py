@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -110,6 +111,7 @@ class MemoryTracker(TorchDispatchMode):
         self.live: dict[int, _LiveStorage] = {}  # by id of the storage
         self.events: list[StepEvent] = []
         self.on_free: Callable[[], None] | None = None
+        self._is_paused = False
 
     def label(self, kind: str, tensors: Iterable[Any]) -> None:
         """Count these tensors as a kind from now on."""
@@ -220,6 +222,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and record it."""
         kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
         if func is torch.ops.prim.device.default:  # no work; fake tensors are asked for their device at every operator
             return func(*args)
         if any("DTensor" in kind.__name__ for kind in types):
@@ -263,9 +267,16 @@ class MemoryTracker(TorchDispatchMode):
     def record(self) -> Iterator[MemoryTracker]:
         """Record operators and changes of storages' sizes.
 
-        FSDP 2 frees and refills storages.
+        FSDP 2 frees and refills storages. DTensor runs an operator on tensors of the whole shape to learn the result's: those never exist.
         """
-        resize = torch.UntypedStorage.resize_
+        resize, infer_shape = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def infer_unrecorded(*args: Any) -> Any:
+            self._is_paused = True
+            try:
+                return infer_shape(*args)
+            finally:
+                self._is_paused = False
 
         def record_resize(storage: Any, size: int) -> Any:
             if not size and self.on_free is not None:
@@ -282,11 +293,13 @@ class MemoryTracker(TorchDispatchMode):
 
         # A resize is no operator (torch, fsdp/_fully_shard/_fsdp_param.py, alloc_storage and free_storage)
         torch.UntypedStorage.resize_ = record_resize  # type: ignore[method-assign, assignment]
+        ShardingPropagator._propagate_tensor_meta_non_cached = infer_unrecorded  # type: ignore[method-assign, assignment]
         try:
             with self:
                 yield self
         finally:
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+            ShardingPropagator._propagate_tensor_meta_non_cached = infer_shape  # type: ignore[method-assign]
 
 
 def _moves_nothing(func: Any, results: list[Any]) -> bool:
