@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from azrecipe.errors import CommandError
+from azrecipe.errors import CommandError, get_first_line
 from azrecipe.tokenization.encoding import IGNORE_INDEX
-from azrecipe.utils.template_limits import TemplateLimitError, limit_chat_templates
+from azrecipe.utils.template_budget import TemplateLimitError
+from azrecipe.utils.template_limits import limit_chat_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -258,6 +259,9 @@ def _translate_template_errors(tokenizer: PreTrainedTokenizerBase, messages: Mes
     except TemplateError as error:
         first_words = " ".join(str(messages[0].get("content", "")).split())[:60] if messages else ""
         raise CommandError(f"the chat template refuses the conversation that begins with '{first_words}': {error}") from None
+    except (ArithmeticError, LookupError, RecursionError, SyntaxError, TypeError, ValueError) as error:  # 1 / 0, 'a' + 1
+        name = getattr(tokenizer, "chat_template_name", None) or tokenizer.name_or_path or "the model"
+        raise CommandError(f"chat_template: {name} cannot be used: {type(error).__name__}: {get_first_line(error)}") from None
 
 
 def tokenize_conversation(

@@ -3,87 +3,63 @@
 from __future__ import annotations
 
 import re
-import time
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
-from threading import local
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Environment, Template, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
-MAX_CHARACTERS = 2**24  # of what a template writes, and of each of its strings and lists
-MAX_STEPS = 5_000_000  # passes of loops, calls and operations; a long string counts for several
-MAX_SECONDS = 10.0
-CHARACTERS_PER_STEP = 4_096
+from azrecipe.utils.template_budget import (
+    ELEMENT_BYTES,
+    MAX_BYTES,
+    Budget,
+    check_size,
+    check_values,
+    count_steps,
+    measure_value,
+    refuse_template,
+)
+
 MAX_DIGITS = 6  # of a number in a format: '%9999999d' would write megabytes
-_budget = local()
-
-
-class TemplateLimitError(TemplateError):
-    """A template loops or grows beyond the limits."""
-
-
-def _refuse(what: str) -> None:
-    raise TemplateLimitError(f"it {what}: it loops or grows without end")
-
-
-def _count_steps(steps: int) -> None:
-    """Count work of the template that this thread renders."""
-    if getattr(_budget, "depth", 0) == 0:
-        return
-    before = _budget.steps
-    _budget.steps = before + steps
-    if _budget.steps > MAX_STEPS:
-        _refuse(f"takes more than {MAX_STEPS:,} steps")
-    if before >> 8 != _budget.steps >> 8 and time.monotonic() > _budget.deadline:
-        _refuse(f"takes more than {MAX_SECONDS:g} seconds")
-
-
-def _check_size(size: float) -> None:
-    """Count a string or list of this size. Raises TemplateLimitError."""
-    if size > MAX_CHARACTERS:
-        _refuse(f"makes more than {MAX_CHARACTERS:,} characters")
-    _count_steps(1 + int(size) // CHARACTERS_PER_STEP)
-
-
-def _measure(value: object) -> int:
-    """Return the length of a string or list, else 0."""
-    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0
-
-
-def _check_arguments(arguments: Iterable[object]) -> None:
-    """Refuse numbers that would make a string or list too long."""
-    for argument in arguments:
-        if isinstance(argument, int) and abs(argument) > MAX_CHARACTERS:
-            _refuse(f"uses a number above {MAX_CHARACTERS:,} for a length")
+MAX_TEMPLATE_CHARACTERS = 2**20  # the largest published ones have some 30,000
+# Filters whose cost does not depend on what is within the elements of a list
+SHALLOW_FILTERS = frozenset(
+    ("length", "count", "first", "last", "default", "d", "map", "select", "reject", "selectattr", "rejectattr", "list", "batch", "slice")
+)
+QUADRATIC_FILTERS = frozenset(("wordwrap", "urlize", "striptags", "pprint"))
 
 
 def _check_format(text: object, values: object = ()) -> None:
-    """Refuse a format that pads to a great length."""
-    if isinstance(text, str) and (re.search(rf"\d{{{MAX_DIGITS},}}", text) or "*" in text or "{" in text):
-        _check_arguments(values if isinstance(values, tuple | list) else [values])
-        if re.search(rf"\d{{{MAX_DIGITS},}}", text):
-            _refuse("pads text to a great length")
+    """Refuse a format that pads to a great length, or repeats great values."""
+    if not isinstance(text, str):
+        return
+    check_size(len(text) + (text.count("%") + text.count("{")) * measure_value(values))
+    if re.search(rf"\d{{{MAX_DIGITS},}}", text):
+        refuse_template("pads text to a great length")
+    if "*" in text or "{" in text:
+        check_values(values if isinstance(values, tuple | list) else [values])
 
 
 def _multiply(left: Any, right: Any) -> Any:
     for one, other in ((left, right), (right, left)):
         if isinstance(one, str | list | tuple | bytes) and isinstance(other, int):
-            _check_size(len(one) * max(other, 0))
+            check_size(measure_value(one) * max(other, 0))
     if isinstance(left, int) and isinstance(right, int):
-        _check_size((left.bit_length() + right.bit_length()) / 8)
+        check_size((left.bit_length() + right.bit_length()) / 8 * 1_000)  # products and powers are slow
     return left * right
 
 
 def _power(left: Any, right: Any) -> Any:
     if isinstance(left, int) and isinstance(right, int) and right > 0:
-        _check_size(left.bit_length() * right / 8 * 1_000)  # powers are slow
+        check_size(left.bit_length() * right / 8 * 1_000)
     return left**right
 
 
 def _add(left: Any, right: Any) -> Any:
-    _check_size(_measure(left) + _measure(right))
+    check_size(measure_value(left) + measure_value(right))
     return left + right
 
 
@@ -97,10 +73,10 @@ def _join_parts(parts: Iterable[str]) -> str:
     pieces, size = [], 0
     for part in parts:
         pieces.append(part)
-        size += len(part)
-        if size > MAX_CHARACTERS:
-            _check_size(size)
-    _check_size(size)
+        size += sys.getsizeof(part)
+        if size > MAX_BYTES:
+            check_size(size)
+    check_size(size)
     return "".join(pieces)
 
 
@@ -112,46 +88,92 @@ def _concatenate(values: Iterable[object]) -> str:
 def _limit_iteration(values: Iterable[Any]) -> Iterator[Any]:
     """Yield what a `for` goes through, each a step."""
     for value in values:
-        _count_steps(1)
+        count_steps(1)
         yield value
 
 
+def _limit_value(value: Any) -> Any:
+    """Return a value that is written or compared, if it is small."""
+    count_steps(1)
+    check_values([value] if not isinstance(value, int) else ())
+    return value
+
+
 def _limit_method(method: Any, arguments: tuple[Any, ...]) -> None:
-    """Refuse a call of a string's method whose result would be too long."""
+    """Refuse a call of a string's method that would take long."""
     text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-    if not isinstance(text, str):
-        return
+    if isinstance(text, str):
+        _limit_text_method(text, name, arguments)
+
+
+def _limit_text_method(text: str, name: str, arguments: tuple[Any, ...]) -> None:
     if name == "replace" and len(arguments) >= 2 and all(isinstance(each, str) for each in arguments[:2]):
-        _check_size(len(text) + text.count(arguments[0]) * len(arguments[1]))
+        check_size(sys.getsizeof(text) + text.count(arguments[0]) * sys.getsizeof(arguments[1]))
     elif name == "join" and arguments and isinstance(arguments[0], list | tuple):
-        _check_size(len(text) * len(arguments[0]) + sum(map(_measure, arguments[0])))
+        check_size(sys.getsizeof(text) * len(arguments[0]) + measure_value(arguments[0]))
+    elif name in ("strip", "lstrip", "rstrip", "trim") and arguments and isinstance(arguments[0], str):
+        check_size(len(text) * len(arguments[0]) / 100)  # each character is looked up in the argument
     elif name in ("translate", "expandtabs"):
         largest = max(
-            (each if isinstance(each, int) else max(map(_measure, each.values()), default=0) if isinstance(each, dict) else 1)
+            (each if isinstance(each, int) else max(map(measure_value, each.values()), default=0) if isinstance(each, dict) else 1)
             for each in (*arguments, 8)
         )
-        _check_size(len(text) * largest)
+        check_size(len(text) * largest)
 
 
 def _limit_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a filter, so that its numbers and its result are limited."""
+    """Wrap a filter, so that its values and its result are limited."""
 
     @wraps(function)
     def limited(*arguments: Any, **options: Any) -> Any:
         values = (*arguments, *options.values())
-        _check_arguments(values)
-        if name == "format":
-            _check_format(next((each for each in arguments if isinstance(each, str)), None), values)
-        if name == "replace":
-            texts = [each for each in arguments if isinstance(each, str)]
-            if len(texts) >= 3:
-                _limit_method(texts[0].replace, tuple(texts[1:3]))
-        if name in ("indent", "tojson"):
-            widths = [each if isinstance(each, int) else len(each) for each in values[1:] if isinstance(each, int | str)]
-            _check_size(max(map(_measure, arguments), default=0) * max(widths, default=1))
+        check_values([each for each in values if isinstance(each, int)] if name in SHALLOW_FILTERS else values)
+        _check_filter(name, values)
         result = function(*arguments, **options)
-        _check_size(_measure(result))
+        check_size(measure_value(result))
         return result
+
+    return limited
+
+
+def _check_filter(name: str, values: tuple[Any, ...]) -> None:
+    """Refuse a filter that would take long or make much."""
+    texts = [each for each in values if isinstance(each, str)]
+    numbers = [each for each in values if isinstance(each, int)]
+    if name == "format":
+        _check_format(texts[0] if texts else None, values)
+    elif name == "replace" and len(texts) >= 3:
+        _limit_text_method(texts[0], "replace", tuple(texts[1:3]))
+    elif name == "trim" and len(texts) >= 2:
+        _limit_text_method(texts[0], "strip", (texts[1],))
+    elif name in ("indent", "tojson"):
+        widths = [*numbers, *map(len, texts[1:])]
+        check_size(max(map(measure_value, values), default=0) * max(widths, default=1))
+    elif name == "join":
+        separator = max(map(sys.getsizeof, texts), default=0)
+        check_size(sum(separator * len(each) for each in values if isinstance(each, list | tuple)))
+    elif name == "list":
+        check_size(ELEMENT_BYTES * max(map(len, texts), default=0))
+    elif name in ("batch", "slice"):
+        check_size(ELEMENT_BYTES * max(numbers, default=0))
+    elif name == "sum":
+        check_size(
+            sum(len(each) * measure_value(each) / 100 for each in values if isinstance(each, list | tuple))
+        )  # sums of lists copy them
+    elif name == "round" and any(abs(number) > 1_000 for number in numbers[-1:]):
+        refuse_template("rounds to a great number of digits")
+    elif name in QUADRATIC_FILTERS:
+        count_steps(max(map(measure_value, values), default=0) ** 2 >> 14)
+
+
+def _limit_test(function: Any) -> Any:
+    """Wrap a test, such as `is in`, so that its values are limited."""
+
+    @wraps(function)
+    def limited(*arguments: Any) -> Any:
+        count_steps(1)
+        check_values(each for each in arguments if not isinstance(each, int))
+        return function(*arguments)
 
     return limited
 
@@ -162,38 +184,22 @@ class LimitedTemplate(Template):
     def generate(self, *arguments: Any, **variables: Any) -> Iterator[str]:
         """Render piece by piece. Raises TemplateLimitError."""
         size = 0
-        with _Budget():
+        with Budget():
             for piece in super().generate(*arguments, **variables):
-                size += len(piece)
-                _check_size(size if size > MAX_CHARACTERS else len(piece))
+                size += sys.getsizeof(piece)
+                check_size(size if size > MAX_BYTES else sys.getsizeof(piece))
                 yield piece
 
     def render(self, *arguments: Any, **variables: Any) -> str:
         """Render at once. Raises TemplateLimitError."""
-        with _Budget():
+        with Budget():
             return super().render(*arguments, **variables)
 
 
-class _Budget:
-    """The steps and seconds of one rendering in this thread."""
-
-    def __enter__(self) -> None:
-        _budget.depth = getattr(_budget, "depth", 0) + 1
-        if _budget.depth == 1:
-            _budget.steps, _budget.deadline = 0, time.monotonic() + MAX_SECONDS
-
-    def __exit__(self, _class: object, error: BaseException | None, _frames: object) -> None:
-        _budget.depth -= 1
-        if isinstance(error, RecursionError):
-            raise TemplateLimitError("it calls itself without end") from None
-        if isinstance(error, MemoryError):
-            raise TemplateLimitError("it needs more memory than there is: it loops or grows without end") from None
-
-
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose templates end: steps, seconds and lengths are limited.
+    """A sandbox whose templates end: steps, seconds and sizes are limited.
 
-    Catastrophic regular expressions of filters that others add are not limited.
+    Catastrophic regular expressions of filters that others add are not.
     """
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
@@ -204,15 +210,17 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """Put limits around the operators and filters that are there now."""
         self.binop_table = {**self.binop_table, "*": _multiply, "**": _power, "+": _add, "%": _format}
         self.filters = {name: _limit_filter(name, function) for name, function in self.filters.items()}
-        self.filters |= {"_limit_iteration": _limit_iteration, "_concatenate": _concatenate}
+        self.filters |= {"_limit_iteration": _limit_iteration, "_limit_value": _limit_value, "_concatenate": _concatenate}
+        self.tests = {name: _limit_test(function) for name, function in self.tests.items()}
+        self.globals.pop("lipsum", None)  # writes as many paragraphs as it is told to in one call
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls."""
-        _count_steps(1)
-        _check_arguments((*args, *kwargs.values()))
+        count_steps(1)
+        check_values((*args, *kwargs.values()))
         _limit_method(__obj, args)
         result = super().call(__context, __obj, *args, **kwargs)
-        _check_size(_measure(result))
+        check_size(measure_value(result))
         return result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -227,26 +235,55 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return wrapper(*values, **named)
 
     def _generate(self, source: nodes.Template, *arguments: Any, **options: Any) -> str:
-        """Compile, with counted loops and concatenations."""
-        for loop in list(source.find_all(nodes.For)):
-            loop.iter = _to_filter(loop.iter, "_limit_iteration", self)
-        for node in [source, *source.find_all(nodes.Node)]:
-            for name, value in list(node.iter_fields()):
-                if isinstance(value, nodes.Concat):
-                    setattr(node, name, _to_filter(_to_list(value), "_concatenate", self))
-                elif isinstance(value, list):
-                    value[:] = [
-                        _to_filter(_to_list(each), "_concatenate", self) if isinstance(each, nodes.Concat) else each for each in value
-                    ]
-        return super()._generate(source, *arguments, **options)
+        """Compile, with counted loops and measured values."""
+        with Budget():  # constants are computed here
+            return super()._generate(_LimitTransformer(self).visit(source), *arguments, **options)
 
 
-def _to_list(node: nodes.Concat) -> nodes.List:
-    return nodes.List(node.nodes, lineno=node.lineno, environment=node.environment)
+class _LimitTransformer(NodeTransformer):
+    """Puts filters that count and measure into a template."""
 
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
 
-def _to_filter(node: Any, name: str, environment: Environment) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=environment)
+    def _wrap(self, node: Any, name: str) -> Any:
+        """Apply a filter to an expression."""
+        if isinstance(node, nodes.TemplateData | nodes.Const):
+            return node
+        return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=self.environment)
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        """Count the passes of a loop."""
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, "_limit_iteration", [], [], None, None, lineno=node.lineno, environment=self.environment)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        """Measure the text that `a ~ b` makes."""
+        self.generic_visit(node)
+        parts = nodes.List([self._wrap(each, "_limit_value") for each in node.nodes], lineno=node.lineno, environment=self.environment)
+        concatenated: nodes.Node = self._wrap(parts, "_concatenate")
+        return concatenated
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        """Measure what is compared."""
+        self.generic_visit(node)
+        node.expr = self._wrap(node.expr, "_limit_value")
+        for operand in node.ops:
+            operand.expr = self._wrap(operand.expr, "_limit_value")
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        """Measure what is written."""
+        self.generic_visit(node)
+        node.nodes = [self._wrap(each, "_limit_value") for each in node.nodes]
+        return node
+
+    def _visit_literal(self, node: Any) -> Any:
+        self.generic_visit(node)
+        return node if getattr(node, "ctx", "load") != "load" else self._wrap(node, "_limit_value")
+
+    visit_List = visit_Tuple = visit_Dict = _visit_literal
 
 
 def limit_chat_templates() -> None:
@@ -261,6 +298,8 @@ def limit_chat_templates() -> None:
 
     @lru_cache
     def compile_limited(chat_template: str) -> Template:
+        if len(chat_template) > MAX_TEMPLATE_CHARACTERS:
+            refuse_template(f"has more than {MAX_TEMPLATE_CHARACTERS:,} characters")
         environment = compile_template("").environment  # nothing of the template is run before its limits are there
         environment.__class__ = LimitedEnvironment
         environment.limit()
