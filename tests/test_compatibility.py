@@ -1,4 +1,4 @@
-"""Other programs open what comes out: transformers 4.57 and llama.cpp give the same tokens, logits and text.
+"""Other programs agree: transformers 4.57 and llama.cpp open what comes out, and mergekit merges to the same weights.
 
 They have an environment of their own, which `make test-compatibility` makes. Without it these tests skip.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from tests import model_probe
 from tests.conftest import ROOT, TALES, Done
-from tests.small import Project
+from tests.small import Project, environment
 
 ENVIRONMENT = ROOT / ".venv-compatibility"
 SIZES = {
@@ -99,3 +100,47 @@ def test_llama_cpp_writes_the_same_text(
     there = json.loads(probe.stdout.splitlines()[-1])
     assert there["ids"] == [token for token in here[name]["ids"] if token != here[name]["bos"]]
     assert there["answer_ids"] == here[name]["answer_ids"]
+
+
+MERGES = {
+    "linear": ("linear", "", {"weight": 0.3}, {"weight": 0.9}),
+    "slerp": ("slerp", "t: 0.25", {}, {}),
+    "task_arithmetic": ("task_arithmetic", "", {"weight": 1.0}, {"weight": 0.6}),
+    "ties": ("ties", "", {"weight": 1.0, "density": 0.4}, {"weight": 0.5, "density": 0.4}),
+}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_mergekit_merges_to_the_same_weights(name: str, tmp_path: Path) -> None:
+    import torch
+
+    from azrecipe.modeling.loading import build_model, load_model, save_model
+    from azrecipe.tokenization.bpe_training import train_llama3
+
+    tokenizer = train_llama3([tale * 20 for tale in TALES], 320)
+    for seed, model in enumerate(("base", "first", "second")):
+        save_model(build_model(SIZES | FAMILIES["scaled"], tokenizer, "float32", "sdpa", seed), tokenizer, tmp_path / model)
+    method, extra, first, second = MERGES[name]
+    with_base = method in ("task_arithmetic", "ties")
+    weights = [options.get("weight", default) for options, default in zip((first, second), (0.75, 0.25), strict=True)]
+    ours = [f"stage: merge\nproject: p\nmethod: {method}\nmodels:\n"]
+    ours += [
+        f"  {model}: {{name_or_path: ./{model}, weight: {weight}}}\n" for model, weight in zip(("first", "second"), weights, strict=True)
+    ]
+    ours += ["base: {name_or_path: ./base}\n"] if with_base else []
+    ours += [f"density: {first['density']}\n"] if "density" in first else []
+    (tmp_path / "merge.yaml").write_text("".join(ours))
+    entries = [{"model": str(tmp_path / model), "parameters": options} for model, options in (("first", first), ("second", second))]
+    base = {"base_model": str(tmp_path / ("base" if with_base else "first"))} if with_base or method == "slerp" else {}
+    theirs = {"merge_method": method, "dtype": "float32", "models": entries, **base}
+    if extra:
+        theirs["parameters"] = {"t": float(extra.removeprefix("t: "))}
+    (tmp_path / "mergekit.yaml").write_text(json.dumps(theirs))
+    run_there("-m", "mergekit.scripts.run_yaml", tmp_path / "mergekit.yaml", tmp_path / "theirs", "--quiet")
+    command = [sys.executable, "-m", "azrecipe", "run", "merge.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    left, right = (load_model(str(folder), "float32").state_dict() for folder in (tmp_path / "runs/p/merge/final", tmp_path / "theirs"))
+    assert left.keys() == right.keys()
+    for key, tensor in left.items():
+        torch.testing.assert_close(tensor, right[key], atol=1e-6, rtol=1e-5, msg=key)
