@@ -115,6 +115,7 @@ def test_a_check_has_what_the_command_line_prints(project: Project) -> None:
     assert f"{source.path} begins: {'·'.join(source.first_tokens)}" in printed
 
 
+@pytest.mark.long
 def test_a_check_of_a_pipeline_says_what_waits_for_a_run(project: Project) -> None:
     report = azrecipe.check("pipeline.yaml", runs_dir="no runs")
     assert not report.is_complete
@@ -127,6 +128,7 @@ def test_a_check_of_a_pipeline_says_what_waits_for_a_run(project: Project) -> No
     }
 
 
+@pytest.mark.long
 def test_a_check_of_sft_shows_the_first_example(project: Project, llama: Path) -> None:
     report = azrecipe.check("sft.yaml", overrides={"model": {"name_or_path": str(llama), "output_of": None}})
     preview = report.recipes[0].preview
@@ -189,6 +191,7 @@ def test_a_run_that_is_complete_returns_at_once(project: Project, base: Any, cap
     assert printed.out == ""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_pipeline_is_run_and_its_steps_read(project: Project, base: Any) -> None:
     write(project.folder / "two.yaml", "stage: pipeline\nproject: small\nsteps: [base.yaml, tokenizer.yaml]\n")
@@ -220,7 +223,7 @@ def broken(project: Project, base: Any) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_that_fails_raises_its_message(broken: str, num_processes: int) -> None:
     with pytest.raises(RunFailed, match="the loss is nan at step") as caught:
         azrecipe.run(broken, runs_dir=f"failed in {num_processes}", num_processes=num_processes)

@@ -80,6 +80,7 @@ def test_what_was_found_is_kept_and_the_vectors_serve_both_methods(tmp_path: Pat
     assert len(list(tmp_path.glob("sums-*[0-9a-f]"))) == 3
 
 
+@pytest.mark.long
 def test_processes_that_hash_strings_differently_find_the_same(tmp_path: Path) -> None:
     code = """
 import sys
