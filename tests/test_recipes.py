@@ -182,3 +182,30 @@ def test_eeve_s_phases_fit_the_model_that_they_are_for() -> None:
     rows, matrix = len(new) * width, new.stop * width
     layers = count_parameters(model) - 2 * matrix - width  # the norm after the last layer is in none
     assert trained == [rows, rows, 2 * rows, matrix, rows + matrix, count_parameters(model), layers]
+
+
+def test_the_8b_takes_no_learning_rate_of_the_1b() -> None:
+    _, steps = load_pipeline(RECIPES / "llama31_8b" / "pipeline.yaml")
+    rates = {step.recipe.name: step.recipe.config.phases[0].learning_rate for step in steps if step.recipe.stage == "pretrain"}
+    assert rates == {"cpt_phase1": 1e-3, "cpt_phase2": 1e-4}
+
+
+def test_the_replay_study_s_shares() -> None:
+    _, steps = load_pipeline(RECIPES / "replay_study.yaml")
+    shares = {}
+    for step in steps:
+        if step.recipe.stage == "pretrain" and step.recipe.cell is not None:
+            sources = step.recipe.config.data.datasets
+            assert sources[0].name == "azj_Latn"
+            shares[step.recipe.cell.name] = [source.weight / sum(each.weight for each in sources) for source in sources[1:]]
+    assert shares == {"english_0": [], "english_8": [0.08], "english_25": [0.25], "english_75": [0.75], "english_17_maths_8": [0.17, 0.08]}
+
+
+def test_two_by_two_trains_four_layers_and_the_tokens() -> None:
+    _, steps = load_pipeline(RECIPES / "two_by_two" / "pipeline.yaml")
+    tokenizer, pretrain = (step.recipe.config for step in steps)
+    vocabulary = 128_256 + tokenizer.candidates[pretrain.tokenizer.candidate].new_tokens
+    model = shape(pretrain.model.name_or_path, vocab_size=vocabulary)
+    trained = parameter_groups.set_trainable_parameters(model, pretrain.phases[0].trainable_parameters).trainable
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert trained == vocabulary * 2048 + 4 * layer
