@@ -14,6 +14,9 @@ from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.task_files import CODE_MESSAGE, TaskFiles, read_task_files
 from azrecipe.utils.environment_variables import ALLOW_CODE
 from azrecipe.utils.paths import is_local_task
+from azrecipe.utils.time_limits import PATTERN_SECONDS, TimeLimitError, limit_seconds
+
+FILTER_SECONDS, FILTER_SECONDS_EACH = 60.0, 0.05  # for the filters of a task's answers, and for each answer
 
 
 def list_code_problems(task: TaskFiles) -> list[Problem]:
@@ -41,8 +44,10 @@ def guard_harness() -> None:
     from lm_eval import utils as harness_utils
     from lm_eval.api import registry
     from lm_eval.api import task as task_module
+    from lm_eval.api.filter import FilterEnsemble
     from lm_eval.tasks import _yaml_loader
 
+    from azrecipe.utils.template_budget import TemplateLimitError
     from azrecipe.utils.template_limits import LimitedEnvironment
 
     package = Path(lm_eval.__file__).resolve().parent
@@ -62,10 +67,31 @@ def guard_harness() -> None:
             )
         return get_metric(name, hf_evaluate_metric)
 
+    apply_filters = FilterEnsemble.apply
+
+    def apply_limited(ensemble: FilterEnsemble, instances: list[Any]) -> None:
+        seconds = FILTER_SECONDS + FILTER_SECONDS_EACH * len(instances)
+        try:
+            with limit_seconds(seconds):
+                apply_filters(ensemble, instances)
+        except TimeLimitError:
+            raise CommandError(
+                f"tasks: {instances[0].task_name}: the filter '{ensemble.name}' takes more than {seconds:.0f} seconds for {len(instances)} answers: "
+                "its regular expression tries too many ways to match"
+            ) from None
+
+    def replace_limited(*arguments: Any, **options: Any) -> Any:
+        try:
+            with limit_seconds(PATTERN_SECONDS):
+                return plain.filters["regex_replace"](*arguments, **options)
+        except TimeLimitError:
+            raise TemplateLimitError(f"its regex_replace takes more than {PATTERN_SECONDS:g} seconds") from None
+
     _yaml_loader._import_func_in_yml = import_guarded
+    FilterEnsemble.apply = apply_limited
     task_module.get_metric = get_guarded_metric
     plain = harness_utils.env
     environment = LimitedEnvironment(loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
-    environment.filters.update(plain.filters)
+    environment.filters.update({**plain.filters, "regex_replace": replace_limited})
     environment.limit()
     harness_utils.env = environment

@@ -33,7 +33,11 @@ def resolve_weights(model: PreTrainedModel, name: str, source: MergeModel) -> di
     resolved: dict[str, float] = {}
     problems = []
     for pattern, weight in source.weights.items():
-        matched = match_parameters(model, pattern, parameters)
+        try:
+            matched = match_parameters(model, pattern, parameters)
+        except CommandError as error:
+            problems.append(f"models.{name}.weights: {error}")
+            continue
         if not matched:
             problems.append(f"models.{name}.weights: {explain_no_match(pattern, parameters)}")
         for parameter in matched:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from azrecipe.modeling.vocabulary_swap import add_embedding_rows
 from azrecipe.recipe.types import Lora, Model
 from azrecipe.tokenization.tokenizer import count_embedding_rows
 from azrecipe.utils.hub_errors import translate_hub_errors
+from azrecipe.utils.time_limits import match_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,9 +86,9 @@ def _resolve_targets(lora: Lora, model: PreTrainedModel, problems: list[str]) ->
             targets.append(target)
             continue
         try:
-            matched = [name for name in linear if re.fullmatch(target, name)]
-        except re.error as error:
-            problems.append(f"lora.target_modules: '{target}' is no layer and no regular expression: {error}")
+            matched = match_names(target, linear, is_whole=True)
+        except CommandError as error:
+            problems.append(f"lora.target_modules: no layer has this name, and {error}")
             continue
         targets += matched
         if not matched:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from azrecipe.errors import CommandError
 from azrecipe.recipe import parameter_groups
+from azrecipe.utils.time_limits import match_names
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -56,7 +57,11 @@ def set_trainable_parameters(model: PreTrainedModel, patterns: list[str], new_ro
     names_by_matrix: dict[str, set[str]] = {}
     by_pattern, problems = {}, []
     for pattern in patterns:
-        matched = match_parameters(model, pattern, parameters)
+        try:
+            matched = match_parameters(model, pattern, parameters)
+        except CommandError as error:
+            problems.append(str(error))
+            continue
         if pattern in _MATRIX_BY_GROUP:
             names_by_matrix[_MATRIX_BY_GROUP[pattern]] = matched
             by_pattern[pattern] = _count_in_rows(parameters, matched, new_rows)
@@ -104,7 +109,7 @@ def list_weight_decay_parameters(model: PreTrainedModel, masked_matrices: Iterab
 def match_parameters(model: PreTrainedModel, pattern: str, parameters: Mapping[str, Parameter]) -> set[str]:
     """Find the parameters that a group or a regular expression names.
 
-    An adapter's parameters belong to the layer that they adapt.
+    An adapter's parameters belong to the layer that they adapt. Raises CommandError for an expression that takes too long.
     """
     if pattern == "all":
         return set(parameters)
@@ -116,8 +121,9 @@ def match_parameters(model: PreTrainedModel, pattern: str, parameters: Mapping[s
     chosen_layers = parameter_groups.parse_layer_range(pattern, len(set(layers.values())))
     if chosen_layers is not None:
         return {name for name, layer in layers.items() if layer in chosen_layers}
-    expression = _GROUP_PATTERNS.get(pattern) or re.compile(pattern)
-    return {name for name in parameters if expression.search(name)}
+    if pattern in _GROUP_PATTERNS:
+        return {name for name in parameters if _GROUP_PATTERNS[pattern].search(name)}
+    return set(match_names(pattern, parameters, is_whole=False))
 
 
 def _number_layers(parameters: Iterable[str]) -> dict[str, int]:

@@ -63,7 +63,11 @@ def resolve_learning_rates(model: torch.nn.Module, rates: Mapping[str, float], t
     problems = []
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or not trainable_only}
     for part, rate in rates.items():
-        matched = [name for name in parameter_groups.match_parameters(model, part, parameters) if name not in rate_by_name]
+        try:
+            matched = [name for name in parameter_groups.match_parameters(model, part, parameters) if name not in rate_by_name]
+        except CommandError as error:
+            problems.append(f"training.learning_rates: {error}")
+            continue
         if not matched:
             examples = "\n  ".join(list(parameters)[:12])
             problems.append(f"training.learning_rates: {part} matches no parameter that trains. The first that do:\n  {examples}")

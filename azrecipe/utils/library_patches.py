@@ -117,6 +117,10 @@ PATCHES = (
         "A metric that is not registered is downloaded from the hub, or taken from a folder, and run",
     ),
     LibraryPatch(
+        "evaluation.task_code", "FilterEnsemble.apply", "lm-eval", "0.4.13", "lm_eval/api/filter.py, FilterEnsemble.apply",
+        "A task file's regular expression may backtrack without end on an answer; the harness has no limit",
+    ),
+    LibraryPatch(
         "evaluation.task_code", "harness_utils.env", "lm-eval", "0.4.13", "lm_eval/utils.py, env",
         "Templates of task files are rendered without a sandbox",
     ),

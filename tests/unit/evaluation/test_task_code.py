@@ -15,6 +15,7 @@ from azrecipe.recipe.load import load_recipe
 from tests.conftest import Done, write
 
 pytest.importorskip("lm_eval")
+from azrecipe.evaluation import task_code
 from azrecipe.evaluation.lm_harness import Harness
 
 RECIPE = """\
@@ -107,9 +108,31 @@ def test_a_metric_of_a_folder_is_not_run(load: Callable[[str], Any], project: Pa
 
 
 @pytest.mark.parametrize(
-    "template", [ESCAPE, "{{ 'a' * 10**10 }}", "{% set l = range(99999)|list %}{% for a in l %}{% for b in l %}{% endfor %}{% endfor %}"]
+    "template",
+    [
+        "{{ ('a' * 40)|regex_replace('(a+)+b', '') }}",
+        ESCAPE,
+        "{{ 'a' * 10**10 }}",
+        "{% set l = range(99999)|list %}{% for a in l %}{% for b in l %}{% endfor %}{% endfor %}",
+    ],
 )
-def test_templates_are_rendered_in_a_limited_sandbox(template: str, load: Callable[[str], Any]) -> None:
+def test_templates_are_rendered_in_a_limited_sandbox(template: str, load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_code, "PATTERN_SECONDS", 0.3)
     with pytest.raises(AzrecipeError, match="cannot load this task"):
         load(TASK.replace("{{question}}", template))
     assert not Path("ran").exists()
+
+
+def test_a_regular_expression_without_end_is_refused_by_its_task(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.filters import build_filter_ensemble
+
+    load(TASK)
+    monkeypatch.setattr(task_code, "FILTER_SECONDS", 0.3)
+    answers = [Instance("generate_until", {}, ("q", {}), 0, ("own", 0, 1), resps=["a" * 40])]
+    build_filter_ensemble("plain", [("regex", {"regex_pattern": "(a+)"})]).apply(answers)
+    assert answers[0].filtered_resps == {"plain": ["a" * 40]}
+    with pytest.raises(
+        CommandError, match="tasks: own: the filter 'strict' takes more than 0 seconds for 1 answers: its regular expression"
+    ):
+        build_filter_ensemble("strict", [("regex", {"regex_pattern": "(a+)+b"})]).apply(answers)
