@@ -128,7 +128,7 @@ def _list_limits(recipe: Recipe, placement: Placement) -> Iterator[str]:
             "(docs/performance.md); it is estimated as one process"
         )
     if config.training.torch_compile:
-        yield "torch_compile is left out: compiled steps need less memory and less time"
+        yield "torch_compile: what its kernels move is counted, the memory that they spare is not"
     if config.training.trainer_arguments:
         yield f"training.trainer_arguments are left out: {', '.join(config.training.trainer_arguments)}"
     if placement.context_parallel_size > 1:

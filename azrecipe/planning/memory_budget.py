@@ -9,7 +9,7 @@ from typing import NamedTuple
 from azrecipe.distributed import batch_size, gradient_sync
 from azrecipe.distributed.backend import Backend
 from azrecipe.hardware import GIB
-from azrecipe.planning.simulation.step_cost import StepCost
+from azrecipe.planning.simulation.step_cost import OPTIMIZER_KINDS, StepCost
 from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.planning.training_loops import PlannedLoop
 
@@ -27,7 +27,7 @@ KINDS_BY_PART = {
     "optimizer": ("optimizer",),
     "activations": ("activations",),
     "logits and loss": ("logits", "tile"),
-    "temporary": ("temporary",),
+    "temporary": ("temporary", "optimizer_temporary"),
     "communication": ("unsharded", "communication"),
     "buffers": ("buffers",),
 }
@@ -75,15 +75,20 @@ def compute_memory_budget(cost: StepCost, step: StepSpec, batch: int, world_size
     if step.strategy == "ddp":  # gradients lie in the reducer's buckets, which are there all the time
         by_kind = cost.get_peak_memory(batch, accumulates=True, sync_each_batch=True)
     else:
-        by_kind = cost.get_peak_memory(batch, shards, step.keeps_gradients, sync_each_batch=synced and step.uses_fsdp)
+        synced = synced and step.uses_fsdp
+        shares = _get_zero_shares(step.strategy, world_size)
+        by_kind = cost.get_peak_memory(batch, shards, step.keeps_gradients, sync_each_batch=synced, shares=shares)
     if step.strategy in ("zero1", "zero2"):
-        by_kind["optimizer"] /= world_size
         width = trainable_bytes / max(cost.parameters.trainable, 1)
         by_kind["communication"] += min(2 * DEEPSPEED_BUCKET_ELEMENTS * width, 2 * trainable_bytes)
-        if step.strategy == "zero2":
-            by_kind["gradients"] /= world_size
     parts = {name: sum(by_kind[kind] for kind in kinds) for name, kinds in KINDS_BY_PART.items()}
     return build_memory_budget(parts, world_size)
+
+
+def _get_zero_shares(strategy: str, world_size: int) -> dict[str, float]:
+    """Return what part of each kind a process has under ZeRO."""
+    kinds = {"zero1": OPTIMIZER_KINDS, "zero2": ("gradients", *OPTIMIZER_KINDS)}.get(strategy, ())
+    return dict.fromkeys(kinds, 1 / world_size)
 
 
 def build_memory_budget(parts: Mapping[str, float], world_size: int) -> MemoryBudget:

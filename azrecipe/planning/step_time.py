@@ -17,7 +17,7 @@ from azrecipe.distributed.backend import Backend
 from azrecipe.hardware import Card, Machine, load_catalog, read_shipped_file
 from azrecipe.planning import calibration_file
 from azrecipe.planning.model_config import load_shipped_configs
-from azrecipe.planning.simulation.step_cost import RooflineSeconds, StepCost
+from azrecipe.planning.simulation.step_cost import CardPeaks, RooflineSeconds, StepCost
 from azrecipe.planning.simulation.step_spec import StepSpec
 
 SAME_CARD_SPREAD = 0.1  # relative spread where runs on this card are known
@@ -145,9 +145,9 @@ def compute_peak_seconds(cost: StepCost, step: StepSpec, batch: int, card: Card)
         batch: Sequences on the card.
         card: The card.
     """
-    peak = card.fp32_tflops if step.precision == "float32" else card.bf16_tflops
+    peaks = CardPeaks(card.bf16_tflops * 1e12, card.fp32_tflops * 1e12, card.memory_gb_per_s * 1e9)
     synced = _syncs_each_batch(cost, step)
-    return cost.compute_seconds(batch, peak * 1e12, card.memory_gb_per_s * 1e9, accumulates=step.keeps_gradients, sync_each_batch=synced)
+    return cost.compute_seconds(batch, peaks, accumulates=step.keeps_gradients, sync_each_batch=synced, is_compiled=step.torch_compile)
 
 
 def _syncs_each_batch(cost: StepCost, step: StepSpec) -> bool:

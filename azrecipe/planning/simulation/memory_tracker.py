@@ -6,6 +6,7 @@ may have values or only shapes (PyTorch's fake tensors): the bytes are the same.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from azrecipe.planning.simulation.step_cost import MEMORY_KINDS, BatchLinear, StepEvent, StepPosition
+from azrecipe.planning.simulation.fused_traffic import FusedTraffic, StorageUse, is_fusible
+from azrecipe.planning.simulation.recorded_step import StepEvent, StepPosition
+from azrecipe.planning.simulation.step_cost import MEMORY_KINDS, NO_BYTES, NO_WORK, BatchLinear, OperatorWork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,16 +74,14 @@ EXTRA_FLOP_FORMULAS: dict[Any, Any] = {
 }
 
 
-_NOTHING = BatchLinear(0.0, 0.0)
-
-
 @dataclass
 class _LiveStorage:
-    """A live storage: its bytes, its kind, and a weak reference."""
+    """A live storage: its bytes, kind, weak reference and unique number."""
 
     size: BatchLinear
     kind: str
     reference: Any
+    number: int
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -94,6 +95,7 @@ class MemoryTracker(TorchDispatchMode):
         scale: Factor for FLOPs and bytes moved, where one part of a loop stands for the whole.
         more_tiles: Whether a larger batch has more tiles (else larger ones).
         logit_sizes: Last dimensions of tensors that are logits.
+        num_blocks: Decoder layers, which a compiler compiles.
         on_free: Called before a storage is emptied whose owner keeps it.
         events: The recorded events.
     """
@@ -106,18 +108,25 @@ class MemoryTracker(TorchDispatchMode):
         self.scale = 1.0
         self.more_tiles = False
         self.logit_sizes: tuple[int, ...] = ()
+        self.num_blocks = 0
         self.base = dict.fromkeys((*MEMORY_KINDS, TILE), 0)
         self.each = dict.fromkeys((*MEMORY_KINDS, TILE), 0.0)
         self.live: dict[int, _LiveStorage] = {}  # by id of the storage
         self.events: list[StepEvent] = []
         self.on_free: Callable[[], None] | None = None
         self._is_paused = False
+        self.fused_traffic, self._traffic_position, self._numbers = FusedTraffic(), self.position, itertools.count()
 
     def label(self, kind: str, tensors: Iterable[Any]) -> None:
-        """Count these tensors as a kind from now on."""
+        """Count these tensors as a kind from now on.
+
+        A gradient is in memory from then on, whatever computed it.
+        """
         for tensor in tensors:
             if tensor is not None:
                 self._follow(tensor, kind)
+                if kind == "gradients":
+                    self._record_traffic([size for use in self._list_uses([tensor]) for size in self.fused_traffic.write_value(use.number)])
 
     def _follow(self, tensor: Any, kind: str | None) -> None:
         """Follow a tensor's storage, or update its size and kind."""
@@ -126,7 +135,7 @@ class MemoryTracker(TorchDispatchMode):
         if live is None:
             kind = kind or self._get_kind(tensor)
             size = self._split_size(storage.nbytes(), kind)
-            self.live[id(storage)] = _LiveStorage(size, kind, weakref.ref(storage, partial(self._drop, id(storage))))
+            self.live[id(storage)] = _LiveStorage(size, kind, weakref.ref(storage, partial(self._drop, id(storage))), next(self._numbers))
             self._add(kind, size, 1)
             return
         size = self._split_size(storage.nbytes(), kind or live.kind)
@@ -173,11 +182,12 @@ class MemoryTracker(TorchDispatchMode):
     def _get_kind(self, tensor: Any) -> str:
         if self.phase == TILE:
             return TILE
-        is_logits = tensor.dim() > 1 and tensor.shape[-1] in self.logit_sizes and tensor.is_floating_point() and self.phase != "optimizer"
-        return "logits" if is_logits else self.phase
+        can_be_logits = tensor.dim() > 1 and tensor.is_floating_point() and self.phase != "optimizer_temporary"
+        return "logits" if can_be_logits and tensor.shape[-1] in self.logit_sizes else self.phase
 
     def _drop(self, key: int, _: Any) -> None:
         live = self.live.pop(key)
+        self.fused_traffic.forget(live.number)
         self._add(live.kind, live.size, -1)
 
     @contextmanager
@@ -199,25 +209,26 @@ class MemoryTracker(TorchDispatchMode):
         finally:
             self.scale = scale
 
-    def record_event(self, flops: BatchLinear = _NOTHING, moved: BatchLinear = _NOTHING) -> None:
+    def record_event(self, work: OperatorWork = NO_WORK) -> None:
         """Record the live bytes, and the work of an operator."""
         base, each = tuple(map(self.base.__getitem__, MEMORY_KINDS)), tuple(map(self.each.__getitem__, MEMORY_KINDS))
-        self.events.append(StepEvent(self.position, base, each, self.base[TILE], flops, moved))
+        self.events.append(StepEvent(self.position, base, each, self.base[TILE], work))
 
-    def record_op(self, flops: int, tensors: Iterable[Any], tile_rows: int) -> None:
+    def record_op(self, flops: int, tensors: Iterable[torch.Tensor], tile_rows: int) -> None:
         """Record an operator on a tile, which stands for all tiles.
 
         The operator itself is not run. Tensors with `tile_rows` rows are linear in the batch.
         """
+        tensors = list(tensors)
         sizes = [(tensor.numel() * tensor.element_size() * self.scale, tile_rows in tensor.shape) for tensor in tensors]
         linear, constant = (sum(size for size, has_rows in sizes if has_rows is with_rows) for with_rows in (True, False))
         if self.more_tiles:
             linear, constant = linear + constant, 0.0
         scaled = flops * self.scale
+        work = BatchLinear(scaled, 0.0), BatchLinear(linear + constant, 0.0)
         if self.batch:
-            self.record_event(BatchLinear(0.0, scaled / self.batch), BatchLinear(constant, linear / self.batch))
-        else:
-            self.record_event(BatchLinear(scaled, 0.0), BatchLinear(linear + constant, 0.0))
+            work = BatchLinear(0.0, scaled / self.batch), BatchLinear(constant, linear / self.batch)
+        self.record_event(OperatorWork(*work, work[1], _multiplies_float32(tensors)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and record it."""
@@ -231,17 +242,50 @@ class MemoryTracker(TorchDispatchMode):
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]
         out = func(*args, **kwargs)
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        for tensor in results:
+        for tensor in _list_tensors(out):
             self._follow(tensor, None)
         name = func.__name__
         if name.startswith("_allgather_base_"):
             self._follow(args[0], "communication")
         elif name.startswith("_reduce_scatter_base_"):
             self._follow(args[1], "communication")
-        moved = _NOTHING if _moves_nothing(func, results) else self._count_bytes_moved(func, results, args)
-        self.record_event(self._count_flops(func, args, kwargs, out), moved)
+        self.record_event(self._count_work(func, args, kwargs, out))
         return out
+
+    def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> OperatorWork:
+        results, inputs = _list_tensors(out), _list_tensors((args, kwargs))
+        flops = self._count_flops(func, args, kwargs, out)
+        if _moves_nothing(func, results):
+            return OperatorWork(flops, NO_BYTES, NO_BYTES, False)
+        moved = self._count_bytes_moved(func, results, args)
+        reads, writes = self._list_uses(inputs), self._list_uses(results)
+        if self.position != self._traffic_position:  # each layer is compiled by itself
+            self.fused_traffic.start_kernel()
+            self._traffic_position = self.position
+        if self._is_compiled() and is_fusible(func):
+            return OperatorWork(flops, moved, self._split_amounts(self.fused_traffic.count_fused(reads, writes)), False)
+        self._record_traffic(self.fused_traffic.count_alone(reads, writes))
+        return OperatorWork(flops, moved, moved, _multiplies_float32(inputs))
+
+    def _record_traffic(self, amounts: list[int]) -> None:
+        """Record what fused kernels write beside an operator."""
+        if amounts:
+            self.record_event(OperatorWork(NO_BYTES, NO_BYTES, self._split_amounts(amounts), False))
+
+    def _is_compiled(self) -> bool:
+        """Return whether the step is in a decoder layer."""
+        stage, layer = self.position
+        return stage == "forward" or (stage == "backward" and layer < self.num_blocks)
+
+    def _list_uses(self, tensors: list[torch.Tensor]) -> list[StorageUse]:
+        """List storages, and the bytes that a tensor's operator touches of each."""
+        uses = {}
+        for tensor in tensors:
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+            live = self.live.get(id(storage))
+            if live is not None:
+                uses[live.number] = min(tensor.numel() * tensor.element_size(), storage.nbytes())
+        return [StorageUse(number, size) for number, size in uses.items()]
 
     def _count_flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> BatchLinear:
         packet = func._overloadpacket
@@ -250,16 +294,18 @@ class MemoryTracker(TorchDispatchMode):
             shapes = [getattr(argument, "shape", argument) for argument in args]
             return self._split_work(int(formula(*shapes)))
         torch_formula: Any = flop_registry.get(packet)
-        return _NOTHING if torch_formula is None else self._split_work(int(torch_formula(*args, **kwargs, out_val=out)))
+        return NO_BYTES if torch_formula is None else self._split_work(int(torch_formula(*args, **kwargs, out_val=out)))
 
     def _count_bytes_moved(self, func: Any, results: list[Any], args: Any) -> BatchLinear:
         """Count the bytes that an operator must read and write."""
-        sizes = [leaf.numel() * leaf.element_size() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        sizes = [tensor.numel() * tensor.element_size() for tensor in _list_tensors(args)]
         if func._overloadpacket in _SELECTIONS and sizes:
             sizes.remove(max(sizes))
+        return self._split_amounts([*sizes, *(tensor.numel() * tensor.element_size() for tensor in results)])
+
+    def _split_amounts(self, amounts: Iterable[int]) -> BatchLinear:
         base = each = 0.0
-        for size in (*sizes, *(tensor.numel() * tensor.element_size() for tensor in results)):
-            amount = self._split_work(size)
+        for amount in map(self._split_work, amounts):
             base, each = base + amount.base, each + amount.each
         return BatchLinear(base, each)
 
@@ -307,3 +353,12 @@ def _moves_nothing(func: Any, results: list[Any]) -> bool:
     if func in _ALLOCATIONS or func.is_view:
         return True
     return func is _aten.detach.default or not results
+
+
+def _list_tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _multiplies_float32(inputs: Iterable[torch.Tensor]) -> bool:
+    """Return whether a product's matrices are all float32."""
+    return all(tensor.dtype == torch.float32 for tensor in inputs if tensor.is_floating_point())

@@ -6,7 +6,7 @@ is not linear. So the line of every operator that is the highest at some batch i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ MEMORY_KINDS = (
     "weights",
     "gradients",
     "optimizer",
+    "optimizer_temporary",
     "activations",
     "logits",
     "unsharded",
@@ -25,21 +26,8 @@ MEMORY_KINDS = (
     "temporary",
     "accumulated",
 )
-SHARDED_KINDS = ("weights", "gradients", "optimizer")  # a process has a part of them, where the model is split
-
-_GRADIENTS, _TEMPORARY, _ACCUMULATED = (MEMORY_KINDS.index(kind) for kind in ("gradients", "temporary", "accumulated"))
-_SHARDED_COLUMNS, _ONE_BATCH_COLUMNS = slice(len(SHARDED_KINDS)), slice(_ACCUMULATED)
-
-
-class StepPosition(NamedTuple):
-    """Where a step is.
-
-    stage: `start`, `forward`, `head`, `backward` or `step`. layer: the number of the decoder layer. The backward pass counts down from the
-    number of layers, which stands for the head.
-    """
-
-    stage: str
-    layer: int = 0
+SHARDED_KINDS = MEMORY_KINDS[:4]  # a process has a part of them, where the model is split
+OPTIMIZER_KINDS = ("optimizer", "optimizer_temporary")  # of which a process has a part under ZeRO 1 too
 
 
 class BatchLinear(NamedTuple):
@@ -57,23 +45,26 @@ class BatchLinear(NamedTuple):
         return BatchLinear(self.base * factor, self.each * factor)
 
 
-_NOTHING = BatchLinear(0.0, 0.0)
+NO_BYTES = BatchLinear(0.0, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class StepEvent:
-    """The state after an operator, and the operator's work.
+class OperatorWork(NamedTuple):
+    """The work of an operator.
 
-    base, each: live bytes by kind (in the order of MEMORY_KINDS), linear in the batch. tile: live bytes of logit tiles. flops, moved: the
-    operator's FLOPs and bytes moved. accumulated bytes are negative: what earlier batches left and this batch has replaced.
+    moved: bytes that it reads and writes by itself. fused: those in a compiled decoder layer. is_float32: whether it multiplies float32.
     """
 
-    position: StepPosition
-    base: tuple[int, ...]
-    each: tuple[float, ...]
-    tile: float
-    flops: BatchLinear = _NOTHING
-    moved: BatchLinear = _NOTHING
+    flops: BatchLinear
+    moved: BatchLinear
+    fused: BatchLinear
+    is_float32: bool
+
+    def scale(self, factor: float) -> OperatorWork:
+        """Multiply the amounts by a factor."""
+        return OperatorWork(self.flops.scale(factor), self.moved.scale(factor), self.fused.scale(factor), self.is_float32)
+
+
+NO_WORK = OperatorWork(NO_BYTES, NO_BYTES, NO_BYTES, False)
 
 
 class HeadShape(NamedTuple):
@@ -88,30 +79,6 @@ class HeadShape(NamedTuple):
         if self.kind == "logits":
             return 0
         return count_tile_rows(self.kind, count_loss_tokens(self.kind, batch, length), self.vocab_size, self.width)
-
-
-@dataclass(frozen=True)
-class RecordedStep:
-    """One recorded step.
-
-    layers: decoder layers that it was run with. layer_bytes: bytes at rest that a further layer adds, by kind. trainable_ratio: what trains
-    in the whole model over what trains in these layers. grad_dtype_ratio: bytes of a gradient's number over bytes of one that gradients are
-    summed in.
-    """
-
-    batch: int
-    length: int
-    layers: int
-    events: list[StepEvent]
-    layer_bytes: Mapping[str, int]
-    trainable_ratio: float
-    grad_dtype_ratio: float
-    head: HeadShape
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows of a logit tile in this step; 1 without tiles."""
-        return self.head.count_tile_rows(self.batch, self.length) or 1
 
 
 @dataclass(frozen=True)
@@ -146,8 +113,21 @@ class OperatorGroup:
 
     once: bool
     count: float
-    flops: BatchLinear
-    moved: BatchLinear
+    work: OperatorWork
+
+
+class CardPeaks(NamedTuple):
+    """A card's peaks: FLOPs and bytes a second."""
+
+    flops: float
+    float32_flops: float
+    bytes: float
+
+    def compute_seconds(self, work: OperatorWork, batch: int, is_compiled: bool) -> float:
+        """Compute an operator's seconds: of its arithmetic, or its longer traffic."""
+        moved = work.fused if is_compiled else work.moved
+        peak = self.float32_flops if work.is_float32 else self.flops
+        return max(work.flops.at_batch(batch) / peak, moved.at_batch(batch) / self.bytes)
 
 
 @dataclass(frozen=True)
@@ -168,7 +148,13 @@ class StepCost:
     adding: float
 
     def get_peak_memory(
-        self, batch: int, shards: int | None = None, accumulates: bool = False, *, sync_each_batch: bool = False
+        self,
+        batch: int,
+        shards: int | None = None,
+        accumulates: bool = False,
+        *,
+        sync_each_batch: bool = False,
+        shares: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         """Return the bytes by kind at the peak.
 
@@ -179,16 +165,16 @@ class StepCost:
             shards: Another number of processes than the simulated one.
             accumulates: Whether gradients of earlier batches are there.
             sync_each_batch: Whether these are summed over the processes, so that each process has its part of them.
+            shares: Parts of kinds that a process has, where the model is whole (ZeRO 1 and 2).
         """
         tile_rows = self.head.count_tile_rows(batch, self.length)
-        share = self.shards / shards if shards else 1.0
+        shares = dict.fromkeys(SHARDED_KINDS, self.shards / (shards or self.shards)) if self.shards > 1 else shares or {}
         peak: dict[str, float] = {}
         for line in self.lines:
             by_kind = {kind: base + each * batch for kind, base, each in zip(MEMORY_KINDS, line.base, line.each, strict=True)}
             if accumulates and sync_each_batch:
                 by_kind |= {"gradients": self.gradient_bytes, "accumulated": 0.0}
-            if self.shards > 1:
-                by_kind |= {kind: by_kind[kind] * share for kind in SHARDED_KINDS}
+            by_kind |= {kind: by_kind[kind] * share for kind, share in shares.items()}
             by_kind["accumulated"] *= accumulates
             by_kind["tile"] = line.tile * tile_rows
             if sum(by_kind.values()) > sum(peak.values()):
@@ -197,27 +183,24 @@ class StepCost:
 
     def count_flops(self, batch: int) -> float:
         """Count the FLOPs of a batch on a device."""
-        return sum(group.count * group.flops.at_batch(batch) for group in self.work)
+        return sum(group.count * group.work.flops.at_batch(batch) for group in self.work)
 
     def compute_seconds(
-        self, batch: int, flops_per_second: float, bytes_per_second: float, *, accumulates: bool = False, sync_each_batch: bool = False
+        self, batch: int, peaks: CardPeaks, *, accumulates: bool = False, sync_each_batch: bool = False, is_compiled: bool = False
     ) -> RooflineSeconds:
         """Compute the roofline's seconds of a batch and of the optimizer.
 
-        An operator takes as long as its arithmetic or its memory traffic, whichever is longer.
-
         Args:
             batch: Sequences on the device.
-            flops_per_second: The card's peak.
-            bytes_per_second: The peak of the card's memory.
+            peaks: The card's peaks.
             accumulates: Whether gradients of earlier batches are added to.
             sync_each_batch: Whether these are this process' part of them only.
+            is_compiled: Whether the decoder layers are compiled.
         """
         added = 3 * self.gradient_bytes if sync_each_batch else self.adding
-        of_batch, of_optimizer = added / bytes_per_second if accumulates else 0.0, 0.0
+        of_batch, of_optimizer = added / peaks.bytes if accumulates else 0.0, 0.0
         for group in self.work:
-            flops, moved = group.flops.at_batch(batch), group.moved.at_batch(batch)
-            seconds = group.count * max(flops / flops_per_second, moved / bytes_per_second)
+            seconds = group.count * peaks.compute_seconds(group.work, batch, is_compiled)
             if group.once:
                 of_optimizer += seconds
             else:
@@ -226,7 +209,7 @@ class StepCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to values that JSON has."""
-        return asdict(self)
+        return {**asdict(self), "work": [[group.once, group.count, *group.work] for group in self.work]}
 
 
 class RooflineSeconds(NamedTuple):
@@ -247,153 +230,7 @@ def parse_step_cost(data: Mapping[str, Any]) -> StepCost:
         adding=data["adding"],
         lines=tuple(MemoryLine(tuple(line["base"]), tuple(line["each"]), line["tile"]) for line in data["lines"]),
         work=tuple(
-            OperatorGroup(group["once"], group["count"], BatchLinear(*group["flops"]), BatchLinear(*group["moved"]))
-            for group in data["work"]
+            OperatorGroup(once, count, OperatorWork(BatchLinear(*flops), BatchLinear(*moved), BatchLinear(*fused), is_float32))
+            for once, count, flops, moved, fused, is_float32 in data["work"]
         ),
     )
-
-
-def compute_step_cost(recorded: RecordedStep, layers: int, parameters: ParameterCounts, shards: int) -> StepCost:
-    """Compute a step's cost at any batch from a recording.
-
-    Args:
-        recorded: The step, run with a few layers.
-        layers: Decoder layers of the whole model.
-        parameters: The whole model's parameters.
-        shards: Processes that the model was split over.
-    """
-    import numpy as np
-
-    base, each = _extend_to_all_layers(recorded, layers)
-    tiles = np.array([event.tile for event in recorded.events], dtype=np.float64) / recorded.tile_rows
-    batches = np.array([*range(1, 65), *(2**k for k in range(7, 13))], dtype=np.float64)
-    tile_rows = np.array([recorded.head.count_tile_rows(int(batch), recorded.length) for batch in batches])
-    total = base[:, _ONE_BATCH_COLUMNS].sum(1)[:, None] + each.sum(1)[:, None] * batches + tiles[:, None] * tile_rows
-    # The number of processes scales sharded bytes, which can move the peak: keep the peaks of an eighth and of eight times as many too
-    sharded = base[:, _SHARDED_COLUMNS].sum(1)[:, None]
-    shifts = [(share - 1) * sharded for share in ((1.0, 8.0, 0.125) if shards > 1 else (1.0,))]
-    gradient_bytes = float(base[:, _GRADIENTS].max())
-    earlier = (0.0, base[:, _ACCUMULATED, None], gradient_bytes - base[:, _GRADIENTS, None])  # of no batch, whole, and this process' part
-    peaks = {int(i) for gradients in earlier for shift in shifts for i in (total + gradients + shift).argmax(0)}
-    adding = float(base[0, _ACCUMULATED]) * (2 + recorded.grad_dtype_ratio)  # the sum is read and written, the new gradient is read
-    lines = tuple(MemoryLine(tuple(base[i].tolist()), tuple(each[i].tolist()), float(tiles[i])) for i in sorted(peaks))
-    work = _group_operators(recorded, layers)
-    return StepCost(recorded.length, shards, parameters, recorded.head, lines, work, gradient_bytes, adding)
-
-
-@dataclass(frozen=True)
-class _KindBytes:
-    """Bytes by kind, in the order of MEMORY_KINDS, linear in the batch."""
-
-    base: tuple[float, ...]
-    each: tuple[float, ...]
-
-    def __add__(self, other: _KindBytes) -> _KindBytes:
-        return _KindBytes(_add(self.base, other.base), _add(self.each, other.each))
-
-    def __sub__(self, other: _KindBytes) -> _KindBytes:
-        return _KindBytes(_subtract(self.base, other.base), _subtract(self.each, other.each))
-
-
-def _add(values: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
-    return tuple(a + b for a, b in zip(values, others, strict=True))
-
-
-def _subtract(values: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(a - b) for a, b in zip(values, others, strict=True))
-
-
-_NO_BYTES = _KindBytes((0.0,) * len(MEMORY_KINDS), (0.0,) * len(MEMORY_KINDS))
-
-
-def _extend_to_all_layers(recorded: RecordedStep, layers: int) -> tuple[Any, Any]:
-    """Compute base and each [operators, kinds] for all layers.
-
-    The layers that were not run lie before the last two. Their bytes at rest are always there. What they keep for the backward pass is
-    there from the last two on until their own backward pass, and their gradients from then on. What earlier batches left is there from the
-    first operator on, and none of it at the last one.
-    """
-    import numpy as np
-
-    base, each = (
-        np.array(values, dtype=np.float64) for values in zip(*((event.base, event.each) for event in recorded.events), strict=True)
-    )
-    missing = layers - recorded.layers
-    if missing:
-        at_rest = _KindBytes(tuple(float(recorded.layer_bytes.get(kind, 0)) for kind in MEMORY_KINDS), _NO_BYTES.each)
-        by_progress = [at_rest, *(at_rest + layer for layer in _measure_middle_layer(recorded.events))]
-        layer_bytes = np.array([(layer.base, layer.each) for layer in by_progress])
-        progress = [_get_progress(event.position, recorded.layers - 1) for event in recorded.events]
-        base, each = base + missing * layer_bytes[progress, 0], each + missing * layer_bytes[progress, 1]
-        in_optimizer = [event.position.stage == "step" for event in recorded.events]
-        base[in_optimizer, _TEMPORARY] = [
-            event.base[_TEMPORARY] * recorded.trainable_ratio for event in recorded.events if event.position.stage == "step"
-        ]
-    base[:, _ACCUMULATED] -= base[-1, _ACCUMULATED]
-    return base, each
-
-
-def _get_progress(position: StepPosition, last_layer: int) -> int:
-    """Return how far the missing layers are.
-
-    0: before their forward pass, 1: after it, 2: before their backward pass, 3: after it.
-    """
-    stage, layer = position
-    if stage == "start" or (stage == "forward" and layer < last_layer - 1):
-        return 0
-    if stage in ("forward", "head"):
-        return 1
-    return 2 if stage == "backward" and layer >= last_layer - 1 else 3
-
-
-class _MiddleLayer(NamedTuple):
-    """Bytes that a middle layer adds.
-
-    forward: until the forward pass ends. backward: until its backward pass. after: after its backward pass.
-    """
-
-    forward: _KindBytes
-    backward: _KindBytes
-    after: _KindBytes
-
-
-def _measure_middle_layer(events: Sequence[StepEvent]) -> _MiddleLayer:
-    """Measure what a middle layer adds to the live bytes.
-
-    Until the forward pass ends a layer may keep more than its backward pass needs: autocast keeps weights in bfloat16.
-    """
-    last = {event.position: event for event in events}
-
-    def difference(position: StepPosition, previous: StepPosition) -> _KindBytes:
-        one, other = last[position], last[previous]
-        return _KindBytes(_subtract(one.base, other.base), _subtract(one.each, other.each))
-
-    forward = difference(StepPosition("forward", 2), StepPosition("forward", 1))
-    if StepPosition("backward", 2) not in last or StepPosition("backward", 3) not in last:
-        return _MiddleLayer(forward, forward, _NO_BYTES)
-    # The second layer's backward pass, not the first's: at the end of the first one FSDP gathers no further layer
-    change = forward + difference(StepPosition("backward", 2), StepPosition("backward", 3))
-    activations = _KindBytes(*(_keep_activations(values) for values in (change.base, change.each)))
-    return _MiddleLayer(forward, forward - activations, change - activations)
-
-
-def _keep_activations(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(value if kind == "activations" else 0.0 for kind, value in zip(MEMORY_KINDS, values, strict=True))
-
-
-def _group_operators(recorded: RecordedStep, layers: int) -> tuple[OperatorGroup, ...]:
-    """Group operators of one size.
-
-    A middle layer's operators stand for those of the missing layers too.
-    """
-    missing = layers - recorded.layers
-    counts: dict[tuple[bool, BatchLinear, BatchLinear], float] = {}
-    for event in recorded.events:
-        if not any((*event.flops, *event.moved)):
-            continue
-        in_optimizer = event.position.stage == "step"
-        count = 1.0 + (missing if event.position in (StepPosition("forward", 1), StepPosition("backward", 2)) else 0)
-        ratio = recorded.trainable_ratio if in_optimizer and missing else 1.0
-        key = (in_optimizer, event.flops.scale(ratio), event.moved.scale(ratio))
-        counts[key] = counts.get(key, 0.0) + count
-    return tuple(OperatorGroup(once, count, flops, moved) for (once, flops, moved), count in counts.items())

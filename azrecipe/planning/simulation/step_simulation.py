@@ -19,12 +19,11 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from azrecipe.modeling import frozen_weights, parameter_groups
-from azrecipe.modeling import lora as adapters
-from azrecipe.modeling.dtypes import PARAM_DTYPES
 from azrecipe.planning.simulation import bitsandbytes_stubs, gradient_accumulation, kernel_stubs
 from azrecipe.planning.simulation.memory_tracker import MemoryTracker
-from azrecipe.planning.simulation.step_cost import HeadShape, ParameterCounts, RecordedStep, StepCost, StepPosition, compute_step_cost
+from azrecipe.planning.simulation.meta_model import build_meta_model
+from azrecipe.planning.simulation.recorded_step import RecordedStep, StepPosition, compute_step_cost
+from azrecipe.planning.simulation.step_cost import HeadShape, ParameterCounts, StepCost
 from azrecipe.planning.simulation.step_spec import BatchShape, StepSpec
 from azrecipe.recipe.extras import BITSANDBYTES_OPTIMIZERS
 
@@ -35,42 +34,6 @@ UNMASKED_ATTENTION = "azrecipe_unmasked"
 SIMULATED_LAYERS = 4  # decoder layers: the first, the last, and two between them that show what one more layer adds
 # A prime that divides no size of a model: a size that it divides is a multiple of the batch. Fake tensors need no memory
 SIMULATED_BATCH = 1_000_003
-
-
-def build_meta_model(spec: StepSpec) -> Any:
-    """Build a step's model on the meta device.
-
-    Its adapter is applied, and its frozen parameters are frozen.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = dict(spec.config)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    attention = "eager" if spec.attn_implementation == "eager" else "sdpa"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=_get_param_dtype(spec), attn_implementation=attention)
-    model.config.use_cache = False
-    if spec.lora is None:
-        parameter_groups.set_trainable_parameters(model, list(spec.trainable), range(spec.new_rows))
-    else:
-        from peft import get_peft_model
-
-        config = adapters.build_lora_config(spec.lora, model, range(spec.new_rows) if spec.lora.train_new_tokens else ())
-        if spec.quantized:
-            bitsandbytes_stubs.quantize_model(model)
-        with torch.device("meta"):
-            model = get_peft_model(model, config)
-    if spec.rounds_frozen_weights:
-        frozen_weights.round_matrices(model)
-    return model
-
-
-def _get_param_dtype(spec: StepSpec) -> torch.dtype:
-    """Return the dtype of the parameters.
-
-    In a quantized model, the other parameters have the dtype of the computation (lora.BaseModel.load_quantized).
-    """
-    return torch.bfloat16 if spec.quantized and spec.precision != "float32" else PARAM_DTYPES[spec.precision]
 
 
 def import_libraries(with_adapters: bool) -> None:
@@ -146,7 +109,7 @@ def _record_step(spec: StepSpec, shape: BatchShape, *, num_layers: int, trainabl
     spec = spec.with_config(config)
     gc.collect()  # else an earlier step's cycles could be freed inside this one
     tracker = MemoryTracker(512 if spec.cuda else 1, SIMULATED_BATCH if shape.batch == SIMULATED_BATCH else 0)
-    tracker.logit_sizes = (int(config["vocab_size"]),)
+    tracker.logit_sizes, tracker.num_blocks = (int(config["vocab_size"]),), num_layers
     with _silence_libraries():
         model = build_meta_model(spec)
     trainable_ratio = trainable_bytes / max(_count_bytes(model, trainable_only=True), 1)
@@ -291,7 +254,7 @@ def _run_step(model: Any, optimizer: torch.optim.Optimizer, spec: StepSpec, shap
         loss.backward()
         del loss
         tracker.label("gradients", [parameter.grad for parameter in parameters])
-        tracker.phase, tracker.position = "temporary", StepPosition("step")
+        tracker.phase, tracker.position = "optimizer_temporary", StepPosition("step")
         _clip_gradients(parameters, spec)
         optimizer.step()
     gradients.remove_hooks()

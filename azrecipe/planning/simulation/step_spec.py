@@ -16,11 +16,14 @@ from azrecipe.recipe.types import Lora
 
 SOURCE_MODULES = (
     "azrecipe.planning.simulation.step_simulation",
+    "azrecipe.planning.simulation.meta_model",
     "azrecipe.planning.simulation.memory_tracker",
+    "azrecipe.planning.simulation.fused_traffic",
     "azrecipe.planning.simulation.gradient_accumulation",
     "azrecipe.planning.simulation.kernel_stubs",
     "azrecipe.planning.simulation.bitsandbytes_stubs",
     "azrecipe.planning.simulation.step_cost",
+    "azrecipe.planning.simulation.recorded_step",
     "azrecipe.planning.simulation.loss_tiles",
     "azrecipe.modeling.frozen_weights",
     "azrecipe.modeling.parameter_groups",
@@ -47,6 +50,8 @@ class StepSpec:
         trainable: Parameter groups and patterns that train; without an adapter.
         new_rows: Rows of the embeddings that the base model lacks.
         quantized: Whether the base model's weights are in 4 bits.
+        adapter_dtype: What an adapter's numbers are in; None: float32, as PEFT makes them.
+        weights_dtype: What a model is loaded in; None: as the precision says. Trained with autocast all the same, an adapter beside bfloat16.
         reference: Whether a second copy of the weights is there (DPO).
         masked: Whether a mask [length, length] separates packed documents.
         kernels: Liger's kernels that are on.
@@ -54,6 +59,7 @@ class StepSpec:
         every_n_layers: With checkpointing, every so many layers recompute their activations.
         accumulates: Whether an optimizer step has several batches.
         sync_each_batch: The recipe's key: whether each batch's gradients are summed over the processes.
+        torch_compile: Whether the decoder layers are compiled.
         shards: Processes that the model is split over; 1: it is not.
         cuda: Whether the step runs on a GPU.
     """
@@ -64,6 +70,8 @@ class StepSpec:
     new_rows: int = 0
     lora: Lora | None = None
     quantized: bool = False
+    adapter_dtype: str | None = None
+    weights_dtype: str | None = None
     reference: bool = False
     attn_implementation: str = "sdpa"
     masked: bool = False
@@ -75,6 +83,7 @@ class StepSpec:
     every_n_layers: int = 1
     accumulates: bool = False
     sync_each_batch: bool | str = "auto"
+    torch_compile: bool = False
     strategy: str = "single"
     shards: int = 1
     reshard_after_forward: bool = True
@@ -109,11 +118,11 @@ class StepSpec:
         """Return the step that is simulated for this one.
 
         Sharded strategies are simulated as FSDP 2 over `shards` processes, all others as one process. One batch is simulated: its cost
-        holds for a first batch and for later ones, whenever gradients are summed.
+        holds for a first batch and for later ones, whenever gradients are summed. It holds for compiled layers too.
         """
         strategy = "fsdp2" if self.uses_fsdp else "single" if self.strategy in ("single", "ddp") else self.strategy
         split = shards if self.uses_fsdp else 1
-        return replace(self, strategy=strategy, shards=split, accumulates=False, sync_each_batch="auto")
+        return replace(self, strategy=strategy, shards=split, accumulates=False, sync_each_batch="auto", torch_compile=False)
 
     def get_cache_key(self, length: int) -> str:
         """Hash the step, its length, the code and the libraries."""
