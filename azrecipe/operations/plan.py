@@ -206,17 +206,26 @@ class _Planner:
         fits_at_no_batch = [
             index
             for index, answers in estimates.items()
-            if any(_fits_nowhere(loops) and not _find_largest_batch(loops) for loops in _group_by_loop(answers))
+            if not _is_refused(answers)
+            and any(_fits_nowhere(loops) and not _find_largest_batch(loops) for loops in _group_by_loop(answers))
         ]
         repeated = {} if self._with_alternatives else {i: replace(self._requests[i][0], with_alternatives=True) for i in fits_at_no_batch}
         self._simulate_steps(list(repeated.values()))
         problems = []
         for index, answers in estimates.items():
+            if _is_refused(answers):
+                problems.append(f"{answers[0]['recipe']}: {answers[0]['refusal']}")
+                continue
             first = self._estimate(repeated[index]) if index in repeated else answers[0]
             for loops in _group_by_loop(answers):
                 if _fits_nowhere(loops):
-                    problems.append(_describe_problem(first, loops))
+                    problems.append(_describe_problem(first, answers, loops))
         return problems
+
+
+def _is_refused(answers: Sequence[RecipeEstimate]) -> bool:
+    """Whether a run refuses all of the machines."""
+    return all(answer["refusal"] for answer in answers)
 
 
 def _group_by_loop(answers: Sequence[RecipeEstimate]) -> list[tuple[LoopEstimate, ...]]:
@@ -232,16 +241,28 @@ def _fits_nowhere(loops: Sequence[LoopEstimate]) -> bool:
 def _find_largest_batch(loops: Sequence[LoopEstimate]) -> int:
     """Return the largest batch that certainly fits on a machine.
 
-    Returns 0 where none does.
+    Returns 0 where none does, or no measurement.
     """
-    return max(loop["fitting_batch"] for loop in loops)
+    return max(0 if loop["fitting_eval_batch"] == 0 else loop["fitting_batch"] for loop in loops)
 
 
-def _describe_problem(answer: RecipeEstimate, loops: Sequence[LoopEstimate]) -> str:
+def _list_fitting_options(loop: LoopEstimate, card_bytes: int) -> list[str]:
+    """List the options with which a loop fits at its largest batch."""
+    options = []
+    if loop["memory"]["most"] > card_bytes:
+        options.append(f"--set training.per_device_train_batch_size={loop['fitting_batch']}")
+    if (loop["memory"]["measuring_most"] or 0) > card_bytes:
+        options.append(f"--set training.per_device_eval_batch_size={loop['fitting_eval_batch']}")
+    return options
+
+
+def _describe_problem(answer: RecipeEstimate, answers: Sequence[RecipeEstimate], loops: Sequence[LoopEstimate]) -> str:
     """Describe a loop that fits nowhere; name the smallest change that fits."""
     name = f"{answer['recipe']}: {loops[0]['name']}"
     if batch := _find_largest_batch(loops):
-        return f"{name} does not fit: --set training.per_device_train_batch_size={batch} does, and accumulates"
+        best = next(index for index, loop in enumerate(loops) if loop["fitting_batch"] == batch)
+        options = _list_fitting_options(loops[best], answers[best]["card"]["bytes"])
+        return f"{name} does not fit: {' '.join(options)} does" + (", and accumulates" if "train_batch" in options[0] else "")
     fitting = [change for change in answer["levers"]["changes"] if change["best_batch"] >= 1]
     if not fitting:
         return f"{name} fits at no batch, and no single change makes it: more cards (--nodes), larger ones, or an adapter"

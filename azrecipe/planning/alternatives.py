@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from azrecipe.distributed.attention_choice import find_config_obstacles
+from azrecipe.distributed.attention_choice import MIN_CAPABILITY, find_config_obstacles
+from azrecipe.hardware import Card
 from azrecipe.planning.placement import Placement
 from azrecipe.planning.simulation.step_spec import LAYER_KERNELS, StepSpec
-from azrecipe.planning.training_loops import PlannedLoop
+from azrecipe.planning.training_loops import PlannedLoop, build_attention_device, find_precision_problem
 from azrecipe.recipe.attention_kinds import VARLEN
 from azrecipe.recipe.types import Lora, PretrainConfig, SftConfig
 
@@ -32,7 +33,12 @@ class Alternative:
 
 def list_alternatives(config: PretrainConfig | SftConfig, loop: PlannedLoop, placement: Placement) -> list[Alternative]:
     """List the single changes that apply to a loop on these machines."""
-    changes = [*_kernel_changes(loop), *_compute_changes(loop), *_size_changes(config, loop), *_adapter_changes(config, loop, placement)]
+    changes = [
+        *_kernel_changes(loop),
+        *_compute_changes(loop, placement.machine.card),
+        *_size_changes(config, loop),
+        *_adapter_changes(config, loop, placement),
+    ]
     same_placement = [Alternative(change.title, change.options, change.loop, placement) for change in changes]
     return [*same_placement, *_list_backend_alternatives(loop, placement)]
 
@@ -64,17 +70,19 @@ def _kernel_changes(loop: PlannedLoop) -> Iterator[_LoopChange]:
         yield _LoopChange("PyTorch's chunked loss", "--set training.fused_linear_cross_entropy=torch", changed)
 
 
-def _compute_changes(loop: PlannedLoop) -> Iterator[_LoopChange]:
+def _compute_changes(loop: PlannedLoop, card: Card) -> Iterator[_LoopChange]:
     step = loop.step
     enable = not step.activation_checkpointing
     title = f"{'with' if enable else 'without'} activation checkpointing"
     options = f"--set training.activation_checkpointing={str(enable).lower()}"
     yield _LoopChange(title, options, _with_step(loop, replace(loop.step, activation_checkpointing=enable, every_n_layers=1)))
     precision = ALTERNATIVE_PRECISIONS[step.precision]
-    yield _LoopChange(
-        f"precision {precision}", f"--set training.precision={precision}", _with_step(loop, replace(loop.step, precision=precision))
-    )
-    if step.masked and step.precision != "float32" and not find_config_obstacles(step.config):
+    if not find_precision_problem(precision, card):
+        yield _LoopChange(
+            f"precision {precision}", f"--set training.precision={precision}", _with_step(loop, replace(loop.step, precision=precision))
+        )
+    is_new_enough = build_attention_device(card).capability >= MIN_CAPABILITY
+    if is_new_enough and step.masked and step.precision != "float32" and not find_config_obstacles(step.config):
         changed = _with_step(loop, replace(loop.step, masked=False, attn_implementation=VARLEN))
         yield _LoopChange("varlen attention, no masks", f"--set model.attn_implementation={VARLEN}", changed)
 

@@ -55,7 +55,7 @@ def calibrate_from_run(run_dir: Path) -> str:
     """
     run = _load_run(run_dir)
     report, usable = [], []
-    for loop in plan_config_loops(run.config, run.model, run.cluster.backend):
+    for loop in plan_config_loops(run.config, run.model, run.cluster.backend, card=run.cluster.machine.card):
         rates = list(_steady_rates(run_dir, loop.name, run.config.training))
         if len(rates) < MIN_LOGGED_LINES:
             report.append(f"  {loop.name}: left out, too short: {_explain_too_short(rates, run.config.training)}")

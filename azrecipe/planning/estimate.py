@@ -10,14 +10,14 @@ from azrecipe.distributed import requirements
 from azrecipe.distributed.requirements import check_quantized
 from azrecipe.planning import memory_budget, step_time
 from azrecipe.planning.alternatives import Alternative, list_alternatives
-from azrecipe.planning.evaluation_memory import compute_evaluation_budget
+from azrecipe.planning.evaluation_memory import compute_evaluation_budget, find_fitting_eval_batch, get_verdict
 from azrecipe.planning.model_config import ModelLookup, ModelShape, resolve_model_shape
 from azrecipe.planning.placement import Placement
 from azrecipe.planning.simulation.cost_cache import CostCache
 from azrecipe.planning.simulation.step_cost import StepCost
 from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.planning.training_length import TrainingLength, estimate_training_lengths
-from azrecipe.planning.training_loops import PlannedLoop, plan_loops
+from azrecipe.planning.training_loops import PlannedLoop, find_precision_problem, plan_loops
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import SftConfig
 from azrecipe.utils.console import format_bytes
@@ -69,7 +69,7 @@ def build_request(recipe: Recipe, lookup: ModelLookup, placement: Placement, wit
     requirements.check_fsdp_limits(config, placement.backend.uses_fsdp, placement.backend.data_parallel_size)
     check_quantized(config.adapter if isinstance(config, SftConfig) else "", placement.backend)
     model = resolve_model_shape(recipe, lookup)
-    planned = plan_loops(recipe, model, placement.backend, reshard=placement.reshard)
+    planned = plan_loops(recipe, model, placement.backend, reshard=placement.reshard, card=placement.machine.card)
     lengths = estimate_training_lengths(recipe, lookup.runs_dir, planned)
     longest = max(range(len(planned)), key=lambda index: (lengths[index].tokens or 0, index))
     return EstimateRequest(recipe, placement, model, planned, lengths, longest, with_alternatives)
@@ -85,8 +85,11 @@ def estimate_recipe(request: EstimateRequest, cache: CostCache) -> dict[str, Any
     Raises CommandError for a model that cannot be simulated.
     """
     recipe, placement, planned = request.recipe, request.placement, request.loops
+    refusal = find_precision_problem(recipe.config.training.precision, placement.machine.card)
     costs = cache.load_or_simulate(request.steps)[: len(planned)]  # simulates all steps in parallel; the calls below then read the cache
     estimates = [_estimate_loop(loop, cost, placement, length) for loop, cost, length in zip(planned, costs, request.lengths, strict=True)]
+    if refusal:
+        estimates = [{**loop, "verdict": "does not fit"} for loop in estimates]
     main = _choose_main_loop(estimates)
     loop, cost, base = planned[main], costs[main], estimates[main]
     alternatives = request.list_alternatives(main)
@@ -97,6 +100,7 @@ def estimate_recipe(request: EstimateRequest, cache: CostCache) -> dict[str, Any
         changes.append(_estimate_batch(loop, cost, placement, base=base, best=best))
     notes = dict.fromkeys(
         [
+            *([refusal] if refusal else []),
             *_list_measuring_notes(estimates, placement),
             *request.model.notes,
             *(note for length in request.lengths for note in length.notes),
@@ -112,6 +116,7 @@ def estimate_recipe(request: EstimateRequest, cache: CostCache) -> dict[str, Any
         "card": {"name": placement.machine.card.name, "bytes": round(placement.card_bytes), "source": placement.machine.card.memory_source},
         "price": _scale_prices(placement),
         "vocab_size": int(request.model.config["vocab_size"]),
+        "refusal": refusal,
         "loops": estimates,
         "hours": sum_hours(estimates),
         "levers": {"of": loop.name, "changes": sorted(changes, key=_sort_key)},
@@ -144,10 +149,9 @@ def _list_measuring_notes(estimates: Sequence[dict[str, Any]], placement: Placem
     for loop in estimates:
         most = loop["memory"]["measuring_most"]
         if most is not None and most > placement.card_bytes:
-            yield (
-                f"{loop['name']}: measuring on held-out text may need {format_bytes(most)} a card, more than it has: lower "
-                "training.per_device_eval_batch_size, which changes no result"
-            )
+            batch = loop["fitting_eval_batch"]
+            advice = f"--set training.per_device_eval_batch_size={batch} fits, and changes no result" if batch else "no batch of it fits"
+            yield f"{loop['name']}: measuring on held-out text may need {format_bytes(most)} a card, more than it has: {advice}"
 
 
 def _choose_main_loop(estimates: Sequence[dict[str, Any]]) -> int:
@@ -183,9 +187,12 @@ def _estimate_loop(loop: PlannedLoop, cost: StepCost, placement: Placement, leng
             "measuring": None if measuring is None else round(measuring.peak),
             "measuring_most": None if measuring is None else round(measuring.upper_bound),
         },
-        "verdict": budget.get_verdict(placement.card_bytes),
+        "verdict": get_verdict(budget, measuring, placement.card_bytes),
         "largest_batch": {"surely": largest.certain // loop.pairs, "perhaps": largest.possible // loop.pairs},
         "fitting_batch": _find_best_batch(loop, cost, placement).batch,
+        "fitting_eval_batch": find_fitting_eval_batch(
+            cost, loop, placement.card_bytes, placement.world_size, placement.context_parallel_size
+        ),
         "flops_per_token": cost.count_flops(loop.batch) / (loop.batch * loop.length),
         "step_seconds": asdict(time.total),
         "seconds_by": {"compute": time.compute.middle, "links in a machine": time.intra_node, "network": time.inter_node.middle},

@@ -85,9 +85,10 @@ class LoopEstimate(TypedDict):
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     memory: MemoryEstimate
-    verdict: str  # fits, may fit, does not fit
+    verdict: str  # fits, may fit, does not fit: of steps and measurements; a card that a run refuses does not fit
     largest_batch: BatchLimits
     fitting_batch: int  # the largest that certainly fits and divides the global batch; 0: none
+    fitting_eval_batch: int | None  # the recipe's for measurements, or a half that certainly fits; 0: none; None: nothing is measured
     flops_per_token: float
     step_seconds: Bounds
     seconds_by: dict[str, float]
@@ -135,6 +136,7 @@ class RecipeEstimate(TypedDict):
     card: CardSummary
     price: Prices
     vocab_size: int
+    refusal: str  # why a run refuses these cards; "" where it does not
     loops: list[LoopEstimate]
     hours: Bounds | None
     levers: Alternatives

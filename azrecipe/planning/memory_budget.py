@@ -20,6 +20,7 @@ NCCL_BUFFER_BYTES = 0.5 * GIB  # with several processes; grows with channels and
 FRAGMENTATION_SHARE = 0.06  # of the peak: memory that the allocator holds and cannot use
 DEEPSPEED_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of reduce_bucket_size and of allgather_bucket_size
 MAX_BATCH = 1024  # sequences on a device
+VERDICTS = ("fits", "may fit", "does not fit")  # best first
 
 KINDS_BY_PART = {
     "weights": ("weights",),
@@ -47,7 +48,7 @@ class MemoryBudget:
 
     def get_verdict(self, card_bytes: float) -> str:
         """Return `fits`, `may fit` or `does not fit`."""
-        return "fits" if self.upper_bound <= card_bytes else "may fit" if self.lower_bound <= card_bytes else "does not fit"
+        return VERDICTS[0 if self.upper_bound <= card_bytes else 1 if self.lower_bound <= card_bytes else 2]
 
 
 class LargestBatch(NamedTuple):

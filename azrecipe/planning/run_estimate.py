@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from azrecipe import hardware
 from azrecipe.distributed.backend import Backend, count_nodes, has_accelerator
 from azrecipe.errors import AzrecipeError, CannotRun, Interrupted, explain_error, get_first_line
-from azrecipe.hardware import Machine
+from azrecipe.hardware import Card, Machine
 from azrecipe.modeling import liger_kernels
 from azrecipe.planning import memory_budget, step_time, training_loops
-from azrecipe.planning.evaluation_memory import compute_evaluation_budget
+from azrecipe.planning.evaluation_memory import compute_evaluation_budget, find_fitting_eval_batch, get_verdict
 from azrecipe.planning.model_config import NON_SHAPE_KEYS, ModelShape
 from azrecipe.planning.simulation import cost_cache
 from azrecipe.planning.simulation.step_cost import StepCost, parse_step_cost
@@ -60,6 +60,10 @@ class LocalDevices:
     memory_bytes: int
     machine: Machine | None
     nodes: int
+
+    @property
+    def card(self) -> Card | None:
+        return self.machine.card if self.machine else None
 
 
 class EstimateUnavailable(Exception):
@@ -132,7 +136,7 @@ def build_estimate(recipe: Recipe, model: ModelShape, backend: Backend, devices:
         EstimateUnavailable: The simulation failed or took too long.
         CommandError: The global batch does not divide over the processes.
     """
-    planned = _plan_loops(recipe, model, backend, cuda=devices is not None)
+    planned = _plan_loops(recipe, model, backend, cuda=devices is not None, card=devices.card if devices else None)
     costs = simulate_in_subprocess([(loop.step, loop.length) for loop in planned])
     machine = devices.machine if devices else None
     loops = [_estimate_loop(loop, cost, backend, devices) for loop, cost in zip(planned, costs, strict=True)]
@@ -151,16 +155,17 @@ def build_estimate(recipe: Recipe, model: ModelShape, backend: Backend, devices:
     }
 
 
-def _plan_loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True) -> list[PlannedLoop]:
+def _plan_loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True, card: Card | None = None) -> list[PlannedLoop]:
     """Plan the loops with the launcher's fsdp_reshard_after_forward."""
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
-    return training_loops.plan_loops(recipe, model, backend, cuda, reshard)
+    return training_loops.plan_loops(recipe, model, backend, cuda, reshard, card=card)
 
 
 def _estimate_loop(loop: PlannedLoop, cost: StepCost, backend: Backend, devices: LocalDevices | None) -> dict[str, Any]:
     budget = memory_budget.compute_memory_budget(cost, loop.step, loop.batch, backend.world_size, backend.replicate_size)
     memory = {"parts": {name: round(value) for name, value in budget.parts.items()}, "peak": round(budget.peak)}
-    if (measuring := compute_evaluation_budget(cost, loop, backend.world_size, backend.context_parallel_size)) is not None:
+    measuring = compute_evaluation_budget(cost, loop, backend.world_size, backend.context_parallel_size)
+    if measuring is not None:
         memory["measuring"] = round(measuring.peak)
     rate: dict[str, Any] = {"tokens_per_second": None, "rests_on": None}
     if devices is not None:
@@ -181,7 +186,7 @@ def _estimate_loop(loop: PlannedLoop, cost: StepCost, backend: Backend, devices:
         "per_device_train_batch_size": loop.batch // loop.pairs,
         "gradient_accumulation_steps": loop.accumulation,
         "memory": memory,
-        "verdict": budget.get_verdict(devices.memory_bytes) if devices else None,
+        "verdict": get_verdict(budget, measuring, devices.memory_bytes) if devices else None,
         "change": None,
         **rate,
     }
@@ -213,30 +218,36 @@ def find_fitting_change(
     Returns:
         The command-line options, or None where no change is enough.
     """
-    loop = _plan_loops(recipe, model, backend)[loop_index]
-    if batch := _find_fitting_batch(loop, cost, backend, devices):
-        return f"--set training.per_device_train_batch_size={batch}"
+    loop = _plan_loops(recipe, model, backend, card=devices.card)[loop_index]
+    if (options := _list_batch_options(loop, cost, backend, devices)) is not None:
+        return " ".join(options)
     changes = list(_list_changes(recipe, model, backend))
-    changed_loops = [_plan_loops(change.recipe, model, change.backend)[loop_index] for change in changes]
+    changed_loops = [_plan_loops(change.recipe, model, change.backend, card=devices.card)[loop_index] for change in changes]
     try:
         costs = simulate_in_subprocess([(changed.step, changed.length) for changed in changed_loops])
     except EstimateUnavailable:
         return None
     for change, changed, changed_cost in zip(changes, changed_loops, costs, strict=True):
-        if batch := _find_fitting_batch(changed, changed_cost, change.backend, devices):
-            if batch >= changed.batch // changed.pairs:
-                return change.options
-            return f"{change.options} --set training.per_device_train_batch_size={batch}"
+        if (options := _list_batch_options(changed, changed_cost, change.backend, devices)) is not None:
+            return " ".join([change.options, *options])
     return None
 
 
-def _find_fitting_batch(loop: PlannedLoop, cost: StepCost, backend: Backend, devices: LocalDevices) -> int:
-    """Find the largest batch that certainly fits; 0 where none does.
+def _list_batch_options(loop: PlannedLoop, cost: StepCost, backend: Backend, devices: LocalDevices) -> list[str] | None:
+    """List the options with which a loop certainly fits.
 
-    It divides the global batch and is not larger than the recipe's.
+    None where no batch does. The training batch divides the global batch. No batch is larger than the recipe's.
     """
     split = memory_budget.find_largest_fitting_batch(cost, loop, devices.memory_bytes, backend)
-    return min(split.per_device, loop.batch // loop.pairs) if split else 0
+    eval_batch = find_fitting_eval_batch(cost, loop, devices.memory_bytes, backend.world_size, backend.context_parallel_size)
+    if split is None or eval_batch == 0:
+        return None
+    options = []
+    if split.per_device < loop.batch // loop.pairs:
+        options.append(f"--set training.per_device_train_batch_size={split.per_device}")
+    if eval_batch is not None and eval_batch < loop.eval_batch:
+        options.append(f"--set training.per_device_eval_batch_size={eval_batch}")
+    return options
 
 
 def _list_changes(recipe: Recipe, model: ModelShape, backend: Backend) -> Iterator[_Change]:
@@ -289,16 +300,12 @@ def format_lines(plan: dict[str, Any]) -> list[str]:
             parts.append(f"{rate['low']:,.0f}–{rate['high']:,.0f} tokens/s")
         elif plan["card"]:
             parts.append("no rate: this card is not known")
+        if memory.get("measuring", 0) > memory["peak"]:
+            parts.append(f"{format_bytes(memory['measuring'])} of tensors while held-out text is measured")
         lines.append(f"  estimate, {loop['name']}: {', '.join(parts)}")
         if loop["verdict"] in ("may fit", "does not fit"):
             verdict = "does not fit" if loop["verdict"] == "does not fit" else "may not fit"
             lines.append(f"  warning: {loop['name']} {verdict} on this card. {_format_advice(loop['change'])}")
-        measuring = memory.get("measuring", 0)
-        if plan["card"] and measuring > plan["card"]["bytes"]:
-            lines.append(
-                f"  warning: measuring on held-out text needs {format_bytes(measuring)} of tensors on this card: lower "
-                "training.per_device_eval_batch_size, which changes no result"
-            )
     return lines
 
 

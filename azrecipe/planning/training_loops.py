@@ -15,6 +15,7 @@ from azrecipe.distributed.attention_choice import (
     find_config_obstacles,
 )
 from azrecipe.distributed.backend import Backend
+from azrecipe.hardware import Card
 from azrecipe.modeling import liger_kernels
 from azrecipe.planning.model_config import ModelShape
 from azrecipe.planning.simulation.step_spec import LAYER_KERNELS, StepSpec
@@ -46,7 +47,9 @@ class PlannedLoop:
         return self.global_batch_size * self.pairs * self.length * backend.context_parallel_size
 
 
-def plan_loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True) -> list[PlannedLoop]:
+def plan_loops(
+    recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True, *, card: Card | None = None
+) -> list[PlannedLoop]:
     """Plan the loops of a pretrain or sft recipe.
 
     Args:
@@ -55,23 +58,48 @@ def plan_loops(recipe: Recipe, model: ModelShape, backend: Backend, cuda: bool =
         backend: The processes.
         cuda: Whether they run on GPUs.
         reshard: accelerate's fsdp_reshard_after_forward.
+        card: The GPU; None where it is not known, and taken to be new enough for every attention.
 
     Raises:
         CommandError: The global batch does not divide over the processes.
     """
-    return plan_config_loops(recipe.config, model, backend, cuda, reshard)
+    return plan_config_loops(recipe.config, model, backend, cuda, reshard, card=card)
 
 
-def resolve_attention(config: PretrainConfig | SftConfig, model: ModelShape, backend: Backend, cuda: bool) -> str:
+def build_attention_device(card: Card | None) -> AttentionDevice:
+    """Describe a card as far as attention depends on it.
+
+    PyTorch gives AMD's architectures as it gives CUDA's: gfx942 is (9, 4), gfx90a is (9, 0).
+    """
+    if card is None or card.capability is None:
+        return AttentionDevice("the card", MIN_CAPABILITY)
+    if card.capability.startswith("gfx"):
+        return AttentionDevice(card.name, (int(card.capability[3:-2]), int(card.capability[-2], 16)))
+    major, minor = card.capability.split(".")
+    return AttentionDevice(card.name, (int(major), int(minor)))
+
+
+def find_precision_problem(precision: str, card: Card) -> str:
+    """Say why a run on a card refuses a precision, or "".
+
+    A run asks PyTorch (distributed/requirements.py, check_precision).
+    """
+    if precision == "float32" or card.bf16:
+        return ""
+    return f"a {card.name} has no units for bfloat16, and a run on it refuses precision: {precision}: --set training.precision=float32"
+
+
+def resolve_attention(config: PretrainConfig | SftConfig, model: ModelShape, backend: Backend, cuda: bool, card: Card | None = None) -> str:
     """Resolve `auto` as a run on these cards will; see choose_attention.
 
-    A run asks the model itself. Here its configuration decides, and the cards and PyTorch are taken to be new enough.
+    A run asks the model itself. Here its configuration decides, and PyTorch is taken to be new enough.
 
     Args:
         config: The recipe's config.
         model: The shapes of its model.
         backend: The processes.
         cuda: Whether they run on GPUs.
+        card: The GPU, where it is known.
     """
     name = config.model.attn_implementation
     if name != AUTO:
@@ -83,12 +111,18 @@ def resolve_attention(config: PretrainConfig | SftConfig, model: ModelShape, bac
         backend.context_parallel_size,
         find_config_obstacles(model.config),
     )
-    device = AttentionDevice("the card", MIN_CAPABILITY) if cuda else AttentionDevice()
+    device = build_attention_device(card) if cuda else AttentionDevice()
     return choose_attention(name, use, device).name
 
 
 def plan_config_loops(
-    config: PretrainConfig | SftConfig, model: ModelShape, backend: Backend, cuda: bool = True, reshard: bool = True
+    config: PretrainConfig | SftConfig,
+    model: ModelShape,
+    backend: Backend,
+    cuda: bool = True,
+    reshard: bool = True,
+    *,
+    card: Card | None = None,
 ) -> list[PlannedLoop]:
     """Plan the loops of a recipe's config; see plan_loops.
 
@@ -98,10 +132,11 @@ def plan_config_loops(
         backend: The processes.
         cuda: Whether they run on GPUs.
         reshard: accelerate's fsdp_reshard_after_forward.
+        card: The GPU, where it is known.
     """
     training = config.training
     split = batch_size.split_batch(training.global_batch_size, training.per_device_train_batch_size, backend.data_parallel_size)
-    attention = resolve_attention(config, model, backend, cuda)
+    attention = resolve_attention(config, model, backend, cuda, card)
     step = StepSpec(
         config=dict(model.config),
         precision=training.precision,

@@ -213,3 +213,21 @@ def test_the_llama_8b_recipe_is_planned_on_the_published_machines(tiny: Path) ->
         assert loop["parameters"]["total"] == 8_030_261_248 - 2 * 28_256 * 4096  # Llama 3.1 8B, with 100,000 tokens instead of 128,256
         assert loop["steps"] == 15_000
         assert loop["hours"]["middle"] > 0
+
+
+def test_what_a_run_would_refuse_on_an_old_card_is_said(tiny: Path) -> None:
+    refused = plan(tiny, "r.yaml", "--hardware", "t4", "--no-levers", code=3)
+    assert "a t4 has no units for bfloat16, and a run on it refuses precision: bf16_mixed: --set training.precision=float32" in refused
+    allowed = asked(tiny, "r.yaml", "--hardware", "t4", "--no-levers", "--set", "training.precision=float32")
+    assert (allowed["refusal"], allowed["loops"][0]["verdict"]) == ("", "fits")
+    both = asked(tiny, "r.yaml", "--compare", "t4,l4", "--no-levers")
+    assert [answer["loops"][0]["verdict"] for answer in both] == ["does not fit", "fits"]
+
+
+def test_measurements_that_do_not_fit_are_told_with_the_batch_that_does(tiny: Path) -> None:
+    large = ("r.yaml", "--hardware", "l4", "--no-levers", "--set", "training.per_device_eval_batch_size=65536")
+    text = plan(tiny, *large, code=3)
+    option = re.search(r"full does not fit: (--set training.per_device_eval_batch_size=\d+) does\n", text)
+    assert option, text
+    fitting = asked(tiny, *large[:-2], *option[1].split())
+    assert fitting["loops"][1]["verdict"] == "fits"

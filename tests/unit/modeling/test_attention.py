@@ -12,7 +12,7 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from azrecipe import errors
 from azrecipe.data.packing import DocumentDelimiters, Packing, build_collator, compute_document_borders
-from azrecipe.distributed.attention_choice import AttentionUse, check_attention, find_config_obstacles
+from azrecipe.distributed.attention_choice import AttentionDevice, AttentionUse, check_attention, find_config_obstacles
 from azrecipe.errors import CommandError
 from azrecipe.modeling import attention, chunked_loss, compilation
 from azrecipe.planning.simulation import memory_tracker
@@ -150,7 +150,7 @@ def test_a_model_without_named_blocks_is_not_compiled() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the reason would be another one")
 def test_on_a_cpu_varlen_is_allowed_for_tests() -> None:
-    check_attention(VARLEN, AttentionUse("pretrain", "float32"))
+    check_attention(VARLEN, AttentionUse("pretrain", "float32"), AttentionDevice())
     assert chunked_loss.is_available() == hasattr(torch.nn.functional, "linear_cross_entropy")
 
 

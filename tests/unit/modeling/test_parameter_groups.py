@@ -187,7 +187,7 @@ def test_processes_that_share_or_shard_a_matrix_change_the_same_rows_as_one() ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
     done = called(command, ROOT)
     assert done.code == 0, done.err
-    for found in json.loads(done.out):
+    for found in json.loads(done.out.splitlines()[-1]):  # torch 2.9's gloo prints lines before it
         assert found["apart"] < 5e-6, found
         assert found["norm"] < 1e-6, found
         matrices = {name: rows for name, rows in found["changed"].items() if "embed_tokens" in name or "lm_head" in name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from azrecipe import hardware
 from azrecipe.distributed.backend import Backend
 from azrecipe.errors import CannotRun
-from azrecipe.planning import memory_budget, run_estimate, training_loops
+from azrecipe.planning import evaluation_memory, memory_budget, run_estimate, training_loops
 from azrecipe.planning.model_config import ModelShape
 from azrecipe.planning.run_estimate import LocalDevices
 from azrecipe.planning.simulation import cost_cache
@@ -170,3 +171,33 @@ def test_the_page_of_a_run_on_gpus_shows_foreseen_against_measured_for_each_phas
     assert "on 4 × NVIDIA L4" in shown
     assert estimate_section.list_notes(run) == []
     assert estimate_section.build_section(RunRecord(tmp_path / "none", "n")).body == ""
+
+
+def test_a_loop_whose_measurements_do_not_fit_does_not_fit(base: Recipe) -> None:
+    training = replace(base.config.training, per_device_eval_batch_size=4096)
+    recipe = replace(base, config=replace(base.config, training=training))
+    card = a100(needed(base, 8))
+    (loop,) = run_estimate.build_estimate(recipe, shape(recipe), ONE, card)["loops"]
+    assert loop["memory"]["peak"] < loop["memory"]["measuring"]
+    assert loop["verdict"] == "does not fit"
+    option, _, batch = loop["change"].rpartition("=")
+    assert option == "--set training.per_device_eval_batch_size"
+    (planned,) = training_loops.plan_loops(recipe, shape(recipe), ONE)
+    (cost,) = cost_cache.load_or_simulate_costs([(planned.step, planned.length)])
+    fits = {
+        size: evaluation_memory.compute_evaluation_budget(cost, replace(planned, eval_batch=size), 1).upper_bound <= card.memory_bytes
+        for size in (int(batch), 2 * int(batch))
+    }
+    assert fits == {int(batch): True, 2 * int(batch): False}
+    assert 0 < int(batch) < 4096
+
+
+def test_old_cards_are_planned_with_the_attention_that_they_run(base: Recipe) -> None:
+    packed = replace(base.config, training=replace(base.config.training, precision="bf16_mixed"))
+    model = ModelShape({"model_type": "llama", "vocab_size": 340, "hidden_size": 64, "num_attention_heads": 4}, 0, ())
+    cards = hardware.load_catalog().cards
+    attention = {name: training_loops.resolve_attention(packed, model, ONE, True, cards[name]) for name in cards}
+    assert {attention[name] for name in ("t4", "v100-16g", "v100-32g")} == {"sdpa"}
+    assert {attention[name] for name in cards if cards[name].bf16} == {"varlen"}, "AMD's too"
+    capabilities = {name: training_loops.build_attention_device(cards[name]).capability for name in cards}
+    assert (capabilities["t4"], capabilities["h100-80g"], capabilities["mi300x"]) == ((7, 5), (9, 0), (9, 4))
