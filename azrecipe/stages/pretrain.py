@@ -44,7 +44,7 @@ from azrecipe.recipe.types import PretrainConfig
 from azrecipe.runs.run_attention import settle_attention
 from azrecipe.runs.run_dir import RunDir, check_run_matches, connect_processes, locate_run, open_run
 from azrecipe.tokenization.tokenizer import count_embedding_rows, have_same_vocabulary, load_tokenizer
-from azrecipe.training import checkpoints, profiling, trainer
+from azrecipe.training import checkpoints, learning_rates, profiling, trainer
 from azrecipe.training.pretraining import PhaseRecord, PretrainJob, release_memory, remove_finished_checkpoints, train_phase
 from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.console import print_progress
@@ -234,6 +234,10 @@ def _find_trainable_parameters(
             trainable.append(parameter_groups.set_trainable_parameters(model, phase.trainable_parameters, new_token_ids))
         except CommandError as error:
             raise recipe.error(str(error), "phases", i, "trainable_parameters") from None
+        try:
+            learning_rates.resolve_learning_rates(model, phase.learning_rates)
+        except CommandError as error:
+            raise recipe.error(str(error), "phases", i, "learning_rates") from None
     return trainable
 
 

@@ -36,7 +36,7 @@ from azrecipe.runs.run_attention import settle_attention
 from azrecipe.runs.run_dir import RunDir, check_run_matches, connect_processes, locate_run, open_run
 from azrecipe.tokenization import chat_templates
 from azrecipe.tokenization.tokenizer import count_embedding_rows, load_tokenizer, save_tokenizer
-from azrecipe.training import checkpoints, finetuning, profiling
+from azrecipe.training import checkpoints, finetuning, learning_rates, profiling
 from azrecipe.training import trainer as training_trainer
 from azrecipe.training.pretraining import release_memory
 from azrecipe.utils.atomic_files import atomic_folder, read_json
@@ -198,7 +198,7 @@ def _check_trainable_parts(
         with torch.device("meta"):
             adapted = get_peft_model(model, adapter, low_cpu_mem_usage=True)
     try:
-        finetuning.resolve_learning_rates(adapted, config.training.learning_rates)
+        learning_rates.resolve_learning_rates(adapted, config.training.learning_rates)
     except CommandError as error:
         raise recipe.error(str(error), "training", "learning_rates") from None
 

@@ -5,7 +5,7 @@ The trainers get our rows, in our order, with an adapter or all weights, and lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,14 @@ from transformers import Trainer
 from azrecipe.data.finetuning_examples import FinetuningExamples, FinetuningPlan, join_examples
 from azrecipe.data.packing import Collator, get_length_multiple
 from azrecipe.distributed.backend import Backend
-from azrecipe.errors import CommandError
-from azrecipe.modeling import frozen_weights, loading, parameter_groups
+from azrecipe.modeling import frozen_weights, loading
 from azrecipe.recipe.attention_kinds import needs_borders
 from azrecipe.recipe.types import SftConfig
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.tokenization.chat_templates import TokenizedExample
 from azrecipe.training import precision
 from azrecipe.training import trainer as training_trainer
+from azrecipe.training.learning_rates import LearningRatesMixin
 from azrecipe.training.monitor import LoopUnits
 
 if TYPE_CHECKING:
@@ -46,44 +46,12 @@ class TunedModel:
     round_frozen: bool = False
 
 
-def resolve_learning_rates(model: torch.nn.Module, rates: Mapping[str, float], trainable_only: bool = True) -> dict[str, float]:
-    """Resolve the learning rate of each parameter that a part names.
-
-    The first part that matches a parameter counts.
-
-    Args:
-        model: The model, with its adapter.
-        rates: The learning rate of each part (a group or a regular expression).
-        trainable_only: Consider only parameters that train.
-
-    Raises:
-        CommandError: No parameter is left for a part.
-    """
-    rate_by_name: dict[str, float] = {}
-    problems = []
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or not trainable_only}
-    for part, rate in rates.items():
-        try:
-            matched = [name for name in parameter_groups.match_parameters(model, part, parameters) if name not in rate_by_name]
-        except CommandError as error:
-            problems.append(f"training.learning_rates: {error}")
-            continue
-        if not matched:
-            examples = "\n  ".join(list(parameters)[:12])
-            problems.append(f"training.learning_rates: {part} matches no parameter that trains. The first that do:\n  {examples}")
-        rate_by_name |= dict.fromkeys(matched, rate)
-    if problems:
-        raise CommandError("\n".join(problems))
-    return rate_by_name
-
-
-class LearningRatesMixin(training_trainer.NonEmptyParamGroupsMixin):
-    """A mixin for Trainer with learning rates by part.
+class FinetuningMixin(LearningRatesMixin):
+    """A mixin for TRL's trainers: learning rates by part, rounded frozen matrices.
 
     `round_frozen`: whether frozen matrices are rounded to bfloat16.
     """
 
-    learning_rates: Mapping[str, float] = {}
     round_frozen = False
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
@@ -91,22 +59,6 @@ class LearningRatesMixin(training_trainer.NonEmptyParamGroupsMixin):
         if self.round_frozen:
             frozen_weights.round_matrices(model)
         super()._move_model_to_device(model, device)
-
-    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
-        """Create the optimizer, its parameter groups split by learning rate."""
-        optimizer = super().create_optimizer(*arguments, **options)
-        if not self.learning_rates:
-            return optimizer
-        rates = resolve_learning_rates(self.model, self.learning_rates)
-        by_id = {id(p): rates[name] for name, p in self.model.named_parameters() if name in rates}
-        groups = []
-        for group in optimizer.param_groups:
-            for rate in dict.fromkeys(by_id.get(id(p), group["lr"]) for p in group["params"]):
-                parameters = [p for p in group["params"] if by_id.get(id(p), group["lr"]) == rate]
-                groups.append({**group, "params": parameters, "lr": rate})
-        groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)  # the first group's rate is logged
-        optimizer.param_groups[:] = groups
-        return optimizer
 
 
 def tune_model(
@@ -174,7 +126,7 @@ def _prepare_sft(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    class PartRatesSFTTrainer(LearningRatesMixin, SFTTrainer):  # type: ignore[misc]
+    class PartRatesSFTTrainer(FinetuningMixin, SFTTrainer):  # type: ignore[misc]
         """SFTTrainer with learning rates by part.
 
         It is defined here because TRL is slow to import.
@@ -238,7 +190,7 @@ def _prepare_dpo(
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    class PartRatesDPOTrainer(LearningRatesMixin, DPOTrainer):  # type: ignore[misc]
+    class PartRatesDPOTrainer(FinetuningMixin, DPOTrainer):  # type: ignore[misc]
         """DPOTrainer for pairs that are tokens already."""
 
         learning_rates = config.training.learning_rates

@@ -33,6 +33,7 @@ from azrecipe.training import checkpoints, precision, throughput
 from azrecipe.training import trainer as training_trainer
 from azrecipe.training.async_checkpoint import AsyncCheckpointMixin, AsyncCheckpointWriter
 from azrecipe.training.bad_step_guard import BadStepGuard, BadStepGuardMixin
+from azrecipe.training.learning_rates import LearningRatesMixin
 from azrecipe.training.monitor import LoopUnits
 from azrecipe.utils.atomic_files import list_file_sizes, read_json_object, write_json
 from azrecipe.utils.console import print_progress
@@ -135,7 +136,7 @@ class PretrainJob:
         )
 
 
-class TextTrainer(AsyncCheckpointMixin, BadStepGuardMixin, training_trainer.NonEmptyParamGroupsMixin):
+class TextTrainer(AsyncCheckpointMixin, BadStepGuardMixin, LearningRatesMixin):
     """A Trainer that measures bits per byte.
 
     It guards its steps and writes checkpoints in a thread.
@@ -315,6 +316,7 @@ def run_phase_loop(
             args=args,
         )
         trainer.exact_weights = exact_weights
+        trainer.learning_rates = planned_phase.phase.learning_rates
         return trainer
 
     trainer, summary = training_trainer.train_loop(build_trainer, loop, units, job.backend, config.training)

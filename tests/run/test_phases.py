@@ -167,3 +167,34 @@ def test_frozen_matrices_are_rounded_while_a_phase_trains_and_saved_as_they_were
     assert all(torch.equal(saved[name], base[name]) for name in frozen)
     assert not any(torch.equal(base[name], base[name].bfloat16().float()) for name in frozen)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+RATES = "learning_rates: {embeddings: 1e-30, 'layers[0]': 2e-3}"
+
+
+def test_a_phase_has_learning_rates_by_part(small: Project) -> None:
+    phases = f"phases: [{{name: full, trainable_parameters: [all], learning_rate: 5e-3, max_steps: 8, {RATES}}}]\n"
+    write(small.folder / "rates.yaml", "stage: pretrain\nextends: cpt.yaml\nmodel: {output_of: base.yaml}\ntokenizer: null\n" + phases)
+    write(small.folder / "plain.yaml", (small.folder / "rates.yaml").read_text().replace(f", {RATES}", ""))
+    for name in ("rates", "plain"):
+        small.run(name)
+    changed = changes(small.path("base") / "final", small.path("rates") / "final")
+    assert EMBEDDINGS not in changed and "model.layers.0.mlp.up_proj.weight" in changed and "model.layers.1.mlp.up_proj.weight" in changed
+    base, slow, plain = (weights(small.path(name) / "final")["model.layers.0.mlp.up_proj.weight"] for name in ("base", "rates", "plain"))
+    assert (slow - base).norm() < 0.7 * (plain - base).norm()
+    for part, message in (("layer[0]", "did you mean 'layers[0]'?"), ("lora_B", "learning_rates: lora_B matches no parameter that trains")):
+        write(small.folder / "wrong.yaml", (small.folder / "rates.yaml").read_text().replace(RATES, f"learning_rates: {{'{part}': 1e-3}}"))
+        printed = small.run("wrong", code=2)
+        assert message in printed
+
+
+@pytest.mark.long
+def test_sharded_learning_rates_train_the_same_model(small: Project) -> None:
+    phases = f"phases: [{{name: full, trainable_parameters: [all], learning_rate: 5e-3, max_steps: 8, {RATES}}}]\n"
+    write(small.folder / "rates.yaml", "stage: pretrain\nextends: cpt.yaml\nmodel: {output_of: base.yaml}\ntokenizer: null\n" + phases)
+    small.run("rates")
+    shutil.copytree(small.path("base"), small.path("base", "sharded"))
+    small.run("rates", "--accelerate-config", "fsdp", "--num-processes", "2", runs="sharded")
+    one, two = (weights(small.path("rates", runs) / "final") for runs in ("runs", "sharded"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], atol=1e-4, rtol=1e-3, msg=name)

@@ -56,7 +56,7 @@ def test_parts_learn_at_their_own_rates(tuned: Project) -> None:
         assert same == ("embed_tokens" in name or "layers.0." in name), name
     recipe(tuned, "nothing", "training: {learning_rates: {embeddings: 1e-5}}\n")
     printed = tuned.run("nothing", code=2)
-    assert "training.learning_rates: embeddings matches no parameter that trains" in printed
+    assert "learning_rates: embeddings matches no parameter that trains" in printed
 
 
 def test_packed_conversations_see_only_themselves(tuned: Project) -> None:

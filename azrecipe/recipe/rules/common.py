@@ -130,6 +130,10 @@ def _check_phases(root: YamlNode) -> Iterator[Problem]:
         for pattern in patterns.value if patterns and isinstance(patterns.value, list) else []:
             if isinstance(pattern.value, str) and (problem := parameter_groups.find_pattern_problem(pattern.value)):
                 yield Problem(pattern.location, problem)
+        rates = phase.get("learning_rates")
+        for part, node in rates.value.items() if rates and isinstance(rates.value, dict) else ():
+            if problem := parameter_groups.find_pattern_problem(part):
+                yield Problem(node.entry_location, problem)
 
 
 def _check_tokenizer_source(root: YamlNode) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ class Phase:
     max_tokens: int | None = None
     max_bytes: int | None = None
     num_train_epochs: float | None = None
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
     lr_scheduler_type: str | None = None
     decay_ratio: float | None = None
     min_lr_ratio: float | None = None
