@@ -51,7 +51,8 @@ class SourceLocation:
     column: int = 0
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        file = self.file.replace("\n", "\\n").replace("\r", "\\r")  # a name with a line break must not look like another message
+        return f"{file}:{self.line}:{self.column}" if self.line else file
 
 
 @dataclass(frozen=True)

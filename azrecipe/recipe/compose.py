@@ -44,7 +44,8 @@ def display_path(path: Path) -> str:
     A path outside the working folder is returned unchanged if it is absolute.
     """
     text = os.path.relpath(path)
-    return str(path) if text.startswith("..") and path.is_absolute() else text
+    text = str(path) if text.startswith("..") and path.is_absolute() else text
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def read_tree(path: Path) -> YamlNode:

@@ -131,7 +131,16 @@ def _describe_colon(report: _Report) -> SyntaxProblem:
         return report.at(
             f"line {number + 1} has a value, so no keys can stand below it: indent this key by as many spaces, or remove that value"
         )
-    return SyntaxProblem(number, len(above) - len(above.lstrip()), "no colon in this line: write key: value")
+    return _describe_missing_colon(above, number, len(above) - len(above.lstrip()))
+
+
+def _describe_missing_colon(text: str, line: int, column: int) -> SyntaxProblem:
+    """Describe a line without a colon and a space behind it."""
+    for match in re.finditer(r":(\S|[^\S \t])", text):
+        if (character := find_invisible_character(match[1])) is not None:
+            message = f"behind this colon stands the invisible character {character}: write a space instead"
+            return SyntaxProblem(line, match.start(), message)
+    return SyntaxProblem(line, column, "no colon in this line: write key: value")
 
 
 def _describe_quote(report: _Report) -> SyntaxProblem:
@@ -175,7 +184,7 @@ _DESCRIPTIONS: tuple[tuple[str, Callable[[_Report], SyntaxProblem]], ...] = (
     ("mapping values are not allowed", _describe_colon),
     ("while scanning a quoted scalar", _describe_quote),
     ("while scanning a double-quoted scalar", _describe_quote),
-    ("while scanning a simple key", lambda report: report.at_start("no colon in this line: write key: value")),
+    ("while scanning a simple key", lambda report: _describe_missing_colon(report.get_line(report.start_line), report.start_line, report.start_column)),
     ("while scanning a directive", lambda report: SyntaxProblem(report.start_line, 0, "a line cannot begin with '%': quote the text, or put a key before it")),
     ("while scanning for the next token", _describe_special_character),
     ("while scanning an anchor", _describe_special_character),

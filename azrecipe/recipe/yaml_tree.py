@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ class YamlNode:
         return self.value
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 
@@ -135,6 +137,10 @@ class _TreeBuilder:
                 continue
             if key.style is None and (character := find_invisible_character(key.value)) is not None:
                 self.problems.append(Problem(key_location, f"a key with the invisible character {character}: remove it, or write a space"))
+                continue
+            if _CONTROL.search(key.value):
+                text = json.dumps(key.value, ensure_ascii=False)
+                self.problems.append(Problem(key_location, f"a key with a line break or another control character: {text}"))
                 continue
             if key.value in entries:
                 first = entries[key.value].entry_location

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TextIO
 
 from azrecipe.errors import CommandError
 
-# C0 but line breaks and tabs, DEL, C1, line and paragraph separators, embeddings, overrides and isolates of bidirectional text, and halves
-# of surrogate pairs. Terminals take some for commands; others change what a line seems to say.
+# C0 but line breaks and tabs, DEL, C1, line and paragraph separators, marks, embeddings, overrides and isolates of bidirectional text,
+# characters without width, and halves of surrogate pairs. Terminals take some for commands; others change what a line seems to say.
 _CONTROL_CODES = (
-    *range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)
+    *range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x061C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2060, 0x206A),
+    *range(0xD800, 0xE000), 0xFEFF,
 )  # fmt: skip
 _ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CODES}
+# The joiners U+200C and U+200D are part of words and emoji: of what is written with letters before the Hebrew ones they hide
+_HIDDEN_JOINER = re.compile("(?:^|(?<=[\x00-\u058f\u200c\u200d]))[\u200c\u200d]")
 
 
 def escape_controls(text: str) -> str:
-    """Write control characters as `\\u001b`, which JSON and YAML read back.
+    """Write control and invisible characters as `\\u001b`, which JSON and YAML read back.
 
     Keys, names, file names, rows and a model's text may hold any.
     """
-    return text.translate(_ESCAPES)
+    escaped = text.translate(_ESCAPES)
+    return _HIDDEN_JOINER.sub(lambda match: f"\\u{ord(match[0]):04x}", escaped) if not escaped.isascii() else escaped
 
 
 def print_progress(text: str, main: bool = True) -> None:
@@ -37,9 +42,9 @@ def print_line(text: object = "", end: str = "\n") -> None:
 def print_answer(text: str) -> None:
     """Print part of a model's answer on stdout, without a line break.
 
-    Into a file or pipe it goes as it is.
+    Into a file or pipe it goes as it is. Joiners stay: a part may begin with one.
     """
-    _write(sys.stdout, escape_controls(text) if sys.stdout.isatty() else text)
+    _write(sys.stdout, text.translate(_ESCAPES) if sys.stdout.isatty() else text)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -54,6 +54,12 @@ CASES = {
     "an expression in a list": ("a: [layers.[0-9]+]\n", "1:12: '[' in unquoted text inside [ ]: quote the text"),
     "a long key": (f"{'x' * 1100}: 1\n", "a key of more than 1,024 characters"),
     "a byte-order mark within": ("a: 1\n\ufeffb: 2\n", "2:1: a key with the invisible character U+FEFF"),
+    "a no-break space behind a colon": (
+        "a: 1\nb:\u00a02\nc: 3\n",
+        "2:2: behind this colon stands the invisible character U+00A0 (no-break space): write a space",
+    ),
+    "a zero-width space behind a colon": ("a: 1\nb:\u200b2\nc: 3\n", "2:2: behind this colon stands the invisible character U+200B"),
+    "a key of two lines": ('"a\\nb": 1\n', '1:1: a key with a line break or another control character: "a\\nb"'),
     "a no-break space": ("a:\n\u00a0\u00a0b: 1\n", "2:1: a key with the invisible character U+00A0 (no-break space)"),
     "a control character": ("a: \x07\n", "1:4: the character U+0007 is not allowed in YAML"),
 }

@@ -32,12 +32,18 @@ HOSTILE = {
     "isolate": "\u2066\u2069\u202a\u202c",
     "separator": "a\u2028b\u2029c",
     "surrogate": "a\udc80b",
+    "direction marks": "\u200e\u200fa\u061c",
+    "without width": "a\u200bb\u2060c\ufeffd\u2061\u2064",
+    "joiners between Latin letters": "\u200ca\u200db\u200c\u200dc",
 }
-ORDINARY = "Kənd 😀 ağ\tçay\n‌ŋ [bold]x[/bold] tr[a-z]in.txt :smile: سلام‏"
+ORDINARY = "Kənd 😀 ağ\tçay\nŋ [bold]x[/bold] tr[a-z]in.txt :smile: سلام می\u200cخواهم 👩\u200d🌾 क्\u200dष"
 
 
-def assert_clean(text: str) -> None:
-    controls = [c for c in text if c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")]  # fmt: skip
+INVISIBLE = {*range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x206A), 0x061C, 0xFEFF}
+
+
+def assert_clean(text: str, allowed: str = "\n\t") -> None:
+    controls = [c for c in text if c not in allowed and (unicodedata.category(c) in ("Cc", "Cs") or ord(c) in INVISIBLE)]
     assert not controls, text
 
 
@@ -53,23 +59,28 @@ def test_every_way_of_printing_escapes(kind: str, monkeypatch: pytest.MonkeyPatc
     stream = Terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
+    print_answer(HOSTILE[kind])
+    assert_clean(stream.getvalue(), "\n\t\u200c\u200d")
+    stream.truncate(0)
     print_progress(HOSTILE[kind])
     print_line(HOSTILE[kind])
-    print_answer(HOSTILE[kind])
-    assert_clean(stream.getvalue())
+    assert_clean(stream.getvalue().lstrip("\0"))
+    stream.truncate(0)
     table = Table(HOSTILE[kind], title=HOSTILE[kind], caption=HOSTILE[kind])
     table.add_row(HOSTILE[kind])
     console = TerminalConsole(file=stream, highlight=False, markup=False, force_terminal=False)
     console.print(table)
     console.print(HOSTILE[kind])
     console.print(format_example(ExamplePreview("", (TokenSpan((HOSTILE[kind],), True),), 0), False))
-    assert_clean(stream.getvalue())
+    assert_clean(stream.getvalue().lstrip("\0"))
 
 
 def test_ordinary_text_stays(capsys: pytest.CaptureFixture[str]) -> None:
     assert escape_controls(ORDINARY) == ORDINARY
     open_console(200).print(ORDINARY)
     assert capsys.readouterr().out.split() == ORDINARY.split()
+    print_line(ORDINARY)
+    assert capsys.readouterr().out == f"{ORDINARY}\n"
 
 
 def test_an_escape_is_read_back_by_json() -> None:
@@ -91,6 +102,9 @@ def test_what_an_encoding_lacks_becomes_question_marks(monkeypatch: pytest.Monke
 
 ESC = '"\\e[31m\\e]0;t\\a\\x9b2J\\u202e"'  # in YAML
 RECIPES = {
+    "key of two lines": RECIPE.format("x") + '"a\\nb.yaml:1:1: all is well": 1\n',
+    "extends of two lines": 'extends: "a\\nb.yaml:1:1: all is well.yaml"\n',
+    "key without width": RECIPE.format("x") + '"a\\u200Bb": 1\n',
     "key": RECIPE.format("x") + f"{ESC}: 1\n",
     "stage": f"stage: {ESC}\n",
     "value": RECIPE.format("x").replace("precision: float32", f"precision: {ESC}"),
@@ -112,6 +126,7 @@ def test_messages_about_recipes_are_clean(kind: str, verb: str, project: Path, c
     done = cli(verb, "recipe.yaml")
     assert done.code and done.text
     assert_clean(done.text)
+    assert not any(line.startswith("b.yaml") for line in done.text.splitlines())
 
 
 @pytest.mark.parametrize("kind", ["column", "file", "model"])
