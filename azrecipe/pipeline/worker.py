@@ -139,7 +139,10 @@ class _WorkerProcess:
         A process other than the main one waits first: if the main process fails for the same reason, the launcher ends this one.
         """
         if not self.main:
-            time.sleep(3)
+            try:
+                time.sleep(3)
+            except (Interrupted, KeyboardInterrupt):
+                return
             message = f"process {self.rank}: {message}"
         print_progress(message)
         if self.folder is not None:

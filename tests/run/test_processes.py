@@ -75,3 +75,9 @@ def test_a_finished_two_process_run_is_recognised_by_one(small: Project) -> None
     before = weights(small.path("phase1") / "final")
     assert "already complete" in small.run("phase1")
     assert all(bool((before[key] == value).all()) for key, value in weights(small.path("phase1") / "final").items())
+
+
+def test_a_refusal_by_all_processes_is_no_interruption(small: Project) -> None:
+    printed = small.run("phase2", "--num-processes", "2", code=2)  # phase1.yaml has not been run
+    assert printed.count("phase1.yaml, but it has not been run") == 1
+    assert "interrupted" not in printed
