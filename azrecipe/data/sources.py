@@ -27,11 +27,13 @@ class Document:
         text: The text after its clean-up.
         group: What the document belongs to: the value of held_out's `by` column, else its number in the source.
         raw_hash: The `hash_text` of the text before its clean-up.
+        location: The file and line or row that it is from.
     """
 
     text: str
     group: str
     raw_hash: bytes
+    location: SourceLocation
 
 
 def hash_text(text: str) -> bytes:
@@ -132,7 +134,7 @@ class DocumentReader:
                     continue
             cleaned = self.cleaner(text, report)
             if cleaned and (self.quality_filter is None or self.quality_filter(cleaned, report)):
-                yield Document(cleaned, group, hash_text(text))
+                yield Document(cleaned, group, hash_text(text), location)
 
 
 def is_held_out(key: str, held_out: HeldOut) -> bool:

@@ -32,8 +32,8 @@ from azrecipe.data.cleaning_report import explain_missing_text
 from azrecipe.data.sources import hash_text
 from azrecipe.data.token_store import TokenStore
 from azrecipe.data.tokenize_progress import PieceStats, TokenizeProgress
-from azrecipe.errors import CannotRun, RecipeError, get_first_line
-from azrecipe.tokenization.encoding import hash_tokenizer, load_backend, write_backend_file
+from azrecipe.errors import CannotRun, RecipeError, SourceLocation, get_first_line
+from azrecipe.tokenization.encoding import UnencodableTextError, hash_tokenizer, load_backend, write_backend_file
 from azrecipe.tokenization.fast_encoding import FastEncoder
 from azrecipe.utils.atomic_files import hold_lock, read_json, sync_folder, sync_tree, write_json
 from azrecipe.utils.checksums import compute_checksum, find_damaged_file
@@ -240,6 +240,7 @@ def _tokenize_piece(file: str, piece: readers.SourcePiece, limit: int | None = N
     reader, encoder, excluded_hashes, minhash = _load_worker_state(file)
     stats = PieceStats()
     texts: list[str] = []
+    locations: list[SourceLocation] = []
     hashes: list[bytes] = []
     rows = piece.read_rows(reader.source, reader.entry.text_column, partial(sources.record_long_row, stats.report))
     for document in sources.limit_bytes(reader.read_documents(rows, stats.report), limit):
@@ -249,11 +250,15 @@ def _tokenize_piece(file: str, piece: readers.SourcePiece, limit: int | None = N
             stats.num_held_out += 1
         else:
             texts.append(document.text)
+            locations.append(document.location)
             hashes.append(text_hash)
     records = np.zeros(len(texts), DOCUMENT_DTYPE)
     records["size"] = [len(text.encode()) for text in texts]
     records["hash"] = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
-    tokens = encoder(texts)
+    try:
+        tokens = encoder(texts)
+    except UnencodableTextError as error:
+        raise reader.source.error(f"{locations[error.index]}: {error}") from None
     records["length"] = [len(ids) for ids in tokens]
     stats.documents, stats.tokens, stats.bytes = len(texts), int(records["length"].sum()), int(records["size"].sum())
     arrays = [np.concatenate([np.zeros(0, np.uint32), *tokens]), records]

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from azrecipe.errors import CannotRun
 from azrecipe.tokenization.bpe_training import MIN_PAIR_COUNT, replace_backend
-from azrecipe.tokenization.encoding import load_backend, write_backend_file
+from azrecipe.tokenization.encoding import encode_batch, load_backend, write_backend_file
 from azrecipe.tokenization.tokenizer import is_byte_level_bpe
 from azrecipe.utils.process_pool import WorkerPool, chunk_texts
 
@@ -147,7 +147,7 @@ def _count_chunk(file: str, as_text: Sequence[bool], texts: list[str]) -> Counte
     counts: Counter[bytes] = Counter()
     backend = load_backend(file)
     for backend.encode_special_tokens in as_text:
-        for encoding in backend.encode_batch(texts, add_special_tokens=False):
+        for encoding in encode_batch(backend, texts, with_offsets=True):
             ids = np.array(encoding.ids, dtype=np.uint32).tobytes()
             starts = np.flatnonzero(np.diff(np.array(encoding.word_ids, dtype=np.int64), prepend=-1)) * 4
             counts.update(ids[a:b] for a, b in pairwise([*starts.tolist(), len(ids)]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from azrecipe.errors import CannotRun
-from azrecipe.tokenization.encoding import batch_texts
+from azrecipe.tokenization.encoding import batch_texts, translate_panics
 from azrecipe.tokenization.tokenizer import LLAMA3_SPLIT, SPLIT_RULES, is_byte_level_bpe, list_added_tokens, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def train_like(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(batch_texts(texts), trainer=trainer)
+    with translate_panics("training a tokenizer"):
+        backend.train_from_iterator(batch_texts(texts), trainer=trainer)
     new = json.loads(backend.to_str())
     ids = new["model"]["vocab"]
     new["added_tokens"] = [{**token, "id": ids[token["content"]]} for token in old["added_tokens"]]
@@ -186,7 +187,8 @@ def train_llama3(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBa
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(batch_texts(texts), trainer=trainer)
+    with translate_panics("training a tokenizer"):
+        tokenizer.train_from_iterator(batch_texts(texts), trainer=trainer)
     bos = LLAMA3_SPECIALS[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]

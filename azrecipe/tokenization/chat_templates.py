@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from azrecipe.errors import CommandError, get_first_line
-from azrecipe.tokenization.encoding import IGNORE_INDEX
+from azrecipe.tokenization.encoding import IGNORE_INDEX, UnencodableTextError, get_panic_reason
 from azrecipe.utils.template_budget import TemplateLimitError
 from azrecipe.utils.template_limits import limit_chat_templates
 
@@ -262,6 +262,10 @@ def _translate_template_errors(tokenizer: PreTrainedTokenizerBase, messages: Mes
     except (ArithmeticError, LookupError, RecursionError, SyntaxError, TypeError, ValueError) as error:  # 1 / 0, 'a' + 1
         name = getattr(tokenizer, "chat_template_name", None) or tokenizer.name_or_path or "the model"
         raise CommandError(f"chat_template: {name} cannot be used: {type(error).__name__}: {get_first_line(error)}") from None
+    except BaseException as error:  # a panic of the tokenizers library
+        if (reason := get_panic_reason(error)) is None:
+            raise
+        raise UnencodableTextError(0, max((str(message.get("content", "")) for message in messages), key=len, default=""), reason) from None
 
 
 def tokenize_conversation(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from azrecipe.tokenization.encoding import batch_texts
+from azrecipe.tokenization.encoding import UnencodableTextError, batch_texts, encode_batch
 from azrecipe.tokenization.tokenizer import LLAMA3_SPLIT
 
 if TYPE_CHECKING:
@@ -51,7 +51,17 @@ class FastEncoder:
                 self.widths[i] = 0 if token in special else len(token)  # byte-level: each character of a token is a byte
 
     def __call__(self, texts: list[str]) -> list[Ids]:
-        """Encode texts, [tokens] each."""
+        """Encode texts, [tokens] each.
+
+        Raises UnencodableTextError where the library fails on one.
+        """
+        try:
+            return self._encode(texts)
+        except UnencodableTextError:  # it names a part of a text
+            encode_batch(self.backend, texts)
+            raise
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
         if not self.by_parts:
             return [np.asarray(ids, np.uint32) for ids in self._encode_whole(texts)]
         split = [text.split(" ") for text in texts]
@@ -137,7 +147,7 @@ class FastEncoder:
             self.parts.clear()
 
     def _encode_whole(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for chunk in batch_texts(texts) for e in self.backend.encode_batch_fast(chunk, add_special_tokens=False)]
+        return [encoding.ids for chunk in batch_texts(texts) for encoding in encode_batch(self.backend, chunk)]
 
 
 def _can_encode_parts(backend: Tokenizer) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import regex
 
-from azrecipe.tokenization.encoding import encode_texts, load_backend, write_backend_file
+from azrecipe.tokenization.encoding import encode_batch, encode_texts, load_backend, write_backend_file
 from azrecipe.tokenization.tokenizer import count_embedding_rows, get_token_bytes, is_byte_level_bpe
 from azrecipe.utils.bootstrap import NUM_RESAMPLES, RESAMPLES_PER_BLOCK, FloatArray, IntArray, Resampling, round_significant
 from azrecipe.utils.process_pool import WorkerPool, chunk_texts
@@ -101,7 +101,7 @@ def _concatenate(rows: Sequence[Mapping[str, IntArray]], partial: IntArray) -> T
 def _count_chunk(file: str, texts: Sequence[str]) -> dict[str, IntArray]:
     backend = load_backend(file)
     backend.encode_special_tokens = True
-    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+    encodings = encode_batch(backend, texts, with_offsets=True)
     decoded = backend.decode_batch([encoding.ids for encoding in encodings], skip_special_tokens=False)
     sums = np.zeros((len(SUMMED_FIELDS), len(texts)), dtype=np.int64)
     distinct_tokens = []
