@@ -20,10 +20,13 @@ import platform
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import point_coverage
 import published_points
+from point_coverage import Prediction
 
 from azrecipe import hardware
 from azrecipe.errors import CommandError
@@ -38,6 +41,14 @@ from azrecipe.recipe.types import ModelSource
 LENGTH = 2048
 LIGER = {"kernels": ("rms_norm", "swiglu"), "head": "liger"}
 GB = 1e9
+EFFICIENCIES = Path(__file__).resolve().parents[1] / "hardware" / "efficiencies.yaml"
+EFFICIENCIES_HEAD = """\
+# The share of its card's roofline that each published run reached: the time that the roofline gives for its step (every operator as long as its
+# arithmetic or its memory traffic takes at the card's peak, whichever is longer), over the time that it took. `azrecipe plan` computes time with it.
+# Your own runs count instead of these: azrecipe plan --calibrate RUN.
+# Generated from benchmarks/published_points.yaml, which holds each configuration and what is assumed of it:
+#   python benchmarks/plan_published.py --points --write
+"""
 
 
 def llama() -> dict[str, object]:
@@ -141,17 +152,23 @@ def _crossing(cost: StepCost, t: Timed) -> float:
     return (gathered + summed) * (t.cluster.world_size - 1) / t.cluster.world_size
 
 
-def calibration() -> None:
-    print("\n## Efficiencies in hardware/calibration.yaml, reckoned anew\n")
-    line("card", "run", "there", "now")
-    line(*["---"] * 4)
-    runs = step_time.load_published_runs()
-    for run, cost in zip(runs, cost_cache.load_or_simulate_costs([(run.step, run.length) for run in runs]), strict=True):
-        line(run.card, run.title, f"{run.efficiency:.3f}", f"{run.compute_efficiency(cost):.3f}")
+def write_efficiencies(predictions: Sequence[Prediction]) -> None:
+    """Write hardware/efficiencies.yaml: the share of the roofline that each published run reached."""
+    sources = published_points.read_sources()
+    lines = []
+    for p in sorted((p for p in predictions if point_coverage.tells_efficiency(p)), key=lambda p: (p.point.card, p.point.kind)):
+        (run,) = point_coverage.list_efficiency_runs([p])
+        values = {"source": run.source, "card": run.card, **run.kind._asdict(), "efficiency": run.efficiency, "what": f'"{p.point.name}"'}
+        lines.append("  - {" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}\n")
+    known = {p.point.source for p in predictions if point_coverage.tells_efficiency(p)}
+    lines.insert(0, "runs:\n")
+    about = [f"  {name}: {{date: {source['date']}, url: {source['url']}}}\n" for name, source in sources.items() if name in known]
+    EFFICIENCIES.write_text("".join([EFFICIENCIES_HEAD, "sources:\n", *about, *lines]), encoding="utf-8")
+    print(f"wrote {EFFICIENCIES}: {len(lines) - 1} runs of {len(known)} sources")
 
 
-def points(chosen: list[str]) -> int:
-    """Print the planner's answer for each published point, and how many of them its ranges hold."""
+def points(chosen: list[str], write: bool) -> int:
+    """Print the planner's answer for each published point, and how many of them its ranges hold; `write`: efficiencies.yaml first."""
     known = published_points.read_points()
     if unknown := set(chosen) - {point.source for point in known}:
         print(
@@ -159,7 +176,7 @@ def points(chosen: list[str]) -> int:
         )
         return 2
     asked = [point for point in known if not chosen or point.source in chosen]
-    predictions, failed = [], []
+    costs, failed = {}, []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CONFIG_HOME"] = folder  # the user's own calibrated runs do not count here
         with contextlib.suppress(CommandError):  # simulates all that it can, in parallel; what fails is named below
@@ -167,12 +184,16 @@ def points(chosen: list[str]) -> int:
         for point in asked:
             try:
                 (cost,) = cost_cache.load_or_simulate_costs([(point.step, point.length)])
-                predictions.append(point_coverage.predict_point(point, cost))
+                costs[point.name] = cost
             except CommandError as error:
                 failed.append(f"{point.name}: {error}")
-    point_coverage.print_points(predictions)
-    point_coverage.print_coverage(predictions)
-    point_coverage.print_left_out(predictions)
+        predictions = [point_coverage.predict_point(point, costs[point.name]) for point in asked if point.name in costs]
+        if write:
+            write_efficiencies(predictions)
+            return 0
+        point_coverage.print_points(predictions)
+        point_coverage.print_coverage(predictions)
+        point_coverage.print_left_out(predictions, costs)
     print("".join(f"\nnot planned: {text}" for text in failed))
     return 0
 
@@ -180,8 +201,11 @@ def points(chosen: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--points", nargs="*", metavar="SOURCE", help="hold the published points against the planner")
+    parser.add_argument(
+        "--write", action="store_true", help="with --points: write hardware/efficiencies.yaml from all of them, and print nothing else"
+    )
     arguments = parser.parse_args()
-    return compare_llama() if arguments.points is None else points(arguments.points)
+    return compare_llama() if arguments.points is None else points(arguments.points, arguments.write)
 
 
 def compare_llama() -> int:
@@ -206,7 +230,6 @@ def compare_llama() -> int:
         Timed("2 × p4d, embeddings, 11,400 s / 5,000", frozen, 14, 11_400 / 5_000, p4d, "Liger, FSDP over all 16"),
         Timed("2 × p4d, all, 43,000 s / 15,000", liger, 14, 43_000 / 15_000, p4d, "Liger, FSDP over all 16"),
     ])  # fmt: skip
-    calibration()
     return 0
 
 

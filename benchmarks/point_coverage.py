@@ -16,10 +16,11 @@ from published_points import PublishedPoint
 from azrecipe import hardware
 from azrecipe.hardware import GIB, Network
 from azrecipe.planning import memory_budget, step_time
+from azrecipe.planning.efficiency import EfficiencyRun, Span, classify_step
 from azrecipe.planning.simulation.step_cost import StepCost
-from azrecipe.planning.step_time import MachineGroup, Span
+from azrecipe.planning.step_time import MachineGroup
 
-LEAST_SPREAD = 0.1  # relative half-width of a range, as in step_time
+SHORTEST_STEP = 2000  # tokens on a card at once: a shorter step may wait for the launch of its kernels, which no roofline knows
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Prediction:
 
     point: PublishedPoint
     rate: Span
+    basis: str
     bottleneck: str
     roofline: float
     links: float
@@ -74,62 +76,69 @@ class Prediction:
         return self.least <= published <= self.most
 
 
-def predict_point(point: PublishedPoint, cost: StepCost) -> Prediction:
-    """Predict a point's rate and memory from the cost of its step."""
+def predict_point(point: PublishedPoint, cost: StepCost, published: Sequence[EfficiencyRun] | None = None) -> Prediction:
+    """Predict a point's rate and memory from the cost of its step; the rate from the published runs that are given, else from all."""
     machine = hardware.find_machine(f"{point.card} x{point.cards}")
     if point.network_gbit_per_s is not None:
-        machine = replace(machine, network=Network(point.network_gbit_per_s, gpudirect_rdma=True))
+        machine = replace(machine, network=Network(point.network_gbit_per_s, gpudirect_rdma=True, kind=point.network_kind))
     group = MachineGroup(machine, point.machines, point.step.strategy, point.replicate_size)
-    time = step_time.estimate_step_time(cost, point.step, point.batch, point.accumulation, group)
+    time = step_time.estimate_step_time(cost, point.step, point.batch, point.accumulation, group, published=published)
     budget = memory_budget.compute_memory_budget(cost, point.step, point.batch, group.world_size, point.replicate_size)
     roofline = step_time.compute_roofline(cost, point.step, point.batch, point.accumulation, group)
     return Prediction(
         point,
         time.total.to_rate(point.batch * point.accumulation * point.length),
+        time.basis,
         time.bottleneck,
         roofline,
-        max(time.intra_node, time.inter_node.middle),
+        max(time.intra_node.middle, time.inter_node.middle),
         budget.peak,
         budget.lower_bound,
         budget.upper_bound,
     )
 
 
-def leave_source_out(predictions: Sequence[Prediction]) -> dict[str, tuple[Span, str]]:
-    """Predict each rate from points of other sources alone.
+def list_efficiency_runs(predictions: Sequence[Prediction]) -> list[EfficiencyRun]:
+    """List the runs that tell what cards reach.
 
-    A rate rests on points of the same chip and kind of step, else of the same chip and method, else of the same chip; a step's time is the
-    longer of its cards' and its links'. The range is that of those points, at least ± 10 %. A point without any such is left out.
+    Left out are those that links hold up, what a recipe cannot express, steps so short that they may wait for the launch of their kernels, rates that
+    are lower bounds, and rates above the roofline, which show that a run was not as it is taken to be.
     """
-    found = {}
-    for prediction in predictions:
-        others = [other for other in predictions if other.point.source != prediction.point.source and _tells_efficiency(other)]
-        chip = [other for other in others if _get_peak(other) == _get_peak(prediction)]
-        for basis, same in (
-            ("chip, method, execution", [other for other in chip if other.point.kind == prediction.point.kind]),
-            ("chip, method", [other for other in chip if other.point.method == prediction.point.method]),
-            ("chip", chip),
-        ):
-            if same:
-                found[prediction.point.name] = (_compute_rate(prediction, [other.efficiency or 0.0 for other in same]), basis)
-                break
+    return [
+        EfficiencyRun(p.point.source, p.point.card, _get_peak(p), classify_step(p.point.step), round(p.efficiency, 3))
+        for p in predictions
+        if p.efficiency is not None and tells_efficiency(p)
+    ]
+
+
+def leave_source_out(predictions: Sequence[Prediction], costs: Mapping[str, StepCost]) -> list[Prediction]:
+    """Predict each point's rate again, as the planner would if it did not know the point's source.
+
+    A point is left out where no other source tells of anything.
+
+    Args:
+        predictions: The points.
+        costs: Their steps, by the points' names.
+    """
+    runs = list_efficiency_runs(predictions)
+    found = []
+    for point in (p.point for p in predictions if p.point.tokens_per_second is not None and p.point.beyond_plan is None):
+        others = [run for run in runs if run.source != point.source]
+        if others:
+            found.append(predict_point(point, costs[point.name], others))
     return found
 
 
-def _tells_efficiency(prediction: Prediction) -> bool:
-    """Whether a published rate shows what cards reach: links do not hold it up."""
-    return prediction.efficiency is not None and prediction.bottleneck == "compute" and prediction.point.beyond_plan is None
+def tells_efficiency(prediction: Prediction) -> bool:
+    """Return whether a published rate shows what cards reach."""
+    point = prediction.point
+    is_exact = point.batch * point.length >= SHORTEST_STEP and not point.is_lower_bound
+    is_possible = prediction.efficiency is not None and prediction.efficiency <= 1  # else the run was not what is taken of it
+    return is_possible and prediction.bottleneck == "compute" and point.beyond_plan is None and is_exact
 
 
 def _get_peak(prediction: Prediction) -> float:
     return hardware.load_catalog().cards[prediction.point.card].bf16_tflops
-
-
-def _compute_rate(prediction: Prediction, shares: Sequence[float]) -> Span:
-    middle = statistics.median(shares)
-    low, high = min(*shares, middle * (1 - LEAST_SPREAD)), max(*shares, middle * (1 + LEAST_SPREAD))
-    seconds = Span(*(max(prediction.roofline / share, prediction.links) for share in (high, middle, low)))
-    return seconds.to_rate(prediction.tokens)
 
 
 def print_points(predictions: Iterable[Prediction]) -> None:
@@ -176,24 +185,35 @@ def print_coverage(predictions: Sequence[Prediction]) -> None:
             _line(name, *summarize_rates([(p.rate, p.point.tokens_per_second) for p in group]), *_summarize_memory(group))
 
 
-def print_left_out(predictions: Sequence[Prediction]) -> None:
+def print_left_out(predictions: Sequence[Prediction], costs: Mapping[str, StepCost]) -> None:
     """Print the coverage when each source is predicted from the others."""
     counted = [p for p in predictions if p.point.beyond_plan is None and p.point.tokens_per_second is not None]
-    found = leave_source_out(predictions)
-    for title, key in _GROUPINGS.items():
-        print(f"\n## Leave one source out, by {title}: the efficiency of the chip and the kind of step, from the other sources\n")
-        _line(title, "rates", "in the range", "median error", "median half-width", "no other source")
-        _line(*["---"] * 6)
-        for name, group in _group(counted, key).items():
-            known = [(found[p.point.name][0], p.point.tokens_per_second) for p in group if p.point.name in found]
-            _line(name, *summarize_rates(known), len(group) - len(known))
+    found = leave_source_out(predictions, costs)
+    for title, key in {**_GROUPINGS, "what it rests on": lambda p: _get_level(p.basis)}.items():
+        print(f"\n## Leave one source out, by {title}\n")
+        _line(title, "rates", "in the range", "median error", "median half-width")
+        _line(*["---"] * 5)
+        for name, group in _group(found, key).items():
+            _line(name, *summarize_rates([(p.rate, p.point.tokens_per_second) for p in group]))
+    print("\n## Leave one source out, point by point\n")
+    _line("point", "kind", "tokens/s: planned", "published", "error", "rests on")
+    _line(*["---"] * 6)
+    for p in found:
+        mark = "" if p.rate_inside else " outside"
+        rate = f"{p.rate.middle:,.0f} ({p.rate.low:,.0f}–{p.rate.high:,.0f})"
+        _line(p.point.name, p.point.kind, rate, f"{p.point.tokens_per_second:,.0f}", f"{p.rate_error:+.1%}{mark}", p.basis)
     print("\n## Share of the roofline that published rates reach, where links do not hold them up\n")
     _line("card", "kind", "points", "sources", "lowest", "median", "highest")
     _line(*["---"] * 7)
-    for (card, kind), group in _group([p for p in counted if _tells_efficiency(p)], lambda p: (p.point.card, p.point.kind)).items():
+    for (card, kind), group in _group([p for p in counted if tells_efficiency(p)], lambda p: (p.point.card, p.point.kind)).items():
         shares = [p.efficiency or 0.0 for p in group]
         numbers = (f"{value:.2f}" for value in (min(shares), statistics.median(shares), max(shares)))
         _line(card, kind, len(group), len({p.point.source for p in group}), *numbers)
+
+
+def _get_level(basis: str) -> str:
+    """Return what the runs have in common with a step, from the words of a basis."""
+    return basis.partition(", ")[2].partition(" (")[0]
 
 
 _GROUPINGS: Mapping[str, Callable[[Prediction], str]] = {

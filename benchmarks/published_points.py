@@ -1,9 +1,10 @@
 """Published trainings as data: benchmarks/published_points.yaml, read and checked.
 
 A point says what ran (`model`, `run`, `lora`, `batch`), where (`hardware`: cards of each of `machines` machines), and what its source reports:
-`tokens_per_second` of one card, and `memory`, the peak on a card in bytes. `memory.of` is `allocated` (PyTorch's tensors), `reserved`
+`tokens_per_second` of one card (`is_lower_bound`: the time has more in it than steps), and `memory`, the peak on a card in bytes. `memory.of` is `allocated` (PyTorch's tensors), `reserved`
 (with what its allocator holds) or `device` (all that the driver counts). `execution` is `eager`, `fused` (hand-written kernels for some operators)
-or `compiled` (torch.compile). `batch.sequences` are those of a card at once, `accumulation` the batches of an optimizer step.
+or `compiled` (torch.compile); what is fused by other kernels than Liger's counts as compiled layers. `run.weights` and `run.adapters` say what these are stored in, where it is not as the precision says and not as PEFT
+makes them (in float32). `batch.sequences` are those of a card at once, `accumulation` the batches of an optimizer step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ SECTIONS = ("sources", "models", "points")
 NUMBER, TEXT = (int, float), (str,)
 # Key: the allowed types of its value, or the allowed words. A key that ends with "?" may be absent.
 SOURCE = {"url": TEXT, "date": TEXT, "about": TEXT, "assumed": TEXT}
-HARDWARE = {"card": TEXT, "cards": (int,), "machines?": (int,), "network_gbit_per_s?": NUMBER}
+HARDWARE = {
+    "card": TEXT,
+    "cards": (int,),
+    "machines?": (int,),
+    "network_gbit_per_s?": NUMBER,
+    "network?": ("efa", "infiniband", "roce", "ethernet"),
+}
 RUN = {
     "precision": ("bf16_pure", "bf16_mixed", "float32"),
     "strategy": ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"),
@@ -34,6 +41,8 @@ RUN = {
     "activation_checkpointing?": (bool,),
     "kernels?": (list,),
     "loss?": ("logits", "liger", "torch", "trl"),
+    "weights?": ("bfloat16",),
+    "adapters?": ("bfloat16",),
 }
 LORA = {"r": (int,), "alpha": NUMBER, "dropout": NUMBER, "target_modules": (list,)}
 BATCH = {"sequences": (int,), "tokens": (int,), "accumulation": (int,)}
@@ -49,6 +58,7 @@ POINT = {
     "lora?": LORA,
     "batch": BATCH,
     "tokens_per_second?": NUMBER,
+    "is_lower_bound?": (bool,),
     "memory?": MEMORY,
     "assumed?": TEXT,
     "beyond_plan?": TEXT,
@@ -65,6 +75,7 @@ class PublishedPoint:
     cards: int
     machines: int
     network_gbit_per_s: float | None
+    network_kind: str | None
     method: str
     execution: str
     step: StepSpec
@@ -73,6 +84,7 @@ class PublishedPoint:
     batch: int
     accumulation: int
     tokens_per_second: float | None
+    is_lower_bound: bool
     memory_bytes: int | None
     memory_of: str | None
     beyond_plan: str | None
@@ -179,6 +191,9 @@ def _build_point(point: Mapping[str, Any], models: Mapping[str, Any]) -> Publish
         precision=run["precision"],
         lora=_build_lora(point["lora"]) if "lora" in point else None,
         quantized=point["method"] == "qlora",
+        weights_dtype=run.get("weights"),
+        adapter_dtype=run.get("adapters"),
+        torch_compile=point["execution"] == "compiled" or (point["execution"] == "fused" and not run.get("kernels")),
         attn_implementation=run["attention"],
         kernels=tuple(run.get("kernels", ())),
         head=run.get("loss", "logits"),
@@ -195,6 +210,7 @@ def _build_point(point: Mapping[str, Any], models: Mapping[str, Any]) -> Publish
         cards=hardware["cards"],
         machines=machines,
         network_gbit_per_s=hardware.get("network_gbit_per_s"),
+        network_kind=hardware.get("network"),
         method=point["method"],
         execution=point["execution"],
         step=step,
@@ -203,6 +219,7 @@ def _build_point(point: Mapping[str, Any], models: Mapping[str, Any]) -> Publish
         batch=batch["sequences"],
         accumulation=batch["accumulation"],
         tokens_per_second=point.get("tokens_per_second"),
+        is_lower_bound=point.get("is_lower_bound", False),
         memory_bytes=memory.get("bytes"),
         memory_of=memory.get("of"),
         beyond_plan=point.get("beyond_plan"),

@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 
 from azrecipe.errors import RecipeError
-from azrecipe.planning.step_time import Span
+from azrecipe.hardware import read_shipped_file
+from azrecipe.planning.efficiency import Span, classify_step
+from azrecipe.planning.simulation.step_cost import (
+    BatchLinear,
+    HeadShape,
+    MemoryLine,
+    OperatorGroup,
+    OperatorWork,
+    ParameterCounts,
+    StepCost,
+)
 from tests.conftest import ROOT
 from tests.small import called
 
@@ -90,13 +100,29 @@ def test_an_incomplete_point_is_refused_at_its_place(reader: ModuleType, tmp_pat
     assert expected in str(caught.value)
 
 
+def make_cost(seconds: float) -> StepCost:
+    """A step that an A100's peak takes so long for."""
+    work = OperatorWork(BatchLinear(0.0, 312e12 * seconds), BatchLinear(0.0, 0.0), BatchLinear(0.0, 0.0), False)
+    return StepCost(
+        4096,
+        1,
+        ParameterCounts(0, 0, 0, 0, 0),
+        HeadShape("logits", 0, 0),
+        (MemoryLine((1.0,) * 11, (0.0,) * 11, 0.0),),
+        (OperatorGroup(False, 1, work),),
+        0.0,
+        0.0,
+    )
+
+
 def make_prediction(reader: ModuleType, coverage: ModuleType, source: str, rate: float, **changes: Any) -> Any:
-    """A step of one A100 whose roofline is 1,000 tokens a second, and which is planned at 800 (700 to 900)."""
+    """A step of one A100 whose roofline is 4,096 tokens a second, and which is planned at 3,277 (2,900 to 3,654)."""
     point = replace(
-        reader.read_points()[0], name=f"{source} {rate:g}", source=source, tokens_per_second=rate, batch=1, length=1000, accumulation=1
+        reader.read_points()[0], name=f"{source} {rate:g}", source=source, tokens_per_second=rate, batch=1, length=4096, accumulation=1
     )
     values = {
-        "rate": Span(700.0, 800.0, 900.0),
+        "rate": Span(2900.0, 3276.8, 3653.6),
+        "basis": "",
         "bottleneck": "compute",
         "roofline": 1.0,
         "links": 0.0,
@@ -114,24 +140,37 @@ def coverage(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_rate_is_predicted_from_other_sources_alone(reader: ModuleType, coverage: ModuleType) -> None:
-    a, b, c = (make_prediction(reader, coverage, source, rate) for source, rate in (("a", 500.0), ("b", 600.0), ("c", 900.0)))
-    found = coverage.leave_source_out([a, b, c])
-    span, basis = found["a 500"]
-    assert (span.low, span.middle, span.high, basis) == (
-        pytest.approx(600),
-        pytest.approx(750),
-        pytest.approx(900),
-        "chip, method, execution",
-    )
-    assert found["c 900"][0].middle == pytest.approx(550)
-    assert coverage.leave_source_out([a]) == {}, "nobody else has run on this chip"
-    bound = make_prediction(reader, coverage, "d", 100.0, bottleneck="links", links=10.0)
-    assert coverage.leave_source_out([a, bound])["d 100"][0].middle == pytest.approx(100), "links hold it up"
-    assert "a 500" not in coverage.leave_source_out([a, bound]), "a step that waits for links does not show what cards reach"
+    rates = {"a": 0.5, "b": 0.6, "c": 0.9}
+    predictions = [make_prediction(reader, coverage, source, 4096 * share) for source, share in rates.items()]
+    found = coverage.leave_source_out(predictions, {p.point.name: make_cost(1.0) for p in predictions})
+    assert [p.rate.middle / 4096 for p in found] == pytest.approx([0.75, 0.7, 0.55])
+    assert all(p.basis.startswith("2 published runs of 2 sources, such steps on this chip") for p in found)
+    assert (found[0].rate.high / found[0].rate.middle) == pytest.approx(0.9 / 0.6), "as far as the two others are apart"
+
+
+def test_what_does_not_show_a_card_s_speed_tells_no_efficiency(reader: ModuleType, coverage: ModuleType) -> None:
+    plain = make_prediction(reader, coverage, "a", 2048.0)
+    assert [(run.source, run.efficiency, run.kind) for run in coverage.list_efficiency_runs([plain])] == [("a", 0.5, ("full", "eager"))]
+    above = make_prediction(reader, coverage, "b", 5000.0)
+    for changed in (
+        replace(plain, bottleneck="links"),
+        replace(plain, point=replace(plain.point, length=1024)),
+        replace(plain, point=replace(plain.point, is_lower_bound=True)),
+        replace(plain, point=replace(plain.point, beyond_plan="activations are offloaded")),
+        above,
+    ):
+        assert coverage.list_efficiency_runs([changed]) == []
+
+
+def test_every_efficiency_that_is_shipped_is_a_point_s(reader: ModuleType) -> None:
+    points = {point.name: point for point in reader.read_points()}
+    for run in read_shipped_file("efficiencies.yaml").to_plain()["runs"]:
+        point = points[run["what"]]
+        assert (point.source, point.card, (run["method"], run["execution"])) == (run["source"], run["card"], classify_step(point.step))
 
 
 def test_coverage_counts_the_rates_and_peaks_that_the_ranges_hold(reader: ModuleType, coverage: ModuleType) -> None:
-    inside, outside = (make_prediction(reader, coverage, "a", rate) for rate in (880.0, 1000.0))
+    inside, outside = (make_prediction(reader, coverage, "a", rate) for rate in (3604.48, 4096.0))
     assert (inside.rate_inside, outside.rate_inside) == (True, False)
     assert outside.rate_error == pytest.approx(-0.2)
     assert inside.efficiency == pytest.approx(0.88)
@@ -139,7 +178,7 @@ def test_coverage_counts_the_rates_and_peaks_that_the_ranges_hold(reader: Module
     allocated = replace(inside, point=replace(inside.point, memory_of="allocated"))
     assert allocated.memory_inside and allocated.memory_error == pytest.approx(-0.04), "allocated memory is that of the tensors, within 5 %"
     rates = [(p.rate, p.point.tokens_per_second) for p in (inside, outside)]
-    assert coverage.summarize_rates(rates) == ("2", "1 (50%)", "-14.5%", "± 12%")
+    assert coverage.summarize_rates(rates) == ("2", "1 (50%)", "-14.5%", "± 11%")
     assert coverage.summarize_rates([(inside.rate, None)])[0] == "0"
 
 

@@ -13,6 +13,7 @@ from azrecipe import hardware
 from azrecipe.errors import CommandError
 from azrecipe.hardware import Machine
 from azrecipe.planning import calibration_file, step_time
+from azrecipe.planning.efficiency import classify_step, estimate_efficiency
 from azrecipe.planning.model_config import ModelShape, read_saved_model_shape
 from azrecipe.planning.simulation import cost_cache
 from azrecipe.planning.simulation.step_cost import StepCost
@@ -62,13 +63,14 @@ def calibrate_from_run(run_dir: Path) -> str:
         else:
             usable.append((loop, rates))
     costs = cost_cache.load_or_simulate_costs([(loop.step, loop.length) for loop, _ in usable])
-    entries = []
+    entries, kinds = [], []
     for (loop, rates), cost in zip(usable, costs, strict=True):
         entry = _measure_loop(run.cluster, loop, cost, rates)
         if isinstance(entry, str):
             report.append(f"  {loop.name}: left out: {entry}")
         else:
             entries.append(entry)
+            kinds.append(classify_step(loop.step))
             rate = entry["tokens_per_second"] / run.cluster.world_size
             report.append(
                 f"  {loop.name}: {entry['efficiency']:.3f} of the roofline ({rate:,.0f} tokens/s a card, median of {len(rates)} logged lines)"
@@ -82,7 +84,7 @@ def calibrate_from_run(run_dir: Path) -> str:
         {"run_id": run_id or str(run_dir.resolve()), "run": str(run_dir.resolve()), "calibrated": event_log.format_current_time(), "card": card, "device": run.device,
          "hardware": run.cluster.machine.name, "backend": run.cluster.strategy, "versions": versions, "loops": entries}
     )  # fmt: skip
-    efficiency = step_time.estimate_efficiency(card, calibration_file.read_efficiencies())
+    efficiency = estimate_efficiency(run.cluster.machine.card, kinds[0], calibration_file.read_efficiencies())
     span = efficiency.share
     effect = f"azrecipe plan estimates {card} with {span.middle:.3f} ({span.low:.3f}–{span.high:.3f}) from now on: {efficiency.basis}"
     return "\n".join([head, *report, f"kept in {calibration_file.get_calibration_path()}", effect])
@@ -130,8 +132,6 @@ def _load_run(path: Path) -> CalibrationRun:
         )
     if isinstance(config, PretrainConfig) and not config.data.packing:
         raise CommandError(f"{path}: sequences differ in length, so the work of a step is not known: a run with data.packing")
-    if config.training.torch_compile:
-        raise CommandError(f"{path}: torch_compile fuses operators, which the estimate counts one by one: a run without it")
     cluster = _read_machines(path, environment)
     return CalibrationRun(config, environment["gpus"][0], cluster, _load_model_shape(path))
 

@@ -97,6 +97,7 @@ class LoopEstimate(TypedDict):
     tokens_per_second_per_card: Bounds
     hours_without_efa: float | None
     rests_on: str
+    card_is_known: bool  # whether a published run on such a card is known
     steps: int | None
     tokens: int | None
     epochs: dict[str, float]

@@ -1,43 +1,23 @@
 """How long a training step takes on machines that are only named.
 
 The time is the card's roofline over the efficiency that runs have reached, and the time of the links. Nothing is measured on the machines
-themselves: efficiencies come from published runs (hardware/calibration.yaml names each) or from the user's calibrated runs. No torch.
+themselves: efficiencies come from published runs (hardware/efficiencies.yaml names each) or from the user's calibrated runs. No torch.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from azrecipe.distributed import gradient_sync
 from azrecipe.distributed.backend import Backend
-from azrecipe.hardware import Card, Machine, load_catalog, read_shipped_file
+from azrecipe.hardware import Card, Machine, read_shipped_file
 from azrecipe.planning import calibration_file
-from azrecipe.planning.model_config import load_shipped_configs
+from azrecipe.planning.efficiency import EfficiencyRun, Span, classify_step, estimate_efficiency
 from azrecipe.planning.simulation.step_cost import CardPeaks, RooflineSeconds, StepCost
 from azrecipe.planning.simulation.step_spec import StepSpec
-
-SAME_CARD_SPREAD = 0.1  # relative spread where runs on this card are known
-OTHER_CARD_SPREAD = 0.2  # relative spread where only runs on other cards are known
-
-
-@dataclass(frozen=True)
-class Span:
-    """A quantity with bounds."""
-
-    low: float
-    middle: float
-    high: float
-
-    def to_rate(self, amount: float) -> Span:
-        """Convert seconds for an amount into an amount per second."""
-        return Span(amount / self.high, amount / self.middle, amount / self.low)
-
-    def multiply(self, factor: float) -> Span:
-        return Span(self.low * factor, self.middle * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
@@ -71,26 +51,35 @@ class StepTime:
     """Seconds of an optimizer step.
 
     total: the whole step. compute: the cards alone. intra_node, inter_node: the links alone. basis: what the efficiency rests on, in words.
-    total_without_efa: the step over a network without EFA, where machines have EFA.
+    has_card: whether a run on such a card is known. total_without_efa: the step over the same network without EFA, where machines have EFA.
     """
 
     total: Span
     compute: Span
-    intra_node: float
+    intra_node: Span
     inter_node: Span
     basis: str
+    has_card: bool = True
     total_without_efa: float | None = None
 
     @property
     def bottleneck(self) -> str:
         """What the step waits for: `compute`, `links` in a machine, or `network`."""
-        longest = max(self.compute.middle, self.intra_node, self.inter_node.middle)
+        longest = max(self.compute.middle, self.intra_node.middle, self.inter_node.middle)
         if longest == self.compute.middle:
             return "compute"
         return "network" if longest == self.inter_node.middle else "links"
 
 
-def estimate_step_time(cost: StepCost, step: StepSpec, batch: int, accumulation: int, cluster: MachineGroup) -> StepTime:
+def estimate_step_time(
+    cost: StepCost,
+    step: StepSpec,
+    batch: int,
+    accumulation: int,
+    cluster: MachineGroup,
+    *,
+    published: Sequence[EfficiencyRun] | None = None,
+) -> StepTime:
     """Estimate an optimizer step.
 
     Cards and links work at the same time, so the slower one counts; the upper bound adds both.
@@ -101,24 +90,21 @@ def estimate_step_time(cost: StepCost, step: StepSpec, batch: int, accumulation:
         batch: Sequences on each card at once.
         accumulation: Batches in an optimizer step.
         cluster: The machines.
+        published: The published runs that the efficiency rests on; None: all that are known.
     """
-    estimated = estimate_efficiency(cluster.machine.card.name, calibration_file.read_efficiencies())
+    estimated = estimate_efficiency(cluster.machine.card, classify_step(step), calibration_file.read_efficiencies(), published)
     share, peak_seconds = estimated.share, compute_roofline(cost, step, batch, accumulation, cluster)
     compute = Span(peak_seconds / share.high, peak_seconds / share.middle, peak_seconds / share.low)
     links = _estimate_link_seconds(cost, step, accumulation, cluster)
-    low, middle, high = (max(links.intra_node, value) for value in (links.inter_node.low, links.inter_node.middle, links.inter_node.high))
-    total = Span(
-        max(compute.low, low),
-        max(compute.middle, middle),
-        max(compute.high, high) + min(compute.middle, middle) * (cluster.world_size > 1),
-    )
+    slower = [max(pair) for pair in zip(astuple(links.intra_node), astuple(links.inter_node), strict=True)]
+    low, middle, high = (max(pair) for pair in zip(astuple(compute), slower, strict=True))
+    total = Span(low, middle, high + min(compute.middle, slower[1]) * (cluster.world_size > 1))
     network, without_efa = cluster.machine.network, None
     if cluster.nodes > 1 and network is not None and network.efa_interfaces:
-        bandwidth = network.gbit_per_s / 8  # GB/s
-        efa_rate, tcp_rate = (bandwidth * _load_link_rates()[kind]["middle"] for kind in ("efa", "network"))
-        slow_rate = min(float(_load_calibration()["without_efa_gb_per_s"]), tcp_rate)
-        without_efa = max(total.middle, links.inter_node.middle * efa_rate / slow_rate)
-    return StepTime(total, compute, links.intra_node, links.inter_node, estimated.basis, without_efa)
+        # NCCL's sockets then share one interface, of which TCP moves what was seen of it
+        slow_share = _load_link_rates()["ethernet"]["low"] / network.efa_interfaces
+        without_efa = max(total.middle, links.inter_node.middle * _load_link_rates()["efa"]["middle"] / slow_share)
+    return StepTime(total, compute, links.intra_node, links.inter_node, estimated.basis, estimated.has_card, without_efa)
 
 
 def compute_roofline(cost: StepCost, step: StepSpec, batch: int, accumulation: int, cluster: MachineGroup) -> float:
@@ -182,92 +168,35 @@ def count_communication_bytes(cost: StepCost, step: StepSpec, accumulation: int)
 
 
 class _LinkSeconds(NamedTuple):
-    intra_node: float
+    intra_node: Span
     inter_node: Span
 
 
 def _estimate_link_seconds(cost: StepCost, step: StepSpec, accumulation: int, cluster: MachineGroup) -> _LinkSeconds:
     """Estimate how long links are busy in a step."""
     gathered, reduced = count_communication_bytes(cost, step, accumulation)
-    rates, machine, nodes = _load_link_rates(), cluster.machine, cluster.nodes
+    machine, nodes = cluster.machine, cluster.nodes
     all_reduce = cluster.strategy in ("ddp", "zero1")  # moves twice what a reduce-scatter moves
     moved = gathered + (2 if all_reduce else 1) * reduced
-    intra_bandwidth = machine.link.gb_per_s * 1e9 * rates[machine.link.kind]["middle"]
-    intra_node = moved * ((machine.count - 1) / machine.count) / intra_bandwidth
+    crossing_cards = moved * ((machine.count - 1) / machine.count)
+    intra_node = _compute_link_span(crossing_cards, machine.link.gb_per_s, machine.link.kind)
     if nodes == 1 or machine.network is None:
         return _LinkSeconds(intra_node, Span(0.0, 0.0, 0.0))
-    inter_bandwidth = machine.network.gbit_per_s / 8 * 1e9
     if cluster.strategy == "hsdp" and cluster.num_shards <= machine.count:  # shards stay in a machine; only their sums cross
         crossing = 2 * (nodes - 1) / nodes * reduced
     else:
         crossing = moved * ((cluster.world_size - 1) / cluster.world_size)
-    share = rates["efa" if machine.network.efa_interfaces else "network"]
-    low, middle, high = (crossing / (inter_bandwidth * share[key]) for key in ("high", "middle", "low"))
-    return _LinkSeconds(intra_node, Span(low, middle, high))
+    kind = machine.network.kind or ("efa" if machine.network.efa_interfaces else "unknown")
+    return _LinkSeconds(intra_node, _compute_link_span(crossing, machine.network.gbit_per_s / 8, kind))
 
 
-class Efficiency(NamedTuple):
-    """The share of the roofline that training reaches, and its basis."""
+def _compute_link_span(moved: float, gb_per_s: float, kind: str) -> Span:
+    """Compute the seconds that bytes take over a link.
 
-    share: Span
-    basis: str
-
-
-def estimate_efficiency(card: str, user_loops: Sequence[Mapping[str, Any]] = ()) -> Efficiency:
-    """Estimate the share of the roofline that training on a card reaches.
-
-    user_loops: calibrated loops of the user. Where some ran on this card, they count alone.
+    Collectives reach a share of its rate.
     """
-    published_runs, cards = _load_calibration()["runs"], load_catalog().cards
-    calibrated = [run for run in user_loops if run["card"] == card]
-    peak = cards[card].bf16_tflops if card in cards else None  # cards of one peak are one chip, with more or less memory
-    same_chip = calibrated or [run for run in published_runs if cards[run["card"]].bf16_tflops == peak]
-    shares = [float(run["efficiency"]) for run in same_chip or published_runs]
-    middle = statistics.median(shares)
-    spread = SAME_CARD_SPREAD if same_chip else OTHER_CARD_SPREAD
-    low, high = min(*shares, middle * (1 - spread)), min(max(*shares, middle * (1 + spread)), 1.0)
-    names = ", ".join(sorted({str(run["card"]) for run in same_chip or published_runs}))
-    plural = "s" if len(same_chip) > 1 else ""
-    if calibrated:
-        basis = f"{len(calibrated)} training loop{plural} of your own on {card}"
-    elif same_chip:
-        basis = f"{len(same_chip)} published run{plural} on {names}"
-    else:
-        basis = f"published runs on other cards ({names}): none on {card} is known"
-    return Efficiency(Span(low, middle, high), basis)
-
-
-@dataclass(frozen=True)
-class PublishedRun:
-    """A published run: its step, and its tokens/s on one card.
-
-    efficiency: its share of the roofline. compute_efficiency() computes it from a simulated step.
-    """
-
-    card: str
-    title: str
-    step: StepSpec
-    length: int
-    batch: int
-    tokens_per_second: float
-    efficiency: float
-
-    def compute_efficiency(self, cost: StepCost) -> float:
-        """Compute the roofline's time of a step over the run's time."""
-        seconds = compute_peak_seconds(cost, self.step, self.batch, load_catalog().cards[self.card])
-        return (seconds.batch + seconds.optimizer) * self.tokens_per_second / (self.batch * self.length)
-
-
-def load_published_runs() -> list[PublishedRun]:
-    """Load the runs in hardware/calibration.yaml."""
-    runs = []
-    for entry in _load_calibration()["runs"]:
-        config = entry["model"] if isinstance(entry["model"], dict) else load_shipped_configs()[entry["model"]]
-        settings = dict(entry["run"])
-        length, batch = settings.pop("length"), settings.pop("batch")
-        step = StepSpec(config=config, strategy=settings.pop("kind", "single"), kernels=tuple(settings.pop("kernels", ())), **settings)
-        runs.append(PublishedRun(entry["card"], entry["what"], step, length, batch, entry["tokens_per_second"], entry["efficiency"]))
-    return runs
+    share = _load_link_rates()[kind]
+    return Span(*(moved / (gb_per_s * 1e9 * share[bound]) for bound in ("high", "middle", "low")))
 
 
 def _load_link_rates() -> Mapping[str, Mapping[str, float]]:

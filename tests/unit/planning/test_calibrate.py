@@ -14,9 +14,11 @@ import pytest
 
 from azrecipe import hardware
 from azrecipe.distributed.backend import Backend
-from azrecipe.planning import calibration_file, step_time
+from azrecipe.planning import calibration_file
+from azrecipe.planning.efficiency import StepKind, estimate_efficiency
 from azrecipe.planning.model_config import ModelShape
 from azrecipe.planning.simulation import cost_cache
+from azrecipe.planning.simulation.step_cost import CardPeaks
 from azrecipe.planning.training_loops import plan_loops
 from azrecipe.recipe.load import load_recipe
 from azrecipe.recipe.overrides import parse_overrides
@@ -54,9 +56,8 @@ def seconds(*sets: str) -> float:
     (loop,) = plan_loops(load_recipe("base.yaml", parse_overrides(sets)), ModelShape(config(), 0, ()), Backend("single", 1, 0))
     (cost,) = cost_cache.load_or_simulate_costs([(loop.step, loop.length)])
     card = hardware.load_catalog().cards["a100-40g"]
-    batch, optimizer = cost.compute_seconds(
-        loop.batch, card.fp32_tflops * 1e12, card.memory_gb_per_s * 1e9, accumulates=loop.step.accumulates
-    )
+    peaks = CardPeaks(card.bf16_tflops * 1e12, card.fp32_tflops * 1e12, card.memory_gb_per_s * 1e9)
+    batch, optimizer = cost.compute_seconds(loop.batch, peaks, accumulates=loop.step.accumulates)
     return batch * loop.accumulation + optimizer
 
 
@@ -109,7 +110,9 @@ def test_a_run_calibrated_again_takes_its_own_place_and_others_stay(tmp_path: Pa
         ("other", 0.7),
         ("abc", 0.5),
     ]
-    span, rests_on = step_time.estimate_efficiency("a100-40g", calibration_file.read_efficiencies())
+    span, rests_on, _ = estimate_efficiency(
+        hardware.load_catalog().cards["a100-40g"], StepKind("full", "eager"), calibration_file.read_efficiencies()
+    )
     assert (span.low, span.middle, span.high) == pytest.approx((0.5, 0.6, 0.7))
     assert rests_on == "2 training loops of your own on a100-40g"
 
