@@ -15,6 +15,7 @@ from azrecipe.recipe.overrides import format_key_path
 from azrecipe.recipe.types import ModelSource, PretrainTokenizer, Source, ValidationSource
 from azrecipe.recipe.yaml_tree import Key
 from azrecipe.runs.run_dir import RunDir, find_candidate_folder, find_upstream_run
+from azrecipe.utils.output_checksums import check_output_files
 
 
 class Inputs:
@@ -47,13 +48,14 @@ class Inputs:
     def find_model(self, source: ModelSource, *keys: Key) -> str:
         """Find a model or tokenizer.
 
-        It is the final/ or a candidate of a run, a folder, or a hub id.
+        It is the final/ or a candidate of a run, a folder, or a hub id. Raises CannotRun where a file of a run's was damaged.
         """
         if source.output_of is not None:
             run = self.find_run(source.output_of, *keys, "output_of")
-            if isinstance(source, PretrainTokenizer) and source.candidate is not None:
-                return str(find_candidate_folder(self.recipe, run, source.candidate, *keys, "candidate"))
-            return str(run.final_dir)
+            candidate = source.candidate if isinstance(source, PretrainTokenizer) else None
+            folder = run.final_dir if candidate is None else find_candidate_folder(self.recipe, run, candidate, *keys, "candidate")
+            check_output_files(folder, with_weights=False)  # weights: when they are loaded
+            return str(folder)
         assert source.name_or_path is not None
         return source.name_or_path
 

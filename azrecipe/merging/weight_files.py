@@ -11,6 +11,7 @@ import torch
 
 from azrecipe.errors import CommandError
 from azrecipe.modeling.weight_checks import KNOWN_BUFFERS, find_weight_files, read_tensor_shapes
+from azrecipe.utils.output_checksums import check_output_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,11 @@ def open_weight_files(folder: str, model: PreTrainedModel) -> WeightFiles | None
 
     Returns:
         None where the files are no safetensors files, or where they store the weights under other names or in another form.
+
+    Raises:
+        CannotRun: A file of a run's final/ was damaged.
     """
+    check_output_files(folder)
     paths = find_weight_files(folder)
     if any(path.suffix != ".safetensors" for path in paths) or getattr(model.config, "quantization_config", None) is not None:
         return None

@@ -16,6 +16,7 @@ from azrecipe.recipe.attention_kinds import AUTO
 from azrecipe.tokenization.tokenizer import count_embedding_rows, save_tokenizer
 from azrecipe.utils.atomic_files import atomic_folder
 from azrecipe.utils.hub_errors import translate_hub_errors
+from azrecipe.utils.output_checksums import check_output_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +64,7 @@ def load_weights(path: str, revision: str | None, **options: Any) -> PreTrainedM
     """
     from transformers import AutoModelForCausalLM
 
+    check_output_files(path)
     options = {**options, **weight_checks.REPORT_OPTIONS, "revision": revision or "main", "trust_remote_code": False}
     with translate_hub_errors("model", path):
         if Path(path).is_dir():

@@ -17,6 +17,7 @@ from azrecipe.modeling.vocabulary_swap import add_embedding_rows
 from azrecipe.recipe.types import Lora, Model
 from azrecipe.tokenization.tokenizer import count_embedding_rows
 from azrecipe.utils.hub_errors import translate_hub_errors
+from azrecipe.utils.output_checksums import check_output_files
 from azrecipe.utils.time_limits import match_names
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def _attach_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
     file = adapter / "adapter_model.safetensors"
     stored = set(weight_checks.read_tensor_shapes(file)) if file.is_file() else None
+    check_output_files(adapter)
     with translate_hub_errors("adapter", str(adapter)):
         tuned = PeftModel.from_pretrained(model, str(adapter))
     if stored is not None:

@@ -16,6 +16,7 @@ from azrecipe.runs.reader import RunRecord
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.hub_errors import translate_hub_errors
+from azrecipe.utils.output_checksums import check_output_files
 
 HUB_ID_PATTERN = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # The files to download from a hub repository, without other formats of the weights.
@@ -59,7 +60,8 @@ class FinishedModel:
 def resolve_model(argument: str) -> FinishedModel:
     """Return the model that a RUN argument names.
 
-    Raises CommandError where the argument names no finished model. The message lists the models that are there.
+    Raises CommandError where the argument names no finished model. The message lists the models that are there. Raises CannotRun where a file of
+    the run's was damaged.
     """
     folder = Path(os.path.expanduser(argument))
     if not folder.exists():
@@ -145,6 +147,8 @@ def _resolve_run(folder: Path) -> FinishedModel:
             else f"it has no model in {run.final_dir}"
         )
         raise CommandError(f"{folder}: {reason}. There: {_list_content(folder)}")
+    for output in (run.final_dir, run.path / "adapter"):
+        check_output_files(output)
     return FinishedModel(str(run.final_dir), run)
 
 

@@ -66,6 +66,7 @@ class TokenizerResult(TypedDict):
     """The result of a tokenizer recipe."""
 
     stage: Literal["tokenizer"]
+    checksums: NotRequired[dict[str, str]]
     selected: str
     candidates: list[CandidateResult]
     show_words: list[str]
@@ -119,6 +120,7 @@ class PretrainResult(TypedDict):
     """The result of a pretrain recipe; bpb is by moment and validation set."""
 
     stage: Literal["pretrain"]
+    checksums: NotRequired[dict[str, str]]
     attn_implementation: NotRequired[str]
     parameters: int | None
     vocabulary: dict[str, Any] | None
@@ -155,6 +157,7 @@ class SftResult(TypedDict):
     """The result of an sft recipe."""
 
     stage: Literal["sft"]
+    checksums: NotRequired[dict[str, str]]
     attn_implementation: NotRequired[str]
     method: Literal["sft", "dpo"]
     adapter: Literal["lora", "qlora", "none"]
@@ -179,6 +182,7 @@ class MergeResult(TypedDict):
     """The result of a merge recipe; rows are those of the embedding matrices."""
 
     stage: Literal["merge"]
+    checksums: NotRequired[dict[str, str]]
     method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare_ties"]
     tokenizer_of: str
     models: dict[str, MergedModelSource]

@@ -36,6 +36,7 @@ from azrecipe.runs.event_log import format_current_time
 from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import list_file_sizes, read_json, read_json_object, write_json, write_text
 from azrecipe.utils.console import format_disk_size
+from azrecipe.utils.output_checksums import RESULT_FILE, RESULT_KEY, compute_output_checksums
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,12 @@ class RunDir:
             write_json(self.path / "status.json", {**self.status, **changes})
 
     def mark_complete(self, result: Mapping[str, Any]) -> None:
-        """Write result.json and mark the run complete."""
+        """Write result.json, with the checksums of what the run leaves.
+
+        Then mark the run complete."""
         if self.main:
-            write_json(self.path / "result.json", result)
+            checksums = compute_output_checksums(self.path)
+            write_json(self.path / RESULT_FILE, {**result, **({RESULT_KEY: checksums} if checksums else {})})
         final = {"final": list_file_sizes(self.final_dir)} if local_storage.storage_is_local() else {}
         self.update_status(state="complete", exit_code=0, message="", finished=format_current_time(), **final)
         if self.main:

@@ -37,6 +37,7 @@ from azrecipe.training.learning_rates import LearningRatesMixin
 from azrecipe.training.monitor import LoopUnits
 from azrecipe.utils.atomic_files import list_file_sizes, read_json_object, write_json
 from azrecipe.utils.console import print_progress
+from azrecipe.utils.output_checksums import compute_folder_checksums, find_changed_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,24 +63,38 @@ class PhaseRecord:
     def finish_phase(self, phase: str, summary: dict[str, Any], folder: Path) -> None:
         """Record a finished phase and the files of its model."""
         files = {**self.data.get("files", {}), phase: list_file_sizes(folder)}
-        self.update(phases={**self.data["phases"], phase: summary}, files=files)
+        checksums = {**self.data.get("checksums", {}), phase: compute_folder_checksums(folder) if self.run_dir.main else {}}
+        self.update(phases={**self.data["phases"], phase: summary}, files=files, checksums=checksums)
 
     def forget_incomplete(self, phase_folders: Sequence[tuple[str, Path]]) -> None:
-        """Forget the last finished phases whose models are incomplete.
+        """Forget the last finished phases whose models are not what was written.
 
-        This applies where files are uploaded one by one: the record may arrive before them.
+        Files may be damaged. Where they are uploaded one by one, the record may also arrive before them.
 
         Args:
             phase_folders: The phases' names and their models' folders.
         """
         finished = [(name, folder) for name, folder in phase_folders if self.is_finished(name)]
-        while local_storage.storage_is_local() and finished:
+        while finished:
             name, folder = finished.pop()
-            sizes = self.data.get("files", {}).get(name)
-            if local_storage.broadcast_from_main(folder.is_dir() and (sizes is None or list_file_sizes(folder) == sizes)):
+            problem = local_storage.broadcast_from_main(self._find_damage(name, folder))
+            if not problem:
                 return
-            print_progress(f"phase {name}: its model in {folder} is incomplete, so the phase is not finished", self.run_dir.main)
+            print_progress(f"phase {name}: {problem}, so the phase is not finished", self.run_dir.main)
             self.update(phases={key: value for key, value in self.data["phases"].items() if key != name})
+
+    def _find_damage(self, phase: str, folder: Path) -> str:
+        """Say why a phase's model cannot be used; "" if it can.
+
+        Records of earlier versions have no checksums.
+        """
+        if not folder.is_dir():
+            return f"there is no {folder}"
+        sizes = self.data.get("files", {}).get(phase)
+        if local_storage.storage_is_local() and sizes is not None and list_file_sizes(folder) != sizes:
+            return f"its model in {folder} is incomplete"
+        changed = find_changed_file(folder, self.data.get("checksums", {}).get(phase, {}))
+        return "" if changed is None else f"{folder / changed} is missing or not what was written (its checksum differs)"
 
     def update(self, **changes: Any) -> None:
         """Change fields of the record and write it."""

@@ -28,6 +28,8 @@ TYPES = {
     "BeforeAndAfter": DEFINITIONS["before_and_after"],
     "SftTrainingResult": DEFINITIONS["sft"]["properties"]["training"],
     "SftResult": DEFINITIONS["sft"],
+    "MergedModelSource": DEFINITIONS["merge"]["properties"]["models"]["additionalProperties"],
+    "MergeResult": DEFINITIONS["merge"],
     "ModelResult": DEFINITIONS["model"],
     "EvaluateResult": DEFINITIONS["evaluate"],
     "RankedCell": DEFINITIONS["pipeline"]["properties"]["ranking"]["items"],

@@ -15,6 +15,7 @@ from azrecipe.recipe.load import Recipe, load_recipe
 from azrecipe.recipe.to_yaml import to_yaml
 from azrecipe.runs import run_dir
 from azrecipe.runs.run_dir import RunDir, open_run
+from azrecipe.utils.checksums import compute_checksum
 from tests.conftest import write
 
 TEXT = """
@@ -59,7 +60,8 @@ def test_a_new_run_records_what_it_is_made_of(recipe: Recipe) -> None:
     path = locate(recipe).path
     assert path == Path("runs/p/r")
     assert (status["state"], status["exit_code"], status["resumed"], status["inputs"]) == ("complete", 0, 0, INPUTS)
-    assert json.loads((path / "result.json").read_text()) == {"answer": 1}
+    checksums = {"final/model": compute_checksum(path / "final" / "model")}
+    assert json.loads((path / "result.json").read_text()) == {"answer": 1, "checksums": checksums}
     assert (path / "recipe.yaml").read_text() == to_yaml(recipe.data)
     assert "azrecipe" in json.loads((path / "environment.json").read_text())
     assert [json.loads(line)["event"] for line in (path / "history.jsonl").read_text().splitlines()] == ["started", "complete"]
