@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from azrecipe.errors import AzrecipeError, CannotRun, Problem, RecipeError, SourceLocation
-from azrecipe.utils.atomic_files import hash_file
 from azrecipe.utils.paths import DATA_SUFFIXES, is_s3
+from azrecipe.utils.shared_digests import hash_large_file
 
 BUFFER_BYTES = 1 << 20
 GLOB_CHARACTERS = "*?["
@@ -55,7 +55,7 @@ class DataFile:
         It is the hash of a local file. On S3, where it is expensive to read everything, it is the path, size and time of
         modification.
         """
-        return f"{self.path} {self.size} {self.modified_ns}" if is_s3(self.path) else hash_file(Path(self.path))
+        return f"{self.path} {self.size} {self.modified_ns}" if is_s3(self.path) else hash_large_file(Path(self.path))
 
     def open_raw(self) -> Any:
         """Open the file for pyarrow, with random access; raises OSError."""

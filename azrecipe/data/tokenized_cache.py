@@ -39,6 +39,7 @@ from azrecipe.utils.atomic_files import hold_lock, read_json, sync_folder, sync_
 from azrecipe.utils.checksums import compute_checksum, find_damaged_file
 from azrecipe.utils.console import print_progress
 from azrecipe.utils.process_pool import MIN_POOL_CHARACTERS, WorkerPool
+from azrecipe.utils.shared_digests import name_launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,13 +114,14 @@ def load_or_tokenize(source: readers.DataSource, spec: TokenizeSpec, cache: Path
 def _find_damage(folder: Path) -> str:
     """Say what of a store is not as it was written, or "".
 
-    Every byte is read. Stores of earlier versions have no checksums: their counts must fit the sizes of the files.
+    Every byte is read, by one process of each machine. Stores of earlier versions have no checksums: their counts must fit the sizes of the files.
     """
     try:
         meta = read_json(folder / "meta.json")
         checksums = meta.get("xxh3_128")
         if checksums is not None:
-            name = find_damaged_file(folder, checksums)
+            shares = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+            name = find_damaged_file(folder, checksums, name_launch() if shares else None)
             return f"the checksum of {name} differs" if name else ""
         records = np.fromfile(folder / "documents.bin", DOCUMENT_DTYPE)
         lengths = records["length"]

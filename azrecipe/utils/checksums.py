@@ -7,6 +7,8 @@ from pathlib import Path
 
 import xxhash
 
+from azrecipe.utils.shared_digests import share_digest
+
 READ_BYTES = 8 << 20
 
 
@@ -22,9 +24,19 @@ def compute_checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def find_damaged_file(folder: Path, checksums: Mapping[str, str]) -> str | None:
+def find_damaged_file(folder: Path, checksums: Mapping[str, str], launch: str | None = None) -> str | None:
     """Find the first file whose content differs from its checksum.
 
-    Raises OSError where a file cannot be read.
+    Args:
+        folder: The folder of the files.
+        checksums: The checksum of each file, by its path in the folder.
+        launch: The name of a launch whose processes on this machine all ask: one of them reads a large file. None: this process reads.
+
+    Raises:
+        OSError: A file cannot be read.
     """
-    return next((name for name, checksum in checksums.items() if compute_checksum(folder / name) != checksum), None)
+    for name, checksum in checksums.items():
+        file = folder / name
+        if (compute_checksum(file) if launch is None else share_digest(file, f"xxh3 {launch}", compute_checksum)) != checksum:
+            return name
+    return None
