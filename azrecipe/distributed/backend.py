@@ -174,6 +174,8 @@ def set_up_backend() -> Backend:
         raise CommandError(f"{environment_variables.STORAGE}=local is not verified with DeepSpeed: use accelerate_configs/fsdp.yaml")
     if _is_set(os.environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):  # Accelerate does not accept a shard size of -1
         os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(backend.world_size // (backend.replicate_size * backend.context_parallel_size))
+    if backend.uses_fsdp:  # "true" lets transformers leave weights unset; training/main_process_loading.py loads in one process instead
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not has_accelerator():
         cpu_backend.set_up_cpu(backend.strategy, backend.sharded, backend.context_parallel_size > 1)
     elif backend.sharded and not torch.cuda.is_available():

@@ -42,7 +42,6 @@ def set_up_cpu(kind: str, sharded: bool, context: bool) -> None:
             raise CannotRun(reason)
         os.environ.pop("ACCELERATE_USE_CPU", None)  # with it Accelerate uses neither FSDP nor DeepSpeed
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # PartialState.set_device does not change it
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # "true" leaves other processes' weights unset until they are sharded
         _patch_accelerate_gloo()
         if kind.startswith("zero"):
             _patch_deepspeed_compilation()

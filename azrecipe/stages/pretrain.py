@@ -44,7 +44,7 @@ from azrecipe.recipe.types import PretrainConfig
 from azrecipe.runs.run_attention import settle_attention
 from azrecipe.runs.run_dir import RunDir, check_run_matches, connect_processes, locate_run, open_run
 from azrecipe.tokenization.tokenizer import count_embedding_rows, have_same_vocabulary, load_tokenizer
-from azrecipe.training import checkpoints, learning_rates, profiling, trainer
+from azrecipe.training import checkpoints, learning_rates, main_process_loading, profiling, trainer
 from azrecipe.training.pretraining import PhaseRecord, PretrainJob, release_memory, remove_finished_checkpoints, train_phase
 from azrecipe.utils.atomic_files import read_json
 from azrecipe.utils.console import print_progress
@@ -125,8 +125,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
             model = _prepare_model(job, inputs.model_path, adapted.base_tokenizer, embedding_init)
         for i in unfinished:
             if model is None:
-                with local_storage.replicate_folder(job.model_folder(i - 1), run_dir.cache_dir, backend.main) as folder:
-                    model = loading.load_model(str(folder), config.training.precision, config.model.attn_implementation)
+                model = _load_phase_model(job, i - 1)
             train_phase(job, model, i)
             model = None
             release_memory()
@@ -288,26 +287,37 @@ def _load_embedding_init(job: PretrainJob, base_tokenizer: PreTrainedTokenizerBa
     return EmbeddingInit(method, job.config.seed, combinations)
 
 
+def _load_phase_model(job: PretrainJob, phase_index: int) -> PreTrainedModel:
+    """Load the model that a phase left."""
+    precision, attention_name = job.config.training.precision, job.config.model.attn_implementation
+    attention.prepare_attention(attention_name)  # on every process: one may only build the model
+    with local_storage.replicate_folder(job.model_folder(phase_index), job.run_dir.cache_dir, job.backend.main) as folder:
+        return main_process_loading.load_on_main(lambda: loading.load_model(str(folder), precision, attention_name), job.backend)
+
+
 def _prepare_model(
     job: PretrainJob, model_path: str | None, base_tokenizer: PreTrainedTokenizerBase, embedding_init: EmbeddingInit
 ) -> PreTrainedModel:
     """Load the model, swap its vocabulary, and measure before and after."""
     config, settings = job.config, job.config.model
-    if model_path is None:
-        assert settings.config is not None
-        model = loading.build_model(settings.config, job.tokenizer, config.training.precision, settings.attn_implementation, config.seed)
-        _record_vocabulary(job, model, _pad_vocabulary(job, model, None))
-        return model
-    model = loading.load_model(model_path, config.training.precision, settings.attn_implementation, settings.revision)
-    uses_chunked_loss = config.training.fused_linear_cross_entropy == "torch"
-    if uses_chunked_loss:
-        chunked_loss.enable_chunked_loss(model)
-    _record_bpb(job, "base", model, base_tokenizer)
-    is_kept = have_same_vocabulary(base_tokenizer, job.tokenizer)
-    swap = _pad_vocabulary(job, model, None if is_kept else swap_vocabulary(model, base_tokenizer, job.tokenizer, embedding_init))
-    if uses_chunked_loss:
-        chunked_loss.enable_chunked_loss(model)  # the swap made a new head
-    if swap is not None:
+    attention.prepare_attention(settings.attn_implementation)  # on every process: one may only build the model
+
+    def load() -> PreTrainedModel:
+        if model_path is None:
+            assert settings.config is not None
+            return loading.build_model(settings.config, job.tokenizer, config.training.precision, settings.attn_implementation, config.seed)
+        return loading.load_model(model_path, config.training.precision, settings.attn_implementation, settings.revision)
+
+    def change_vocabulary(model: PreTrainedModel) -> SwapReport | None:
+        swap = None if is_kept else swap_vocabulary(model, base_tokenizer, job.tokenizer, embedding_init)
+        return _pad_vocabulary(job, model, swap)
+
+    is_kept = model_path is None or have_same_vocabulary(base_tokenizer, job.tokenizer)
+    model = main_process_loading.load_on_main(load, job.backend)
+    if model_path is not None:
+        _record_bpb(job, "base", model, base_tokenizer)
+    model, swap = main_process_loading.change_on_main(change_vocabulary, model, job.backend)
+    if swap is not None and model_path is not None:
         print_progress(f"  vocabulary {swap}", job.backend.main)
     if not is_kept:
         _record_bpb(job, "new_vocabulary", model, job.tokenizer)
@@ -319,7 +329,12 @@ def _record_bpb(job: PretrainJob, name: str, model: PreTrainedModel, tokenizer: 
     """Measure a model that does not train yet.
 
     With bf16_mixed its matrices are on the device in bfloat16, which is what autocast multiplies in; then they are exact again, in main memory.
+    Under FSDP a sharded copy is measured instead, which holds float32 shards.
     """
+    if main_process_loading.has_main_process_loading(job.backend, model):
+        job.record_bpb(name, main_process_loading.shard_copy(model, job.backend), tokenizer)
+        release_memory()
+        return
     mixed = job.config.training.precision == "bf16_mixed"
     exact_weights = frozen_weights.round_matrices(model, keep_exact=True, frozen_only=False) if mixed else {}
     job.record_bpb(name, model.to(PartialState().device), tokenizer)

@@ -29,7 +29,7 @@ from azrecipe.modeling.row_gradient_mask import RowGradientMask
 from azrecipe.recipe import optimizer_settings
 from azrecipe.recipe.types import PretrainConfig
 from azrecipe.runs.run_dir import RunDir
-from azrecipe.training import checkpoints, precision, throughput
+from azrecipe.training import checkpoints, main_process_loading, precision, throughput
 from azrecipe.training import trainer as training_trainer
 from azrecipe.training.async_checkpoint import AsyncCheckpointMixin, AsyncCheckpointWriter
 from azrecipe.training.bad_step_guard import BadStepGuard, BadStepGuardMixin
@@ -332,6 +332,7 @@ def run_phase_loop(
         )
         trainer.exact_weights = exact_weights
         trainer.learning_rates = planned_phase.phase.learning_rates
+        main_process_loading.send_weights_when_sharded(trainer, job.backend)
         return trainer
 
     trainer, summary = training_trainer.train_loop(build_trainer, loop, units, job.backend, config.training)
