@@ -54,5 +54,8 @@ def show_pretrain_preview(path: Path, preview: PretrainPreview) -> None:
     for phase in preview.phases:
         shares = ", ".join(f"{pattern} {count:,}" for pattern, count in phase.by_pattern.items())
         print_line(f"{path}: phase {phase.name} trains {phase.trainable:,} of {phase.total:,} parameters ({shares})")
+        if phase.shares:
+            read = zip(preview.sources, phase.shares, strict=True)
+            print_line("  it reads " + ", ".join(f"{source.path} {share:.1%}" for source, share in read))
     for source in preview.sources:
         print_line(f"  {source.path} begins: {'·'.join(source.first_tokens)}".replace("\n", "⏎"))

@@ -57,6 +57,15 @@ def show_schedule(preparation: RecipePreparation, schedule: ScheduleSummary) -> 
     reads.add_column("epochs", justify="right")
     for source, epochs in zip(preparation.sources, schedule.epochs, strict=True):
         reads.add_row(source.title, f"{epochs:.2f}")
+    tables = [phases, reads]
+    if any(phase.shares for phase in schedule.phases):
+        mix = Table(title="Share of each source in the text of a phase")
+        mix.add_column("source", overflow="fold")
+        for phase in schedule.phases:
+            mix.add_column(phase.name, justify="right")
+        for i, source in enumerate(preparation.sources):
+            mix.add_row(source.title, *(f"{phase.shares[i]:.1%}" for phase in schedule.phases))
+        tables.append(mix)
     console = open_console(WIDTH)
-    for table in (phases, reads):
+    for table in tables:
         console.print(table)

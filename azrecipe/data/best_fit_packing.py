@@ -3,6 +3,7 @@
 A document longer than a sequence is cut into pieces of a sequence's length and a rest; a shorter one is one piece. The
 pieces of a window of documents are packed by best-fit decreasing, and the window's sequences are shuffled with the seed
 of the mixture. A window has the tokens of about 1024 sequences, at most one epoch, so the order of the mixture is kept.
+Where the mix changes, a window ends.
 A sequence is looked up by its number; only the running counts of the windows are computed ahead. Every process computes
 the same sequences.
 """
@@ -12,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +108,20 @@ def pack_best_fit(lengths: IntArray, capacity: int) -> IntArray:
     return bins
 
 
+class _Cut(NamedTuple):
+    """Where the mix changes.
+
+    Attributes:
+        window: The number of the last window before.
+        document: The first document of the new mix, by its index in the order.
+        packed: That window, up to the document.
+    """
+
+    window: int
+    document: int
+    packed: PackedWindow
+
+
 class BestFitLayout:
     """Sequences packed by best fit, or with one piece each.
 
@@ -178,6 +194,33 @@ class BestFitLayout:
         self._plan_until(lambda counts: counts.sequences >= self.start + limit)
         return min(limit, self.window_counts[-1].sequences - self.start)
 
+    def change_weights(self, sequences: int, weights: Sequence[float]) -> None:
+        """Mix with other weights after the first `sequences` sequences.
+
+        What remains of a document that begins before comes first. Where an earlier run ended within a window of best-fit packing, so
+        does the rest of that window.
+        """
+        sequence = self.start + sequences
+        cut = self._find_cut(sequence) if sequence else None
+        self.mix.change_weights(self.mix.build_order().counts_before(cut.document).tokens if cut else 0, weights)
+        number = cut.window if cut else 0
+        self.window_counts = self.window_counts[: number + 1]
+        self._windows = {key: window for key, window in self._windows.items() if key < number}
+
+    def count_text_before_change(self, first: int, sequences: int) -> TextCounts:
+        """Count the text of sequences, as if the mix changed after them.
+
+        Args:
+            first: The first sequence that counts.
+            sequences: How many count.
+        """
+        begin, end = self.start + first, self.start + first + sequences
+        cut = self._find_cut(end)
+        before, running = self.window_counts[cut.window], cut.packed.running_counts
+        through = running[end - before.sequences] + before.text
+        start = running[begin - before.sequences] + before.text if begin > before.sequences else np.array(self._count_before(begin))
+        return TextCounts(*(through - start).tolist())
+
     def find_started_documents(self, sequences: int) -> tuple[int, IntArray]:
         """Find the documents that begin in or before the first `sequences` sequences.
 
@@ -239,9 +282,39 @@ class BestFitLayout:
 
         This is the number of documents where the text ends before the window.
         """
-        token = number * self.window_tokens
+        token = self._find_window_start(number)
         order = self.mix.build_order(tokens=token + 1)
         return 0 if number == 0 else min(len(order), order.find_document(TOKEN_COLUMN, token) + 1)
+
+    def _find_window_start(self, number: int) -> int:
+        """Find the token at which a window begins.
+
+        A window that begins before a change of the mix ends there.
+        """
+        for mix, following in pairwise(self.mix.mixes):
+            windows = -(-(following.token - mix.token) // self.window_tokens)
+            if number < windows:
+                return mix.token + number * self.window_tokens
+            number -= windows
+        return self.mix.mixes[-1].token + number * self.window_tokens
+
+    def _find_cut(self, sequence: int) -> _Cut:
+        """Find the document from which another mix begins at a sequence.
+
+        Its window is packed anew from the fewest documents that fill it as far as the sequence. A window that an earlier run
+        read, or that ends at an earlier change, stays as it is: then the mix changes at its end.
+        """
+        number, row = self._find_window(sequence - 1)
+        begin, end = self.window_counts[number].documents, self._find_first_document(number + 1)
+        is_read = self.packed and self.window_counts[number].sequences < self.start
+        is_cut = self._find_window_start(number) < self.mix.mixes[-1].token
+        low, high = begin, end
+        if not is_read and not is_cut and row + 2 < len(self._get_window(number).offsets):
+            while high - low > 1:
+                middle = (low + high) // 2
+                full = len(self._pack_documents(number, begin, middle).offsets) - 1 > row
+                low, high = (low, middle) if full else (middle, high)
+        return _Cut(number, high, self._pack_documents(number, begin, high))
 
     def _get_window(self, number: int) -> PackedWindow:
         if number not in self._windows:
@@ -251,8 +324,10 @@ class BestFitLayout:
         return self._windows[number]
 
     def _plan_window(self, number: int) -> PackedWindow:
-        """Cut a window's documents into pieces, and pack them."""
-        begin, end = self._find_first_document(number), self._find_first_document(number + 1)
+        return self._pack_documents(number, self._find_first_document(number), self._find_first_document(number + 1))
+
+    def _pack_documents(self, number: int, begin: int, end: int) -> PackedWindow:
+        """Cut the documents of a window into pieces, and pack them."""
         counts = self.mix.build_order().read_counts(begin, end)
         lengths, sizes = counts[:, TOKEN_COLUMN], counts[:, BYTE_COLUMN]
         parts = -(-lengths // self.max_length)

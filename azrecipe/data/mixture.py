@@ -4,7 +4,8 @@ The order is the same on every machine and for every number of processes. Each s
 an order of its own, drawn from the seed. The sources are merged by virtual time: a document starts at (bytes of its source
 before it) / (share of the source), and the earliest start comes first. So after any number of bytes every source has
 contributed its share to within one document, and the order for a longer run begins with the order for a shorter one. A
-source that is read for the last time leaves, and the others keep their shares among themselves.
+source that is read for the last time leaves, and the others keep their shares among themselves. The shares may change at
+a document: virtual time begins anew there, and each source goes on where it was.
 """
 
 from __future__ import annotations
@@ -33,6 +34,24 @@ class TextCounts(NamedTuple):
 
     tokens: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The weights of the sources from a point of the order on.
+
+    Attributes:
+        token: The tokens before the first document that they hold for.
+        weights: The weight of each source; they need not add up to 1.
+    """
+
+    token: int
+    weights: tuple[float, ...]
+
+    @property
+    def shares(self) -> list[float]:
+        total = sum(self.weights)
+        return [weight / total for weight in self.weights]
 
 
 @dataclass(frozen=True)
@@ -144,13 +163,18 @@ class Mixture:
         max_epochs: Sequence[float] | None = None,
     ) -> None:
         self.stores, self.seed, self.specials_per_document, self.max_epochs = stores, seed, specials_per_document, max_epochs
-        total = sum(weights)
-        self.shares = [weight / total for weight in weights]
+        self.mixes = [Mix(0, tuple(weights))]
         self._document_counts = [_count_documents(store, specials_per_document) for store in stores]
         self._queues = [_Queue(self, i) for i in range(len(stores))]
         self._time, self._block_counts, self._total = 0.0, [np.zeros((1, 2), np.int64)], np.zeros(2, np.int64)
+        self._bytes_before_mix = 0
         document = np.int32 if max(store.num_documents for store in stores) < 2**31 else np.int64
         self._order = DocumentOrder(self, np.zeros(0, np.min_scalar_type(len(stores))), np.zeros(0, document), self._block_counts[0])
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of each source where the order ends."""
+        return self.mixes[-1].shares
 
     @property
     def fingerprint(self) -> str:
@@ -158,9 +182,11 @@ class Mixture:
 
         It is equal for runs that can continue one another.
         """
-        settings: list[Any] = [[s.key for s in self.stores], self.shares, self.seed, self.specials_per_document]
+        settings: list[Any] = [[s.key for s in self.stores], self.mixes[0].shares, self.seed, self.specials_per_document]
         if self.max_epochs is not None:
             settings.append(list(self.max_epochs))
+        if len(self.mixes) > 1:
+            settings.append({"mixes": [[mix.token, mix.shares] for mix in self.mixes[1:]]})
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
     @property
@@ -181,12 +207,40 @@ class Mixture:
             all_counts[mine] = counts.take(document[mine])
         return all_counts.view(np.uint32).reshape(-1, 2).astype(np.int64)
 
+    def has_shares(self, weights: Sequence[float]) -> bool:
+        """Whether weights say the shares that hold where the order ends."""
+        return all(math.isclose(a, b) for a, b in zip(Mix(0, tuple(weights)).shares, self.shares, strict=True))
+
+    def change_weights(self, token: int, weights: Sequence[float]) -> None:
+        """Mix with other weights from a point of the order on.
+
+        What the order has behind that point is given back to its sources. The point is not before that of the last change.
+
+        Args:
+            token: The tokens before the point; the first document that begins there or after it is the first of the new mix.
+            weights: The weight of each source from there on; 0: it is not read.
+        """
+        order = self.build_order(tokens=token)
+        index = min(order.find_document(TOKEN_COLUMN, token) + 1, len(order)) if token else 0
+        before = order.counts_before(index)
+        if before.tokens == self.mixes[-1].token:
+            self.mixes.pop()  # not a document was read in that mix
+        self.mixes.append(Mix(before.tokens, tuple(weights)))
+        full_blocks = order.block_counts[: index // BLOCK_DOCUMENTS + 1].copy()
+        self._time, self._block_counts, self._total = 0.0, [full_blocks], np.array(before, np.int64)
+        self._bytes_before_mix = before.bytes
+        read = np.bincount(order.source[:index], minlength=len(self.stores))
+        for queue, documents, share in zip(self._queues, read.tolist(), self.shares, strict=True):
+            queue.restart(documents, share)
+        block_counts = np.concatenate([full_blocks, self._total[None]]) if index % BLOCK_DOCUMENTS else full_blocks
+        self._order = DocumentOrder(self, order.source[:index].copy(), order.document[:index].copy(), block_counts)
+
     def build_order(self, tokens: int = 0, size: int = 0) -> DocumentOrder:
         """Extend the order to at least so much text.
 
         With `max_epochs` it may end before.
 
-        The order is never shortened: it may be longer than this call needs.
+        Only `change_weights` shortens the order: it may be longer than this call needs.
 
         Args:
             tokens: The tokens that the order holds at least.
@@ -195,7 +249,8 @@ class Mixture:
         order = self._order
         if order.tokens >= tokens and order.bytes >= size and len(order):
             return order
-        horizon = max(size, tokens * self.epoch_bytes / max(self.epoch_tokens, 1)) * 1.02 + 1
+        tokens_in_mix, bytes_in_mix = tokens - self.mixes[-1].token, size - self._bytes_before_mix
+        horizon = max(bytes_in_mix, tokens_in_mix * self.epoch_bytes / max(self.epoch_tokens, 1)) * 1.02 + 1
         sources, documents = [order.source], [order.document]
         pace = sum(share * store.num_documents / store.num_bytes for share, store in zip(self.shares, self.stores, strict=True))
         while (self._total[TOKEN_COLUMN] < tokens or self._total[BYTE_COLUMN] < size or not self._total[TOKEN_COLUMN]) and not self.ended:
@@ -215,7 +270,7 @@ class Mixture:
     @property
     def ended(self) -> bool:
         """Whether the order holds all that the epochs allow."""
-        return all(queue.ended for queue in self._queues)
+        return all(queue.ended for queue in self._queues if queue.share)
 
     def count_epochs(self, order: DocumentOrder, count: int, others: IntArray | None = None) -> list[float]:
         """Count how many times a part of an order reads each source.
@@ -264,7 +319,15 @@ class _Queue:
     def __init__(self, mix: Mixture, index: int) -> None:
         self.store, self.share, self.key = mix.stores[index], mix.shares[index], [mix.seed, index]
         self.limit = math.inf if mix.max_epochs is None else mix.max_epochs[index] * self.store.num_bytes
-        self.epoch = self.position = 0
+        self.restart(0, self.share)
+
+    def restart(self, documents: int, share: float) -> None:
+        """Go on after so many documents, with time 0 there."""
+        self.share = share
+        self.epoch, self.position = divmod(documents, self.store.num_documents)
+        self.bytes_before = self.epoch * self.store.num_bytes  # of this source, at time 0
+        if self.position:
+            self.bytes_before += int(self.store.sizes[self._permute_documents()[: self.position]].sum())
         self.free()
 
     @property
@@ -282,7 +345,7 @@ class _Queue:
         Returns their numbers and times, [documents] each.
         """
         documents, starts = [np.zeros(0, np.int64)], [np.zeros(0)]
-        while not self.ended:
+        while self.share and not self.ended:
             if self.documents is None:
                 self._shuffle()
             assert self.documents is not None
@@ -295,14 +358,18 @@ class _Queue:
             self.epoch, self.position, self.documents = self.epoch + 1, 0, None
         return np.concatenate(documents), np.concatenate(starts)
 
+    def _permute_documents(self) -> npt.NDArray[Any]:
+        """Draw the order of the present epoch."""
+        return np.random.Generator(np.random.PCG64([*self.key, self.epoch])).permutation(self.store.num_documents)
+
     def _shuffle(self) -> None:
-        documents = np.random.Generator(np.random.PCG64([*self.key, self.epoch])).permutation(self.store.num_documents)
+        documents = self._permute_documents()
         sizes = self.store.sizes[documents]
         starts = np.cumsum(sizes)
         starts += self.epoch * self.store.num_bytes - sizes
         if starts[-1] >= self.limit:
             starts = starts[: int(np.searchsorted(starts, self.limit, side="left"))]
-        self.documents, self.starts = documents[: len(starts)], starts / self.share
+        self.documents, self.starts = documents[: len(starts)], (starts - self.bytes_before) / self.share
 
 
 def compute_temperature_weights(stores: Sequence[TokenStore], temperature: float) -> list[float]:

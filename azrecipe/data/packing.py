@@ -7,6 +7,7 @@ transformers build attention within documents only. No loss is taken on predicti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,6 +146,23 @@ class ConcatLayout:
         """Count the full sequences that there are, up to `limit`."""
         order = self.mix.build_order(tokens=self.start + limit * self.max_length)
         return max(0, min(limit, (order.tokens - self.start) // self.max_length))
+
+    def change_weights(self, sequences: int, weights: Sequence[float]) -> None:
+        """Mix with other weights after the first `sequences` sequences.
+
+        The rest of a document that is cut there comes first.
+        """
+        self.mix.change_weights(self.start + sequences * self.max_length, weights)
+
+    def count_text_before_change(self, first: int, sequences: int) -> TextCounts:
+        """Count the text of sequences, as if the mix changed after them.
+
+        Args:
+            first: The first sequence that counts.
+            sequences: How many count.
+        """
+        end, begin = self.count_text(first + sequences), self.count_text(first)
+        return TextCounts(end.tokens - begin.tokens, end.bytes - begin.bytes)
 
     def find_started_documents(self, sequences: int) -> tuple[int, IntArray]:
         """Find the documents that begin in or before the first `sequences` sequences.

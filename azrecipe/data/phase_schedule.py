@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from azrecipe.data.mixture import Mixture
+import numpy as np
+
+from azrecipe.data.mixture import Mix, Mixture, TextCounts
 from azrecipe.data.packing import ConcatLayout, Layout, PackedText, Packing
 from azrecipe.errors import CommandError
 from azrecipe.recipe.types import Phase
+from azrecipe.utils.bootstrap import FloatArray
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,13 @@ class Position:
         token: The tokens that were read.
         fingerprint: The name of the sequences, as `fingerprint` of the layout gives it.
         sequence: The next sequence; None for the strategy wrapped.
+        mixes: The weights of the sources, from the beginning of the order on. Empty: they are not known.
     """
 
     token: int
     fingerprint: str
     sequence: int | None = None
+    mixes: Sequence[Mix] = ()
 
     @property
     def start(self) -> int:
@@ -99,8 +104,8 @@ class PhaseSchedule:
         """Where the data continue after the last phase."""
         read = self.num_tokens
         if isinstance(self.layout, ConcatLayout):
-            return Position(self.layout.start + read, self.layout.fingerprint)
-        return Position(read, self.layout.fingerprint, self.layout.start + self.num_sequences)
+            return Position(self.layout.start + read, self.layout.fingerprint, None, tuple(self.mix.mixes))
+        return Position(read, self.layout.fingerprint, self.layout.start + self.num_sequences, tuple(self.mix.mixes))
 
     @property
     def num_tokens(self) -> int:
@@ -120,8 +125,47 @@ class PhaseSchedule:
         """
         return self.mix.count_epochs(self.mix.build_order(), *self.layout.find_started_documents(self.num_sequences))
 
+    @property
+    def changes_mix(self) -> bool:
+        """Whether a phase has a mix of its own."""
+        return any(planned.phase.data is not None for planned in self.phases)
 
-def plan_phases(layout: Layout, packing: Packing, phases: Sequence[Phase], global_batch_size: int) -> PhaseSchedule:
+    @cached_property
+    def shares(self) -> list[float]:
+        """The share of each source, by its weight.
+
+        Where a phase has a mix of its own, it is that of the documents that the phases begin.
+        """
+        if not self.changes_mix:
+            return self.mix.shares
+        read = self._bytes_by_phase.sum(axis=0)
+        return [float(share) for share in read / max(read.sum(), 1)]
+
+    @cached_property
+    def phase_shares(self) -> dict[str, list[float]]:
+        """The share of each source in the documents that each phase begins.
+
+        It is by bytes, and empty where no phase has a mix of its own.
+        """
+        if not self.changes_mix:
+            return {}
+        return {
+            phase.name: [float(share) for share in read / max(read.sum(), 1)]
+            for phase, read in zip(self.phases, self._bytes_by_phase, strict=True)
+        }
+
+    @cached_property
+    def _bytes_by_phase(self) -> FloatArray:
+        """The bytes of the documents that each phase begins, [phases, sources]."""
+        ends = [phase.first_sequence for phase in self.phases] + [self.num_sequences]
+        sizes, order = np.array([store.num_bytes for store in self.mix.stores]), self.mix.build_order()
+        read = [np.array(self.mix.count_epochs(order, *self.layout.find_started_documents(end))) * sizes for end in ends]
+        return np.diff(np.array(read), axis=0)
+
+
+def plan_phases(
+    layout: Layout, packing: Packing, phases: Sequence[Phase], global_batch_size: int, weights: Sequence[Sequence[float]] | None = None
+) -> PhaseSchedule:
     """Lay phases over the data one after the other.
 
     Args:
@@ -129,16 +173,43 @@ def plan_phases(layout: Layout, packing: Packing, phases: Sequence[Phase], globa
         packing: How documents became these sequences.
         phases: The phases of the recipe.
         global_batch_size: The sequences of a step.
+        weights: The weights of the sources in each phase; None: those of the layout's mixture.
 
     Raises:
         OutOfText: A phase needs more text than there is.
     """
     first, planned = 0, []
     for index, phase in enumerate(phases):
+        if weights is not None and not layout.mix.has_shares(weights[index]):
+            layout.change_weights(first, weights[index])
         steps = _count_steps(layout, phase, index, first=first, batch=global_batch_size)
+        if weights is not None and index + 1 < len(phases) and not layout.mix.has_shares(weights[index + 1]):
+            steps = _fill_last_step(layout, phase, steps, first=first, batch=global_batch_size)
         planned.append(PlannedPhase(phase, steps, first))
         first += steps * global_batch_size
     return PhaseSchedule(layout, packing, global_batch_size, planned)
+
+
+def _fill_last_step(layout: Layout, phase: Phase, steps: int, *, first: int, batch: int) -> int:
+    """Count a phase's steps again before a change of the mix.
+
+    The last window of best-fit packing is packed anew there, and its first sequences may hold a little less.
+    """
+    tokens, size = _get_length(layout, phase)
+    while layout.count_available(first + (steps + 1) * batch) == first + (steps + 1) * batch:
+        text = layout.count_text_before_change(first, steps * batch)
+        if text.tokens >= tokens and text.bytes >= size:
+            break
+        steps += 1
+    return steps
+
+
+def _get_length(layout: Layout, phase: Phase) -> TextCounts:
+    """Get the tokens and bytes that a phase asks for, or 0."""
+    size = phase.max_bytes or 0
+    if phase.num_train_epochs is not None:
+        size = math.ceil(phase.num_train_epochs * layout.mix.epoch_bytes)
+    return TextCounts(phase.max_tokens or 0, size)
 
 
 def _count_steps(layout: Layout, phase: Phase, index: int, *, first: int, batch: int) -> int:
@@ -146,9 +217,7 @@ def _count_steps(layout: Layout, phase: Phase, index: int, *, first: int, batch:
 
     The phase begins at sequence `first`, and has `batch` sequences a step.
     """
-    tokens, size = phase.max_tokens or 0, phase.max_bytes or 0
-    if phase.num_train_epochs is not None:
-        size = math.ceil(phase.num_train_epochs * layout.mix.epoch_bytes)
+    tokens, size = _get_length(layout, phase)
     steps = phase.max_steps or max(1, -(-layout.count_sequences(first, tokens, size) // batch))
     available = layout.count_available(first + steps * batch) - first
     if available >= steps * batch:

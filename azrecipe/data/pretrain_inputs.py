@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from azrecipe.data.inputs import Inputs
-from azrecipe.data.mixture import Mixture, compute_temperature_weights
+from azrecipe.data.mixture import Mix, Mixture, compute_temperature_weights
 from azrecipe.data.packing import build_layout, build_packing, get_delimiters
 from azrecipe.data.phase_schedule import OutOfText, PhaseSchedule, Position, plan_phases
 from azrecipe.data.preparation import PretrainText, tokenize_sources
 from azrecipe.data.readers import DataSource
 from azrecipe.data.sources import describe_source, mix_documents
+from azrecipe.data.token_store import TokenStore
 from azrecipe.errors import Problem, RecipeError
 from azrecipe.recipe.load import Recipe
 from azrecipe.recipe.types import PretrainConfig
@@ -88,17 +89,32 @@ class PretrainInputs:
         return config
 
     def build_mixture(self) -> Mixture:
-        """Tokenise the sources into the cache, deduplicate and mix them."""
+        """Tokenise the sources into the cache, deduplicate and mix them.
+
+        Raises:
+            RecipeError: The data cannot go on from `continue_from`.
+        """
         data = self.config.data
         text = PretrainText(self.sources, self.held_out, self.held_out_hashes)
         stores = tokenize_sources(self.config, text, self.tokenizer, self.cache_dir)
-        weights = [source.weight for source in data.datasets]
-        if data.sampling_temperature is not None:
-            weights = compute_temperature_weights(stores, data.sampling_temperature)
         limits = None
         if data.stopping_strategy == "all_exhausted_without_replacement":
             limits = [1.0 if source.max_epochs is None else source.max_epochs for source in data.datasets]
-        return Mixture(stores, weights, self.config.seed, get_delimiters(self.tokenizer).count, limits)
+        read = list(self.data_position.mixes) if self.data_position else []
+        if read and len(read[0].weights) != len(stores):
+            raise self._build_position_error()
+        weights = read.pop(0).weights if read else self._list_weights(stores)[0]
+        mixture = Mixture(stores, weights, self.config.seed, get_delimiters(self.tokenizer).count, limits)
+        for mix in read:
+            mixture.change_weights(mix.token, mix.weights)
+        return mixture
+
+    def _list_weights(self, stores: Sequence[TokenStore]) -> list[list[float]]:
+        """List the weights of the sources in each phase."""
+        temperature = self.config.data.sampling_temperature
+        if temperature is not None:
+            return [compute_temperature_weights(stores, temperature)] * len(self.config.phases)
+        return [self.config.list_weights(phase) for phase in self.config.phases]
 
     def build_schedule(self, mixture: Mixture) -> PhaseSchedule:
         """Lay the phases over the mixture.
@@ -110,18 +126,24 @@ class PretrainInputs:
         packing = build_packing(config.data, self.tokenizer)
         layout = build_layout(mixture, packing, position.start if position else 0, self.cache_dir)
         if position is not None and position.fingerprint != layout.fingerprint:
-            message = (
-                "the data cannot go on from there: datasets, weights, validation, seed or tokenizer differ from that run's, "
-                "or the way to mix or pack"
-            )
-            raise self.recipe.error(message, "data", "continue_from")
+            raise self._build_position_error()
         try:
-            schedule = plan_phases(layout, packing, config.phases, config.training.global_batch_size)
+            weights = self._list_weights(mixture.stores)
+            schedule = plan_phases(layout, packing, config.phases, config.training.global_batch_size, weights)
         except OutOfText as error:
             raise self.recipe.error(str(error), "phases", error.phase_index) from None
         if mixture.max_epochs is None:
             self._check_epochs(schedule)
         return schedule
+
+    def _build_position_error(self) -> RecipeError:
+        """Build the error about data that are not those of `continue_from`."""
+        weights = "" if self.data_position and self.data_position.mixes else "weights, "
+        message = (
+            f"the data cannot go on from there: datasets, {weights}validation, seed or tokenizer differ from that run's, "
+            "or the way to mix or pack"
+        )
+        return self.recipe.error(message, "data", "continue_from")
 
     def _check_epochs(self, schedule: PhaseSchedule) -> None:
         problems = []
@@ -146,7 +168,8 @@ def _load_data_position(recipe: Recipe, inputs: Inputs) -> Position | None:
     if not isinstance(result.get("data_end"), dict):
         message = f"{path} is a {result.get('stage')} recipe and has no position in the data to go on from"
         raise recipe.error(message, "data", "continue_from")
-    return Position(**result["data_end"])
+    mixes = [Mix(mix["token"], tuple(mix["weights"])) for mix in result["data_end"].get("mixes", [])]
+    return Position(**{**result["data_end"], "mixes": mixes})
 
 
 def _load_or_train_tokenizer(

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from azrecipe.recipe.load import Recipe
+from azrecipe.recipe.types import Phase, PretrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,12 +67,21 @@ class SftPreview:
 
 @dataclass(frozen=True)
 class PhasePreview:
-    """The parameters that a phase trains; by_pattern counts each pattern's."""
+    """What a phase trains.
+
+    Attributes:
+        name: The phase.
+        trainable: The parameters that it trains.
+        total: All parameters.
+        by_pattern: The parameters that each pattern names.
+        shares: The share of each source by its weight, in order; empty where no phase has a mix of its own.
+    """
 
     name: str
     trainable: int
     total: int
     by_pattern: Mapping[str, int]
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def build_example_preview(tokenizer: PreTrainedTokenizerBase, example: Tokenized
 def build_pretrain_preview(recipe: Recipe, check: PretrainCheck) -> PretrainPreview:
     """Build the preview of a pretrain recipe from its check."""
     phases = (
-        PhasePreview(phase.name, trainable.trainable, trainable.total, dict(trainable.by_pattern))
+        PhasePreview(phase.name, trainable.trainable, trainable.total, dict(trainable.by_pattern), _list_shares(recipe.config, phase))
         for phase, trainable in zip(recipe.config.phases, check.trainable, strict=True)
     )
     sources = []
@@ -133,6 +143,12 @@ def build_pretrain_preview(recipe: Recipe, check: PretrainCheck) -> PretrainPrev
         ids = check.tokenizer(text[:1000], add_special_tokens=False)["input_ids"][:NUM_FIRST_TOKENS]
         sources.append(SourcePreview(source.path, tuple(decode_tokens(check.tokenizer, ids))))
     return PretrainPreview(tuple(phases), tuple(sources))
+
+
+def _list_shares(config: PretrainConfig, phase: Phase) -> tuple[float, ...]:
+    """List the sources' shares in a phase; none where they never change."""
+    weights = config.list_weights(phase)
+    return tuple(weight / sum(weights) for weight in weights) if config.changes_mix else ()
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -42,13 +42,23 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class PhaseSummary:
-    """What a phase reads; fill is the share of positions that hold tokens."""
+    """What a phase reads.
+
+    Attributes:
+        name: The phase.
+        steps: Its optimizer steps.
+        sequences: Its sequences.
+        tokens: Its tokens.
+        fill: The share of positions that hold tokens.
+        shares: The share of each source, in order; empty where no phase has a mix of its own.
+    """
 
     name: str
     steps: int
     sequences: int
     tokens: int
     fill: float
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,5 +182,6 @@ def summarize_schedule(schedule: PhaseSchedule) -> ScheduleSummary:
     for i, phase in enumerate(schedule.phases):
         sequences = phase.steps * schedule.global_batch_size
         tokens = schedule.build_dataset(i).count_tokens(sequences)
-        phases.append(PhaseSummary(phase.name, phase.steps, sequences, tokens, float(schedule.measure_fill(i))))
+        shares = tuple(schedule.phase_shares.get(phase.name, ()))
+        phases.append(PhaseSummary(phase.name, phase.steps, sequences, tokens, float(schedule.measure_fill(i)), shares))
     return ScheduleSummary(tuple(phases), tuple(schedule.source_epochs))

@@ -77,13 +77,13 @@ def _estimate_phase(config: PretrainConfig, phase: Phase, loop: PlannedLoop, cor
     else:
         return TrainingLength(None, None, {}, (f"{phase.name}: the amount of text is not known here: azrecipe prepare counts it",))
     tokens = steps * step_tokens
-    weights = [source.weight for source in config.data.datasets]
-    total = sum(weight or 0.0 for weight in weights)
+    weights = config.list_weights(phase)
+    total = sum(weights)
     epochs = {}
     if config.data.sampling_temperature is None and total > 0:
         for source, weight in zip(config.data.datasets, weights, strict=True):
             if sizes.get(source.path):
-                epochs[source.path] = tokens * bytes_per_token * (weight or 0.0) / total / sizes[source.path]
+                epochs[source.path] = tokens * bytes_per_token * weight / total / sizes[source.path]
     return TrainingLength(steps, tokens, epochs, notes if notes or not epochs else corpus.notes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,14 +209,9 @@ def _check_same_text(name: str, config: PretrainConfig, upstream: PretrainConfig
     """Find differences with which the data cannot go on."""
     if upstream is None:
         return
-    weights, upstream_weights = ([source.weight for source in each.data.datasets] for each in (config, upstream))
     differences = []
-    if len(weights) != len(upstream_weights):
-        differences.append(f"data.datasets ({len(upstream_weights)} there, {len(weights)} here)")
-    elif config.data.sampling_temperature is None and upstream.data.sampling_temperature is None:
-        shares, upstream_shares = ([weight / sum(each) for weight in each] for each in (weights, upstream_weights))
-        if not all(math.isclose(a, b) for a, b in zip(shares, upstream_shares, strict=True)):
-            differences.append("the weights of data.datasets")
+    if len(config.data.datasets) != len(upstream.data.datasets):
+        differences.append(f"data.datasets ({len(upstream.data.datasets)} there, {len(config.data.datasets)} here)")
     if config.seed != upstream.seed:
         differences.append(f"seed ({upstream.seed} there, {config.seed} here)")
     if differences:

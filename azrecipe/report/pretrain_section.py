@@ -151,7 +151,16 @@ def _render_data(sources: Sequence[Mapping[str, Any]]) -> Html:
         for key in ("cleaned", "duplicates")
         if source.get(key)
     ]
-    return join_html([render_table("Training data", heads, rows), *details])
+    return join_html([render_table("Training data", heads, rows), _render_phase_shares(sources), *details])
+
+
+def _render_phase_shares(sources: Sequence[Mapping[str, Any]]) -> Html:
+    """Render the shares by phase; nothing where they do not change."""
+    if not sources or "phase_shares" not in sources[0]:
+        return Html("")
+    phases = list(sources[0]["phase_shares"])
+    rows = [[source["source"], *(f"{source['phase_shares'][phase]:{PERCENT}}" for phase in phases)] for source in sources]
+    return render_table("Share of each source in the text of a phase", ["source", *phases], rows)
 
 
 def _describe_left_out(source: Mapping[str, Any]) -> str:

@@ -103,9 +103,17 @@ class SourceResult(TypedDict):
     tokens: int
     held_out_left_out: int
     share: float
+    phase_shares: NotRequired[dict[str, float]]
     epochs: float
     duplicates: NotRequired[dict[str, Any]]
     cleaned: NotRequired[dict[str, Any]]
+
+
+class MixResult(TypedDict):
+    """The weights of the sources from a token on."""
+
+    token: int
+    weights: list[float]
 
 
 class DataEnd(TypedDict):
@@ -114,6 +122,7 @@ class DataEnd(TypedDict):
     token: int
     fingerprint: str
     sequence: int | None
+    mixes: NotRequired[list[MixResult]]
 
 
 class PretrainResult(TypedDict):

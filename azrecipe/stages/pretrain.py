@@ -272,10 +272,13 @@ def _count_embedding_rows(
 
 def _print_plan(job: PretrainJob, sources: Sequence[DataSource]) -> None:
     schedule = job.schedule
-    for source, store, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.source_epochs, strict=True):
+    for source, store, share, epochs in zip(sources, schedule.mix.stores, schedule.shares, schedule.source_epochs, strict=True):
         size = f"{store.num_documents:,} documents, {store.num_bytes:,} bytes, {store.num_tokens:,} tokens"
         dropped = preparation.format_dropped(store)
         print_progress(f"  {source.title}: {size}; {share:.0%} of the text, {epochs:.2f} epochs{dropped}", job.backend.main)
+    for phase, shares in schedule.phase_shares.items():
+        named = ", ".join(f"{source.title} {share:.1%}" for source, share in zip(sources, shares, strict=True))
+        print_progress(f"  phase {phase} reads {named}", job.backend.main)
 
 
 def _load_embedding_init(job: PretrainJob, base_tokenizer: PreTrainedTokenizerBase) -> EmbeddingInit:
@@ -358,8 +361,11 @@ def _build_result(job: PretrainJob, sources: Sequence[DataSource]) -> dict[str, 
     schedule, record = job.schedule, job.record
     data = [
         {**preparation.summarize_source(source, store), "share": round(share, 4), "epochs": round(epochs, 3)}
-        for source, store, share, epochs in zip(sources, schedule.mix.stores, schedule.mix.shares, schedule.source_epochs, strict=True)
+        for source, store, share, epochs in zip(sources, schedule.mix.stores, schedule.shares, schedule.source_epochs, strict=True)
     ]
+    if schedule.phase_shares:
+        for i, entry in enumerate(data):
+            entry["phase_shares"] = {phase: round(shares[i], 4) for phase, shares in schedule.phase_shares.items()}
     window = f"windows of at most {job.config.data.max_length} tokens that overlap by half"
     return {
         "stage": "pretrain",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from azrecipe.errors import Problem, SourceLocation, did_you_mean, suggest_choices
 from azrecipe.recipe import parameter_groups, schema
-from azrecipe.recipe.rules import evaluate, merge, optimizer, sft
+from azrecipe.recipe.rules import evaluate, merge, mix, optimizer, sft
 from azrecipe.recipe.yaml_tree import YamlNode
 from azrecipe.utils.paths import LOCAL_PATH_CHECKS, is_file, is_folder, is_s3
 
@@ -40,7 +40,7 @@ def check_rules(root: YamlNode, stage: str) -> list[Problem]:
     if stage == "pretrain":
         problems += _check_phases(root)
         problems += _check_tokenizer_source(root)
-        problems += _check_temperature(root)
+        problems += mix.check_mix(root)
         problems += _check_unread_data_keys(root)
     if stage == "sft":
         problems += sft.check_sft(root)
@@ -157,17 +157,6 @@ def _check_tokenizer_source(root: YamlNode) -> Iterator[Problem]:
         yield Problem(tokenizer.value["candidate"].entry_location, "candidate is one of a tokenizer recipe's: it goes with output_of")
     if ("family" in tokenizer.value) != ("vocab_size" in tokenizer.value):
         yield Problem(tokenizer.entry_location, "family and vocab_size go together: they ask for a new tokenizer")
-
-
-def _check_temperature(root: YamlNode) -> Iterator[Problem]:
-    """Check that weights and a sampling temperature are not both set."""
-    datasets = root.get("data", "datasets")
-    if root.get("data", "sampling_temperature") is None or datasets is None or not isinstance(datasets.value, list):
-        return
-    for source in datasets.value:
-        if (weight := source.get("weight")) is not None:
-            message = "weight and data.sampling_temperature both determine how much of a source is read: remove one of them"
-            yield Problem(weight.entry_location, message)
 
 
 def _check_unread_data_keys(root: YamlNode) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ from azrecipe.recipe.types.stages import (
     SftConfig,
     TokenizerConfig,
 )
-from azrecipe.recipe.types.training import Dpo, LigerKernels, Lora, Phase, PretrainTraining, Profile, SftTraining, Training
+from azrecipe.recipe.types.training import Dpo, LigerKernels, Lora, Phase, PhaseData, PretrainTraining, Profile, SftTraining, Training
 
 __all__ = [
     "STAGE_TYPES",
@@ -69,6 +69,7 @@ __all__ = [
     "ModelSource",
     "ParallelSource",
     "Phase",
+    "PhaseData",
     "PipelineConfig",
     "PretrainConfig",
     "PretrainData",

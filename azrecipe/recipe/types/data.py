@@ -55,6 +55,7 @@ class TextSource(ValidationSource):
     weight: float = 1.0
     max_epochs: float | None = None
     filters: Filters | None = None
+    id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,19 @@ class PretrainConfig:
     phases: list[Phase]
     training: PretrainTraining
 
+    @property
+    def changes_mix(self) -> bool:
+        """Whether a phase has a mix of its own."""
+        return any(phase.data is not None for phase in self.phases)
+
+    def list_weights(self, phase: Phase) -> list[float]:
+        """List the weights of the sources in a phase, in their order.
+
+        With a sampling temperature they say nothing.
+        """
+        weights = phase.data.weights if phase.data is not None else {}
+        return [source.weight if source.id is None else weights.get(source.id, source.weight) for source in self.data.datasets]
+
 
 @dataclass(frozen=True)
 class Candidate:

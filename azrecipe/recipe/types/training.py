@@ -8,6 +8,11 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class PhaseData:
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Phase:
     name: str
     trainable_parameters: list[str]
@@ -27,6 +32,7 @@ class Phase:
     adam_beta2: float | None = None
     adam_epsilon: float | None = None
     max_grad_norm: float | None = None
+    data: PhaseData | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ TYPES = {
     "TokenizerResult": DEFINITIONS["tokenizer"],
     "PhaseResult": DEFINITIONS["phase"],
     "SourceResult": DEFINITIONS["source"],
+    "MixResult": DEFINITIONS["pretrain"]["properties"]["data_end"]["properties"]["mixes"]["items"],
     "DataEnd": DEFINITIONS["pretrain"]["properties"]["data_end"],
     "PretrainResult": DEFINITIONS["pretrain"],
     "BeforeAndAfter": DEFINITIONS["before_and_after"],
