@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from azrecipe.distributed import local_storage, process_group
 from azrecipe.distributed.backend import Backend
+from azrecipe.distributed.stop_signal import SignalExchange
 from azrecipe.errors import AllProcessesFailed, Interrupted
 from azrecipe.modeling.flops import flops_per_token
 from azrecipe.training import checkpoints
@@ -72,13 +73,15 @@ class TrainerExtension(Protocol):
 class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
     """Monitors one Trainer; only the main process writes.
 
-    A signal takes effect after a step. The processes share it, so every one saves and stops at the same step.
+    A signal takes effect after a step. Several processes share it, so every one saves and stops at the same step, which is the next one.
     """
 
     def __init__(self, backend: Backend, run_path: Path, units: LoopUnits, keep_last: int) -> None:
         self.backend, self.run_path, self.units, self.keep_last = backend, run_path, units, keep_last
         self.trainer: Trainer | None = None
         self.received_signal = 0
+        self.shared_signal = 0  # what all processes know of
+        self.signal_exchange: SignalExchange | None = None
         self.watch: ProcessWatch | None = None
         self.step_timeout, self.group_timeout = STEP_TIMEOUT.read_seconds(), process_group.LONG_TIMEOUT_SECONDS
         self.start_time = self.last_log_time = time.monotonic()
@@ -135,14 +138,16 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.backend.world_size > 1:
-            flag = torch.tensor(self.received_signal, device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.received_signal = int(flag)
-            if self.received_signal or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.signal_exchange = self.signal_exchange or SignalExchange(args.device)
+            is_waiting = control.should_save or control.should_evaluate or control.should_training_stop
+            self.shared_signal = self.signal_exchange.exchange(self.received_signal, at_once=is_waiting)
+            if self.shared_signal or is_waiting:
                 self._set_timeout(process_group.LONG_TIMEOUT_SECONDS)
+        else:
+            self.shared_signal = self.received_signal
         if self.watch is not None:
             self.watch.end_step()
-        if self.received_signal:
+        if self.shared_signal:
             control.should_save = control.should_training_stop = True
             if self.watch is not None:
                 self.watch.acknowledge_stop()
@@ -229,10 +234,10 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
 
     def raise_if_interrupted(self) -> None:
         """End an interrupted run after training, before it writes a final model."""
-        if self.received_signal:
+        if number := self.shared_signal or self.received_signal:
             cause = ": the process that started this one has ended" if self.watch is not None and self.watch.has_lost_parent() else ""
             message = f"interrupted{cause}; a checkpoint is saved and the same command goes on from it"
-            raise Interrupted(message, get_signal_exit_code(self.received_signal))
+            raise Interrupted(message, get_signal_exit_code(number))
 
     def _write(self, line: dict[str, Any]) -> None:
         with (self.run_path / "metrics.jsonl").open("a", encoding="utf-8") as file:

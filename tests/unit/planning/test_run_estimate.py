@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     changed = [recipe, *(with_(recipe, sets) for sets in (LIGER, {"activation_checkpointing": True}, BOTH))]
     asked = [(each, shape(each), ONE) for each in changed]
     asked += [(changed[-1], LARGE, backend) for backend in (Backend("ddp", 8, 0, 8), Backend("fsdp2", 8, 0))]
-    cost_cache.load_or_simulate_costs([(loop.step, loop.length) for each in asked for loop in training_loops.plan_loops(*each)])
+    run_estimate.simulate_in_subprocess([(loop.step, loop.length) for each in asked for loop in training_loops.plan_loops(*each)])
     return recipe
 
 

@@ -145,15 +145,23 @@ def test_a_signal_saves_after_its_step_and_ends_the_run(tmp_path: Path, number: 
 
 
 def test_processes_stop_after_the_same_step_and_judge_alike(tmp_path: Path) -> None:
-    """One of two processes gets the signal, and the loss of NaN: both stop, and both skip. Losses are means over both."""
+    """One of two processes gets the signal, and the loss of NaN: both stop a step later, and both skip. Losses are means over both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), "steps", tmp_path]
     done = called([str(word) for word in command], ROOT)
     assert done.code == 0, done.err
     one, two = json.loads(done.out.splitlines()[-1])  # torch 2.9's gloo prints lines before it
-    assert one == two == {"stopped": 3, "signal": signal.SIGTERM, "losses": [1.5, 3.5], "skipped": [1]}
+    assert one == two == {"stopped": 4, "signal": signal.SIGTERM, "losses": [1.5, 3.5, 4.5], "skipped": [1]}
     (line,) = [json.loads(text) for text in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
     batches = [(batch["loss"], [sequence["sequence"] for sequence in batch["sequences"]]) for batch in line["batches"]]
     assert batches == [("nan", [3]), (2.0, [2])]  # the second step's sequences, each with its own process' loss
+
+
+def test_a_signal_is_shared_a_step_later_or_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), "signal", tmp_path]
+    done = called([str(word) for word in command], ROOT)
+    assert done.code == 0, done.err
+    one, two = json.loads(done.out.splitlines()[-1])
+    assert one == two == {"later": [0, 0, 0, 15], "at once": 15, "after": 0}
 
 
 def test_numbers_that_json_lacks_become_null() -> None:

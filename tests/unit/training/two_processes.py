@@ -1,6 +1,6 @@
 """Two processes (torchrun, gloo) share checkpoints or steps; rank 0 prints what each of them has.
 
-python -m torch.distributed.run --nproc-per-node 2 two_processes.py checkpoints|steps FOLDER
+python -m torch.distributed.run --nproc-per-node 2 two_processes.py checkpoints|steps|signal FOLDER
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from azrecipe.distributed.backend import Backend
 from azrecipe.distributed.local_storage import all_gather_object
+from azrecipe.distributed.stop_signal import SignalExchange
 from azrecipe.errors import CannotRun
 from azrecipe.training import checkpoints
 from azrecipe.training.bad_step_guard import BadStepGuard
@@ -49,7 +50,7 @@ def share_checkpoints(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def share_steps(folder: Path, rank: int) -> dict[str, Any]:
-    """One process gets a signal after the third step, and a loss of NaN in the second."""
+    """One process gets a signal in the third step, and a loss of NaN in the second."""
     backend = Backend("ddp", 2, rank, replicate_size=2)
     arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, per_device_train_batch_size=1)
     monitor = TrainingMonitor(backend, folder, LoopUnits("phase", 8, lambda step: step), keep_last=1)
@@ -70,7 +71,15 @@ def share_steps(folder: Path, rank: int) -> dict[str, Any]:
             if control.should_training_stop and control.should_save:
                 stopped = step
                 break
-    return {"stopped": stopped, "signal": monitor.received_signal, "losses": list(guard.recent_losses), "skipped": guard.skipped_steps}
+    return {"stopped": stopped, "signal": monitor.shared_signal, "losses": list(guard.recent_losses), "skipped": guard.skipped_steps}
+
+
+def share_signal(folder: Path, rank: int) -> dict[str, Any]:
+    """One process gets signals; the answers of each step, by what the step does."""
+    exchange = SignalExchange(torch.device("cpu"))
+    later = [exchange.exchange(15 if (rank, step) == (1, 2) else 0, at_once=False) for step in range(4)]
+    at_once = exchange.exchange(2 * rank, at_once=True)
+    return {"later": later, "at once": at_once, "after": exchange.exchange(0, at_once=False)}
 
 
 class Steps:
@@ -85,7 +94,11 @@ class Steps:
 def main(name: str, folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    actions: dict[str, Callable[[Path, int], dict[str, Any]]] = {"checkpoints": share_checkpoints, "steps": share_steps}
+    actions: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+        "checkpoints": share_checkpoints,
+        "steps": share_steps,
+        "signal": share_signal,
+    }
     answers = all_gather_object(actions[name](folder, rank))
     if rank == 0:
         print(json.dumps(answers, default=str))
