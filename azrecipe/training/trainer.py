@@ -23,6 +23,7 @@ from azrecipe.recipe.extras import check_trackers
 from azrecipe.recipe.types import Profile, Training
 from azrecipe.runs import event_log
 from azrecipe.training import checkpoints, optimizers, precision
+from azrecipe.training.garbage_collection import GarbageCollection
 from azrecipe.training.monitor import LoopUnits, TrainingMonitor, trim_lines
 from azrecipe.training.profiling import Profiler
 from azrecipe.utils import environment_variables
@@ -219,7 +220,8 @@ def train_loop(
         event_log.log_event(loop.run_path, "training", phase=loop.name, step=checkpoints.get_step(resume) if resume else 0)
     monitor = TrainingMonitor(backend, loop.run_path, units, training.save_total_limit)
     precision_check = _PrecisionCheck(backend, training.precision)
-    trainer = build_trainer([monitor, precision_check])
+    garbage_collection = GarbageCollection()
+    trainer = build_trainer([monitor, precision_check, garbage_collection])
     monitor.trainer = precision_check.trainer = trainer
     precision.apply_precision(trainer, training.precision, backend)
     if training.torch_compile:
@@ -234,7 +236,7 @@ def train_loop(
     if loop.profile is not None and backend.main:
         trainer.add_callback(Profiler(loop.profile, loop.run_path / "profile", loop.name))
     started = time.monotonic()
-    with monitor:
+    with monitor, garbage_collection:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     checkpoints.mirror_deletions(loop.checkpoint_dir, backend.main)
     if backend.uses_deepspeed:
