@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -25,28 +23,19 @@ from azrecipe.modeling import liger_kernels
 from azrecipe.planning import memory_budget, step_time, training_loops
 from azrecipe.planning.evaluation_memory import compute_evaluation_budget, find_fitting_eval_batch, get_verdict
 from azrecipe.planning.model_config import NON_SHAPE_KEYS, ModelShape
-from azrecipe.planning.simulation import cost_cache
-from azrecipe.planning.simulation.step_cost import StepCost, parse_step_cost
-from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.simulation.step_cost import StepCost
+from azrecipe.planning.simulation_process import BackgroundSimulation, EstimateUnavailable, simulate_in_subprocess
 from azrecipe.planning.training_loops import PlannedLoop
 from azrecipe.recipe.load import Recipe
-from azrecipe.recipe.types import Lora, SftConfig
+from azrecipe.recipe.types import SftConfig
 from azrecipe.runs import event_log
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.utils import environment_variables
 from azrecipe.utils.atomic_files import read_json, write_json
-from azrecipe.utils.console import format_bytes, print_line, print_progress
-from azrecipe.utils.python_command import build_python_command, build_python_environment
+from azrecipe.utils.console import format_bytes, print_progress
 
 PLAN_FILE = "plan.json"
-# Variables that a launcher sets: a process that has them would start a process group
-LAUNCH_VARIABLE_PREFIXES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"),
-    *("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"),
-)
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
-
-Steps = Sequence[tuple[StepSpec, int]]
 
 
 @dataclass(frozen=True)
@@ -66,10 +55,6 @@ class LocalDevices:
         return self.machine.card if self.machine else None
 
 
-class EstimateUnavailable(Exception):
-    """Why there is no estimate."""
-
-
 def build_model_shape(config: Any, rows: int, new_tokens: int = 0) -> ModelShape:
     """Build the shapes of a run's model.
 
@@ -79,16 +64,41 @@ def build_model_shape(config: Any, rows: int, new_tokens: int = 0) -> ModelShape
     return ModelShape({key: value for key, value in values.items() if key not in NON_SHAPE_KEYS} | {"vocab_size": rows}, new_tokens, ())
 
 
-def estimate_run(recipe: Recipe, model: ModelShape, run_dir: RunDir, backend: Backend) -> None:
+def begin_simulation(recipe: Recipe, model: ModelShape, backend: Backend) -> BackgroundSimulation | None:
+    """Begin to simulate a run's steps, while the run reads its text.
+
+    Only the main process does it. None where there will be no estimate.
+
+    Args:
+        recipe: A pretrain or sft recipe.
+        model: The shapes of its model.
+        backend: The processes.
+    """
+    switch = environment_variables.ESTIMATE.read()
+    if not backend.main or switch == "0":
+        return None
+    with contextlib.suppress(Exception):  # as in estimate_run, which says why
+        devices = _find_local_devices(backend)
+        if devices is not None or switch == "1":
+            planned = _plan_loops(recipe, model, backend, cuda=devices is not None, card=devices.card if devices else None)
+            return BackgroundSimulation([(loop.step, loop.length) for loop in planned])
+    return None
+
+
+def estimate_run(
+    recipe: Recipe, model: ModelShape, run_dir: RunDir, backend: Backend, simulation: BackgroundSimulation | None = None
+) -> None:
     """Estimate a run before its weights are loaded, and write plan.json.
 
-    Prints what each loop will need, and a warning for one that will not fit. Only the main process does it. It never raises.
+    Prints what each loop will need, and a warning for one that will not fit. Only the main process does it, and of several processes none
+    waits for it. It never raises.
 
     Args:
         recipe: A pretrain or sft recipe.
         model: The shapes of its model.
         run_dir: Where plan.json is written.
         backend: The processes.
+        simulation: What begin_simulation returned.
     """
     switch = environment_variables.ESTIMATE.read()
     if not backend.main:
@@ -99,16 +109,26 @@ def estimate_run(recipe: Recipe, model: ModelShape, run_dir: RunDir, backend: Ba
         devices = _find_local_devices(backend)
         if switch == "0" or (devices is None and switch != "1"):
             return
-        start = time.monotonic()
-        plan = build_estimate(recipe, model, backend, devices)
-        write_json(run_dir.path / PLAN_FILE, {**plan, "seconds": round(time.monotonic() - start, 1)})
-        for line in format_lines(plan):
-            print_progress(line)
-    except Interrupted:
-        raise
-    except Exception as error:  # whatever goes wrong with an estimate, the run goes on
-        reason = get_first_line(error)
-        print_progress(f"  no estimate of memory and rate: {reason}")
+    except Exception as error:
+        print_progress(f"  no estimate of memory and rate: {get_first_line(error)}")
+        return
+
+    def write_estimate() -> None:
+        try:
+            start = time.monotonic()
+            plan = build_estimate(recipe, model, backend, devices, simulation)
+            write_json(run_dir.path / PLAN_FILE, {**plan, "seconds": round(time.monotonic() - start, 1)})
+            for line in format_lines(plan):
+                print_progress(line)
+        except Interrupted:
+            raise
+        except Exception as error:  # whatever goes wrong with an estimate, the run goes on
+            print_progress(f"  no estimate of memory and rate: {get_first_line(error)}")
+
+    if backend.world_size == 1:
+        write_estimate()
+    else:
+        threading.Thread(target=write_estimate, name="estimate", daemon=True).start()
 
 
 def _find_local_devices(backend: Backend) -> LocalDevices | None:
@@ -123,7 +143,9 @@ def _find_local_devices(backend: Backend) -> LocalDevices | None:
     return LocalDevices(properties.name, properties.total_memory, machine, nodes)
 
 
-def build_estimate(recipe: Recipe, model: ModelShape, backend: Backend, devices: LocalDevices | None) -> dict[str, Any]:
+def build_estimate(
+    recipe: Recipe, model: ModelShape, backend: Backend, devices: LocalDevices | None, simulation: BackgroundSimulation | None = None
+) -> dict[str, Any]:
     """Build the content of plan.json.
 
     Args:
@@ -131,13 +153,14 @@ def build_estimate(recipe: Recipe, model: ModelShape, backend: Backend, devices:
         model: The shapes of its model.
         backend: The processes.
         devices: The cards. None on a CPU: then only the bytes of tensors are estimated.
+        simulation: What begin_simulation returned.
 
     Raises:
         EstimateUnavailable: The simulation failed or took too long.
         CommandError: The global batch does not divide over the processes.
     """
     planned = _plan_loops(recipe, model, backend, cuda=devices is not None, card=devices.card if devices else None)
-    costs = simulate_in_subprocess([(loop.step, loop.length) for loop in planned])
+    costs = simulation.wait() if simulation else simulate_in_subprocess([(loop.step, loop.length) for loop in planned])
     machine = devices.machine if devices else None
     loops = [_estimate_loop(loop, cost, backend, devices) for loop, cost in zip(planned, costs, strict=True)]
     for index, loop in enumerate(loops):
@@ -344,45 +367,3 @@ def _describe_last_loop(run_dir: RunDir) -> str:
         return f"{estimate}. {_format_advice(loop['change'])}"
     smaller_batch = f", or --set training.per_device_train_batch_size={batch // 2}" if batch > 1 else ""
     return f"{estimate}: the estimate was too low, or another process has memory of this card (nvidia-smi tells){smaller_batch}"
-
-
-def simulate_in_subprocess(steps: Steps) -> list[StepCost]:
-    """Load or simulate costs, in a process without GPUs.
-
-    That process does not join the launch. Raises EstimateUnavailable where it fails or takes too long.
-    """
-    timeout = float(environment_variables.ESTIMATE_SECONDS.read())  # the other processes wait meanwhile; it takes a few seconds
-    if (cached := cost_cache.load_costs(steps)) is not None:
-        return cached
-    inherited = {name: value for name, value in build_python_environment().items() if not name.startswith(LAUNCH_VARIABLE_PREFIXES)}
-    without_gpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        build_python_command("azrecipe.planning.run_estimate"),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=inherited | without_gpu, start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(json.dumps([[asdict(step), length] for step, length in steps]), timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise EstimateUnavailable(f"it took more than {timeout:g} s ({environment_variables.ESTIMATE_SECONDS} allows more)") from None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-            process.communicate()
-    if process.returncode:
-        raise EstimateUnavailable((err.strip().splitlines() or [f"the simulation's process ended with {process.returncode}"])[-1])
-    return [parse_step_cost(cost) for cost in json.loads(out.splitlines()[-1])]
-
-
-def _parse_step(data: dict[str, Any]) -> StepSpec:
-    lora = Lora(**data["lora"]) if data["lora"] else None
-    return StepSpec(**{**data, "lora": lora, "trainable": tuple(data["trainable"]), "kernels": tuple(data["kernels"])})
-
-
-def _main() -> None:
-    """Simulate the steps that `simulate_in_subprocess` writes to stdin."""
-    steps = [(_parse_step(step), length) for step, length in json.load(sys.stdin)]
-    print_line(json.dumps([cost.to_dict() for cost in cost_cache.load_or_simulate_costs(steps)]))
-
-
-if __name__ == "__main__":
-    _main()

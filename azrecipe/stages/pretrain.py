@@ -105,6 +105,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
     adapted = _check_model(inputs, backend.context_parallel_size)
     recipe = settle_attention(recipe, adapted.attention, run_dir)
     config: PretrainConfig = recipe.config
+    simulation = run_estimate.begin_simulation(recipe, adapted.shape, backend)
     schedule = inputs.build_schedule(inputs.build_mixture())
     profiling.check_profile_steps(recipe, {phase.name: phase.steps for phase in schedule.phases}, backend.main)
 
@@ -112,7 +113,7 @@ def run(recipe: Recipe, runs_dir: Path, backend: Backend) -> dict[str, Any]:
         record = PhaseRecord(run_dir)  # read by every process before any trains, so that all agree
         job = PretrainJob(config, run_dir, backend, inputs.tokenizer, inputs.held_out, schedule, record, adapted.new_token_ids)
         _print_plan(job, inputs.sources)
-        run_estimate.estimate_run(recipe, adapted.shape, run_dir, backend)
+        run_estimate.estimate_run(recipe, adapted.shape, run_dir, backend, simulation)
         record.forget_incomplete([(phase.name, job.model_folder(i)) for i, phase in enumerate(schedule.phases)])
         unfinished = [i for i, phase in enumerate(schedule.phases) if not record.is_finished(phase.name)]
         is_first_phase = len(unfinished) == len(schedule.phases)

@@ -58,6 +58,8 @@ FSDP = {
     "d5 d + batch 28, every layer checkpointed": Setting({**VARLEN, BATCH: 28, "training.activation_checkpointing": True}),
     "d6 d5, every second layer": Setting({**VARLEN, BATCH: 28, "training.activation_checkpointing": "{every_n_layers: 2}"}),
     "d4 d2 + weights stay gathered": Setting({**VARLEN, BATCH: 14}, environment={"FSDP_RESHARD_AFTER_FORWARD": "false"}),
+    "d7 d + gradients summed after each batch": Setting({**VARLEN, "training.sync_each_batch": True}),
+    "d8 d + two processes that read batches": Setting({**VARLEN, "training.trainer_arguments": "{dataloader_num_workers: 2}"}),
     "h2 phase 1 (embeddings alone), varlen": Setting({**VARLEN, **EMBEDDINGS}),
     "d9 d again": Setting(VARLEN),
     "f e3 in bf16_pure": Setting({**VARLEN, **ONLY_LOSS, BATCH: 14, "training.precision": "bf16_pure"}, compiled=True),

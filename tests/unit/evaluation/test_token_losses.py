@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from azrecipe.modeling import chunked_loss
 from azrecipe.modeling.loading import load_model
 from azrecipe.tokenization.encoding import IGNORE_INDEX
 from azrecipe.tokenization.tokenizer import load_tokenizer
+from tests.conftest import ROOT
+from tests.small import called
 
 VOCABULARY = 997
 SHAPE = {
@@ -129,3 +133,14 @@ def test_memory_that_is_out_while_measuring_names_the_batch_that_helps() -> None
     assert "--set training.per_device_eval_batch_size=4" in str(error.value)
     with pytest.raises(ValueError, match="another"), explain_evaluation_memory("per_device_eval_batch_size", 1):
         raise ValueError("another error")
+
+
+def test_a_model_that_two_processes_share_is_scored_a_part_at_a_time() -> None:
+    """Under FSDP 2 the head computes 512 rows of logits at most, and the losses are one process'."""
+    worker = Path(__file__).with_name("sharded_worker.py")
+    done = called([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)], ROOT)
+    assert done.code == 0, done.err
+    for answers in json.loads(done.out.splitlines()[-1]):  # torch 2.9's gloo prints lines before it
+        for answer in answers:
+            assert answer["apart"] < 1e-5
+            assert (answer["rows"], answer["whole"]) == ([512, 385], False)
