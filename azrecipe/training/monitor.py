@@ -19,12 +19,12 @@ from transformers import TrainerCallback
 
 from azrecipe.distributed import local_storage, process_group
 from azrecipe.distributed.backend import Backend
-from azrecipe.distributed.stop_signal import SignalExchange
 from azrecipe.errors import AllProcessesFailed, Interrupted
 from azrecipe.modeling.flops import flops_per_token
 from azrecipe.training import checkpoints
 from azrecipe.training.async_checkpoint import AsyncCheckpointWriter
 from azrecipe.training.backend_verification import verify_backend
+from azrecipe.training.stop_signal import SignalExchange
 from azrecipe.training.throughput import get_local_peak_flops
 from azrecipe.utils.atomic_files import write_text
 from azrecipe.utils.console import format_duration, print_progress

@@ -19,11 +19,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from azrecipe.distributed.backend import Backend
 from azrecipe.distributed.local_storage import all_gather_object
-from azrecipe.distributed.stop_signal import SignalExchange
 from azrecipe.errors import CannotRun
 from azrecipe.training import checkpoints
 from azrecipe.training.bad_step_guard import BadStepGuard
 from azrecipe.training.monitor import LoopUnits, TrainingMonitor
+from azrecipe.training.stop_signal import SignalExchange
 from tests.unit.training.test_checkpoints import write_checkpoint
 
 

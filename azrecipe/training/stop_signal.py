@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class SignalExchange:
-    """Tells every process, at the same step, that one of them received a signal.
+    """Tells all processes, at the same step, that one received a signal.
 
     Each step starts a reduction and reads the one that the step before started. So no step waits: on a GPU the number travels on a stream
     of its own, and is in the host's memory when it is read.
