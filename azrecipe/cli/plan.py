@@ -17,6 +17,8 @@ def plan_recipe_or_pipeline(arguments: Namespace) -> int:
     if arguments.calibrate is not None:
         print_line(calibrate.calibrate_from_run(arguments.calibrate))
         return EXIT_SUCCESS
+    if arguments.compare and arguments.hardware:
+        raise CommandError("--compare names the machines: leave --hardware out, or add it to the list")
     if arguments.recipe is None:
         raise CommandError("which recipe? azrecipe plan RECIPE --hardware NAME")
     report = plan_recipes(
@@ -54,6 +56,8 @@ def _print_report(arguments: Namespace, report: PlanReport) -> None:
             plan_tables.show_machine_comparison(answers)
         else:
             plan_tables.show_plan(answers[0])
+    if len(report.estimates) > 1 and arguments.compare:
+        plan_tables.show_pipeline_comparison(report.estimates)
     if len(report.estimates) > 1 and not (arguments.compare or arguments.largest_batch):
         plan_tables.show_pipeline_total(report.estimates[0][0], report.hours)
         print_line(f"What single changes would do: --step {report.recipes[-1].path.name}")

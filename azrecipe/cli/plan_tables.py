@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from azrecipe.hardware import GIB
+from azrecipe.planning.decision import describe_comparison
+from azrecipe.planning.estimate import sum_pipeline
 from azrecipe.planning.estimate_types import Bounds
 from azrecipe.utils.console import print_line
 from azrecipe.utils.rich_console import TerminalConsole, open_console
@@ -23,6 +25,8 @@ def show_plan(answer: Mapping[str, Any]) -> None:
     """Print the estimate of a recipe on machines."""
     console = open_console(WIDTH)
     card = answer["card"]
+    console.print(f"{answer['recipe']} {answer['decision']}")
+    _show_unknown_cards([answer], console)
     console.print(
         f"{answer['recipe']} on {answer['hardware']} ({_format_gib(card['bytes'])} each), {answer['backend']}, vocabulary {answer['vocab_size']:,}"
     )
@@ -62,6 +66,7 @@ def _build_rows(loops: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]
         ("with context and allowance", [f"{_format_gib(loop['memory']['least'])}–{_format_gib(loop['memory']['most'])}" for loop in loops]),
         ("on this card", [loop["verdict"] for loop in loops]),
         ("largest batch: surely, perhaps", [f"{loop['largest_batch']['surely']}, {loop['largest_batch']['perhaps']}" for loop in loops]),
+        ("largest that divides the global batch", [str(loop["fitting_batch"] or "none") for loop in loops]),
         ("seconds a step", [_format_range(loop["step_seconds"], "{:.2f}") for loop in loops]),
         ("  waits for", [loop["bound"] for loop in loops]),
         ("tokens/s, all cards", [_format_range(loop["tokens_per_second"], "{:,.0f}") for loop in loops]),
@@ -132,8 +137,9 @@ def show_machine_comparison(answers: Sequence[Mapping[str, Any]]) -> None:
     """Print the estimates of a recipe on several machines."""
     console = open_console(WIDTH)
     table = Table(title=f"{answers[0]['recipe']}: machines compared", title_justify="left")
-    for name in ("machines", "loop", "peak", "on this card", "largest batch", "tokens/s", "waits for", "hours", "USD on demand"):
-        table.add_column(name, justify="left" if name in ("machines", "loop") else "right")
+    names = ("machines", "loop", "peak", "on this card", "largest batch\n(usable)", "tokens/s", "waits for", "hours", "USD", "rests on")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("machines", "loop", "rests on") else "right", overflow="fold")
     for answer in answers:
         for loop in answer["loops"]:
             table.add_row(
@@ -141,16 +147,45 @@ def show_machine_comparison(answers: Sequence[Mapping[str, Any]]) -> None:
                 loop["name"],
                 _format_gib(loop["memory"]["peak"]),
                 loop["verdict"],
-                str(loop["largest_batch"]["surely"]),
+                f"{loop['largest_batch']['surely']} ({loop['fitting_batch']})",
                 _format_range(loop["tokens_per_second"], "{:,.0f}"),
                 loop["bound"],
                 _format_hours(loop["hours"]),
                 _format_range((loop["cost"] or {}).get("on_demand"), "{:,.0f}"),
+                loop["rests_on"],
             )
+    console.print(f"{answers[0]['recipe']} {describe_comparison(answers)}")
+    _show_unknown_cards(answers, console)
     console.print(table)
     for note in dict.fromkeys(note for answer in answers for note in answer["notes"]):
         console.print(f"note: {note}")
     console.print(UNVERIFIED_NOTE)
+
+
+def show_pipeline_comparison(estimates: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Print the hours and prices of a whole pipeline on each machine.
+
+    Args:
+        estimates: For each recipe, an estimate for each machine.
+    """
+    console = open_console(WIDTH)
+    table = Table(title="All steps", title_justify="left")
+    for name in ("machines", "hours", "USD on demand"):
+        table.add_column(name, justify="left" if name == "machines" else "right")
+    totals = [sum_pipeline(answers) for answers in zip(*estimates, strict=True)]
+    for total in totals:
+        price, hours = total["price"]["on_demand"], total["hours"]
+        cost = {key: value * price["usd_per_hour"] for key, value in hours.items()} if price and hours else None
+        table.add_row(total["hardware"], _format_hours(hours) if hours else "a step does not fit", _format_range(cost, "{:,.0f}"))
+    console.print(table)
+    console.print(f"The whole pipeline: {describe_comparison(totals)}")
+
+
+def _show_unknown_cards(answers: Sequence[Mapping[str, Any]], console: TerminalConsole) -> None:
+    """Say first on which cards no run is known: their times are the least certain."""
+    cards = dict.fromkeys(answer["card"]["name"] for answer in answers if any("none on" in loop["rests_on"] for loop in answer["loops"]))
+    if cards:
+        console.print(f"no run on {', '.join(cards)} is known: the times rest on other cards")
 
 
 def show_pipeline_total(answer: Mapping[str, Any], hours: Bounds | None) -> None:
@@ -158,8 +193,11 @@ def show_pipeline_total(answer: Mapping[str, Any], hours: Bounds | None) -> None
 
     Prices are those of `answer`, one of its estimates.
     """
-    if hours is not None:
-        _show_price({**answer, "hours": hours}, open_console(WIDTH))
+    console = open_console(WIDTH)
+    if hours is None:
+        console.print("no total: a step does not fit, or its length is not known")
+    else:
+        _show_price({**answer, "hours": hours}, console)
 
 
 def show_largest_batches(answer: Mapping[str, Any]) -> None:

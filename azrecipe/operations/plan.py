@@ -113,12 +113,14 @@ def plan_recipes(
     training = [one for one in recipes if one.stage in preflight.TRAINING_STAGES]
     if not training:
         raise CommandError(
-            f"{recipes[0].path}: a {recipes[0].stage} recipe. azrecipe plan takes pretrain and sft recipes, and pipelines with some"
+            f"{recipes[0].path}: {'an' if recipes[0].stage == 'evaluate' else 'a'} {recipes[0].stage} recipe. azrecipe plan takes pretrain and sft recipes, and pipelines with some"
         )
     if not hardware:
         raise CommandError(
             "which machine? --hardware p5.48xlarge, or cards: --hardware 'h100-80g x8'; several: --compare p4d.24xlarge,p5.48xlarge"
         )
+    if price_per_hour is not None and not 0 < price_per_hour < float("inf"):
+        raise CommandError(f"price_per_hour must be above 0, not {price_per_hour:g}")
     if nodes < 1 or (vocab_size is not None and vocab_size < 1):
         raise CommandError(f"nodes and vocab_size must be at least 1, not {nodes} and {vocab_size}")
     placements = [build_placement(_find_machine(name.strip(), hardware_file, price_per_hour), nodes, launch) for name in hardware]
@@ -265,7 +267,7 @@ def _describe_problem(answer: RecipeEstimate, answers: Sequence[RecipeEstimate],
         return f"{name} does not fit: {' '.join(options)} does" + (", and accumulates" if "train_batch" in options[0] else "")
     fitting = [change for change in answer["levers"]["changes"] if change["best_batch"] >= 1]
     if not fitting:
-        return f"{name} fits at no batch, and no single change makes it: more cards (--nodes), larger ones, or an adapter"
+        return f"{name} fits at no batch, and no single change makes it: more cards, larger ones, or an adapter"
     change = min(fitting, key=lambda change: ("vocab" in change["how"] or "max_length" in change["how"], abs(change["difference"])))
     option = f" --set training.per_device_train_batch_size={change['best_batch']}"
-    return f"{name} fits at no batch; with {change['change']} it does: {change['how']}{option}"
+    return f"{name} fits at no batch; with {change['change'].removeprefix('with ')} it does: {change['how']}{option}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,12 +10,14 @@ from azrecipe.distributed import requirements
 from azrecipe.distributed.requirements import check_quantized
 from azrecipe.planning import memory_budget, step_time
 from azrecipe.planning.alternatives import Alternative, list_alternatives
+from azrecipe.planning.decision import describe_decision
 from azrecipe.planning.evaluation_memory import compute_evaluation_budget, find_fitting_eval_batch, get_verdict
 from azrecipe.planning.model_config import ModelLookup, ModelShape, resolve_model_shape
 from azrecipe.planning.placement import Placement
 from azrecipe.planning.simulation.cost_cache import CostCache
 from azrecipe.planning.simulation.step_cost import StepCost
 from azrecipe.planning.simulation.step_spec import StepSpec
+from azrecipe.planning.step_time import StepTime
 from azrecipe.planning.training_length import TrainingLength, estimate_training_lengths
 from azrecipe.planning.training_loops import PlannedLoop, find_precision_problem, plan_loops
 from azrecipe.recipe.load import Recipe
@@ -23,6 +25,7 @@ from azrecipe.recipe.types import SftConfig
 from azrecipe.utils.console import format_bytes
 
 SECONDS_PER_HOUR = 3600.0
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")  # of configurations, by family
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class EstimateRequest:
 
     main_loop: index of the loop that the alternatives will probably be about; costs, which are not known yet, decide.
     with_alternatives: whether alternatives are estimated too.
+    notes: what was changed so that the recipe can be planned on these machines.
     """
 
     recipe: Recipe
@@ -40,6 +44,7 @@ class EstimateRequest:
     lengths: list[TrainingLength]
     main_loop: int
     with_alternatives: bool
+    notes: tuple[str, ...] = ()
 
     def list_alternatives(self, loop_index: int) -> list[Alternative]:
         """List the alternatives of a loop; none unless they are wanted."""
@@ -65,14 +70,52 @@ def build_request(recipe: Recipe, lookup: ModelLookup, placement: Placement, wit
         CannotRun: The hub is needed and cannot be reached.
         RecipeError: The recipe, or one that it depends on, is wrong.
     """
+    recipe, notes = _fit_global_batch(recipe, placement)
     config = recipe.config
     requirements.check_fsdp_limits(config, placement.backend.uses_fsdp, placement.backend.data_parallel_size)
     check_quantized(config.adapter if isinstance(config, SftConfig) else "", placement.backend)
     model = resolve_model_shape(recipe, lookup)
+    _check_positions(recipe, model)
     planned = plan_loops(recipe, model, placement.backend, reshard=placement.reshard, card=placement.machine.card)
     lengths = estimate_training_lengths(recipe, lookup.runs_dir, planned)
     longest = max(range(len(planned)), key=lambda index: (lengths[index].tokens or 0, index))
-    return EstimateRequest(recipe, placement, model, planned, lengths, longest, with_alternatives)
+    notes += _describe_smaller_batches(recipe, planned)
+    return EstimateRequest(recipe, placement, model, planned, lengths, longest, with_alternatives, tuple(notes))
+
+
+def _fit_global_batch(recipe: Recipe, placement: Placement) -> tuple[Recipe, list[str]]:
+    """Take the nearest global batch that divides over the processes, and a note."""
+    training, processes = recipe.config.training, placement.backend.data_parallel_size
+    size = training.global_batch_size
+    if size % processes == 0:
+        return recipe, []
+    nearest = max(processes, round(size / processes) * processes)
+    changed = replace(recipe, config=replace(recipe.config, training=replace(training, global_batch_size=nearest)))
+    note = (
+        f"training.global_batch_size = {size} does not divide over {processes} processes, and a run refuses it: planned with "
+        f"--set training.global_batch_size={nearest}"
+    )
+    return changed, [note]
+
+
+def _check_positions(recipe: Recipe, model: ModelShape) -> None:
+    """Refuse sequences that are longer than the model's positions."""
+    limit = next((model.config[key] for key in POSITION_KEYS if isinstance(model.config.get(key), int)), None)
+    if limit is not None and recipe.config.data.max_length > limit:
+        message = f"data.max_length = {recipe.config.data.max_length:,} is more than the model's {limit:,} positions"
+        raise recipe.error(message, "data", "max_length")
+
+
+def _describe_smaller_batches(recipe: Recipe, loops: Sequence[PlannedLoop]) -> list[str]:
+    """Say which batch is used where the recipe's does not divide its share."""
+    training = recipe.config.training
+    batches = {loop.batch // loop.pairs for loop in loops}
+    return [
+        f"per_device_train_batch_size: {training.per_device_train_batch_size} is a ceiling: {batch} at once, "
+        f"{loops[0].accumulation} times, make up a process' share of {training.global_batch_size}"
+        for batch in sorted(batches)
+        if batch < training.per_device_train_batch_size
+    ]
 
 
 def _list_steps(planned: Sequence[PlannedLoop]) -> list[tuple[StepSpec, int]]:
@@ -86,28 +129,35 @@ def estimate_recipe(request: EstimateRequest, cache: CostCache) -> dict[str, Any
     """
     recipe, placement, planned = request.recipe, request.placement, request.loops
     refusal = find_precision_problem(recipe.config.training.precision, placement.machine.card)
-    costs = cache.load_or_simulate(request.steps)[: len(planned)]  # simulates all steps in parallel; the calls below then read the cache
+    cache.load_or_simulate_possible(request.steps)  # simulates all steps in parallel; the calls below then read the cache
+    costs = cache.load_or_simulate(_list_steps(planned))
     estimates = [_estimate_loop(loop, cost, placement, length) for loop, cost, length in zip(planned, costs, request.lengths, strict=True)]
     if refusal:
         estimates = [{**loop, "verdict": "does not fit"} for loop in estimates]
+    estimates = [_leave_out_costs(loop) if loop["verdict"] == "does not fit" else loop for loop in estimates]
     main = _choose_main_loop(estimates)
     loop, cost, base = planned[main], costs[main], estimates[main]
     alternatives = request.list_alternatives(main)
-    alternative_costs = cache.load_or_simulate(_list_steps([alternative.loop for alternative in alternatives]))
+    alternative_costs = cache.load_or_simulate_possible(_list_steps([alternative.loop for alternative in alternatives]))
     best = _find_best_batch(loop, cost, placement)
-    changes = [_estimate_alternative(option, cost, base, best) for option, cost in zip(alternatives, alternative_costs, strict=True)]
+    changes = [
+        _estimate_alternative(option, cost, base, best)
+        for option, cost in zip(alternatives, alternative_costs, strict=True)
+        if cost is not None
+    ]
     if alternatives and best.batch and best.batch != loop.batch // loop.pairs:
         changes.append(_estimate_batch(loop, cost, placement, base=base, best=best))
     notes = dict.fromkeys(
         [
             *([refusal] if refusal else []),
             *_list_measuring_notes(estimates, placement),
+            *request.notes,
             *request.model.notes,
             *(note for length in request.lengths for note in length.notes),
             *_list_limits(recipe, placement),
         ]
     )
-    return {
+    answer = {
         "recipe": str(recipe.path),
         "stage": recipe.stage,
         "hardware": placement.title,
@@ -122,6 +172,12 @@ def estimate_recipe(request: EstimateRequest, cache: CostCache) -> dict[str, Any
         "levers": {"of": loop.name, "changes": sorted(changes, key=_sort_key)},
         "notes": list(notes),
     }
+    return {"decision": describe_decision(answer), **answer}
+
+
+def _leave_out_costs(loop: dict[str, Any]) -> dict[str, Any]:
+    """Leave out hours and price of a loop that does not fit: it cannot run."""
+    return {**loop, "hours": None, "hours_without_efa": None, "cost": {"on_demand": None, "spot": None}}
 
 
 def _list_limits(recipe: Recipe, placement: Placement) -> Iterator[str]:
@@ -141,7 +197,7 @@ def _list_limits(recipe: Recipe, placement: Placement) -> Iterator[str]:
     if placement.strategy.startswith("zero"):
         yield "DeepSpeed's memory and time come from formulas, not from a simulated step: not verified"
     if isinstance(config, SftConfig) and config.method == "dpo":
-        yield "the reference model's weights are counted, its forward pass is not: a third to a half more time"
+        yield "the reference model's forward pass is counted as a forward pass of the model that trains"
 
 
 def _list_measuring_notes(estimates: Sequence[dict[str, Any]], placement: Placement) -> Iterator[str]:
@@ -172,7 +228,7 @@ def _estimate_loop(loop: PlannedLoop, cost: StepCost, placement: Placement, leng
     budget = memory_budget.compute_memory_budget(cost, loop.step, loop.batch, placement.world_size, placement.replicate_size)
     largest = memory_budget.find_largest_batches(cost, loop.step, placement.card_bytes, placement.world_size, placement.replicate_size)
     measuring = compute_evaluation_budget(cost, loop, placement.world_size, placement.context_parallel_size)
-    time = step_time.estimate_step_time(cost, loop.step, loop.batch, loop.accumulation, placement)
+    time = _estimate_time(cost, loop, loop.batch, loop.accumulation, placement)
     rate = asdict(time.total.to_rate(loop.count_tokens(placement.backend)))
     hours_by_bound = asdict(time.total.multiply(length.steps / SECONDS_PER_HOUR)) if length.steps else None
     return {
@@ -226,8 +282,23 @@ def _find_best_batch(loop: PlannedLoop, cost: StepCost, placement: Placement) ->
     split = memory_budget.find_largest_fitting_batch(cost, loop, placement.card_bytes, placement.backend)
     if split is None:
         return BestBatch(0, 0, None)
-    time = step_time.estimate_step_time(cost, loop.step, split.per_device * loop.pairs, split.accumulation, placement)
+    time = _estimate_time(cost, loop, split.per_device * loop.pairs, split.accumulation, placement)
     return BestBatch(split.per_device, split.accumulation, asdict(time.total.to_rate(loop.count_tokens(placement.backend))))
+
+
+def _estimate_time(cost: StepCost, loop: PlannedLoop, batch: int, accumulation: int, placement: Placement) -> StepTime:
+    """Estimate a step's time; with pairs (DPO) the reference model's forward pass is part of it.
+
+    In units of a forward pass, a step is that one, one for the gradients of activations, one for those of weights (not of an adapter's
+    frozen base), and one that is repeated with activation checkpointing.
+    """
+    time = step_time.estimate_step_time(cost, loop.step, batch, accumulation, placement)
+    if loop.pairs == 1:
+        return time
+    units = 2 + (loop.step.lora is None) + loop.step.activation_checkpointing
+    factor = 1 + 1 / units
+    slow = None if time.total_without_efa is None else time.total_without_efa * factor
+    return replace(time, total=time.total.multiply(factor), compute=time.compute.multiply(factor), total_without_efa=slow)
 
 
 def _estimate_alternative(alternative: Alternative, cost: StepCost, base: dict[str, Any], base_best: BestBatch) -> dict[str, Any]:
@@ -284,7 +355,13 @@ def _compute_price(duration: dict[str, float] | None, placement: Placement) -> d
     return prices
 
 
-def sum_hours(estimates: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+def sum_pipeline(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum a machine's estimates of a pipeline's recipes, for a comparison."""
+    loops = [loop for answer in answers for loop in answer["loops"]]
+    return {**{key: answers[0][key] for key in ("hardware", "price")}, "loops": loops, "hours": sum_hours(answers)}
+
+
+def sum_hours(estimates: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """Sum hours of loops or recipes; None where one is unknown."""
     spans = [estimate["hours"] for estimate in estimates]
     return None if any(span is None for span in spans) else {key: sum(span[key] for span in spans) for key in ("low", "middle", "high")}

@@ -129,6 +129,7 @@ class Alternatives(TypedDict):
 class RecipeEstimate(TypedDict):
     """The estimate of a recipe on machines."""
 
+    decision: str  # the answer in one sentence
     recipe: str
     stage: str
     hardware: str

@@ -231,3 +231,28 @@ def test_measurements_that_do_not_fit_are_told_with_the_batch_that_does(tiny: Pa
     assert option, text
     fitting = asked(tiny, *large[:-2], *option[1].split())
     assert fitting["loops"][1]["verdict"] == "fits"
+
+
+def test_the_answer_begins_with_the_decision(tiny: Path) -> None:
+    printed = plan(tiny, "r.yaml", "--hardware", "p5.48xlarge", "--no-levers")
+    assert re.match(r"r\.yaml fits at 4 with [\d.]+ GiB to spare \(\w+\); [\d.]+ (\([\d.–]+\) )?h, .*USD on p5\.48xlarge", printed)
+    assert "largest that divides the global batch" in printed
+
+
+def test_unusual_questions_are_answered_in_words(tiny: Path) -> None:
+    assert "price_per_hour must be above 0, not -3" in plan(tiny, "r.yaml", "--hardware", "l4", "--price-per-hour", "-3", code=2)
+    assert "data.max_length = 8,192 is more than the model's 4,096 positions" in plan(
+        tiny, "r.yaml", "--hardware", "l4", "--set", "data.max_length=8192", "--no-levers", code=2
+    )
+    assert "leave --hardware out" in plan(tiny, "r.yaml", "--hardware", "l4", "--compare", "l4,t4", code=2)
+    answer = asked(tiny, "r.yaml", "--hardware", "l4 x3", "--no-levers")
+    assert answer["loops"][0]["per_device_train_batch_size"] == 3
+    assert any("does not divide over 3 processes" in note and "training.global_batch_size=63" in note for note in answer["notes"])
+    assert any("per_device_train_batch_size: 4 is a ceiling: 3 at once, 7 times" in note for note in answer["notes"])
+
+
+def test_what_cannot_run_has_no_hours_and_no_price(tiny: Path) -> None:
+    huge = ("--set", "training.per_device_train_batch_size=64", "--set", "data.max_length=4096", "--set", "training.use_liger_kernel=false")
+    answer = asked(tiny, "r.yaml", "--hardware", "t4", *huge, "--set", "training.precision=float32", "--no-levers", code=3)
+    assert answer["decision"].startswith("does not fit at 64: it needs ")
+    assert answer["hours"] is None and all(loop["cost"] == {"on_demand": None, "spot": None} for loop in answer["loops"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.utils.atomic_files import read_json, write_json
 from azrecipe.utils.process_pool import count_cores
 
+GROUPED_PRODUCTS = "Expected inputs of BF16 type"  # of torch.nn.functional.grouped_mm on fake tensors
 SIMULATED_SHARDS = 8  # every sharded model is simulated with as many processes: bytes at rest are proportional
 
 
@@ -47,6 +49,18 @@ class CostCache:
             self._results |= zip(missing, _simulate_in_new_process(list(missing.values())), strict=True)
             self._write(missing)
         return [self._get(key) for key in keys]
+
+    def load_or_simulate_possible(self, steps: Sequence[tuple[StepSpec, int]]) -> list[StepCost | None]:
+        """Return the cost of each step; None for a step that cannot be simulated."""
+        with contextlib.suppress(CommandError):  # of the first step that cannot; the others are simulated all the same
+            self.load_or_simulate(steps)
+        costs: list[StepCost | None] = []
+        for step in steps:
+            try:
+                costs += self.load_or_simulate([step])
+            except CommandError:
+                costs.append(None)
+        return costs
 
     def _write(self, keys: Iterable[str]) -> None:
         with contextlib.suppress(OSError):  # where nothing can be written, the next plan takes longer
@@ -105,6 +119,7 @@ def _import_libraries(with_adapters: bool) -> None:
 
     from azrecipe.planning.simulation import step_simulation
 
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints tracebacks of errors that are told in words
     torch.set_num_threads(1)  # shapes need no more, and threads do not survive a fork
     step_simulation.import_libraries(with_adapters)
 
@@ -120,4 +135,9 @@ def _simulate(spec: StepSpec, length: int) -> StepCost | CommandError:
     except Exception as error:  # a model's code may raise anything
         reason = str(error).strip().partition("\n")[0]
         kind = spec.config.get("model_type")
+        if GROUPED_PRODUCTS in reason:
+            return CommandError(
+                f"a {kind} multiplies its experts' matrices in groups, which PyTorch can only plan in bfloat16: plan with precision: bf16_pure, "
+                "or sharded (--accelerate-config fsdp on several cards)"
+            )
         return CommandError(f"a training step of this {kind} could not be simulated ({type(error).__name__}: {reason})")

@@ -22,7 +22,8 @@ def build_meta_model(spec: StepSpec) -> Any:
 
     values = dict(spec.config)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    attention = "eager" if spec.attn_implementation == "eager" else "sdpa"
+    # Without a mask, step_simulation puts another attention in the place of eager; some models (Gemma 2) have no sdpa to begin with.
+    attention = "sdpa" if spec.attn_implementation == "sdpa" else "eager"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_get_param_dtype(spec), attn_implementation=attention)
     model.config.use_cache = False

@@ -1,0 +1,71 @@
+"""The first sentence of a plan: does it fit, how long does it take, what does it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from azrecipe.hardware import GIB
+
+VERDICTS = ("fits", "may fit", "does not fit")  # best first
+
+
+def describe_decision(answer: Mapping[str, Any]) -> str:
+    """Describe what an estimate says, in one sentence.
+
+    Of several loops, the one that fits worst is named.
+    """
+    loops, where = answer["loops"], answer["hardware"]
+    if answer["refusal"]:
+        return f"cannot run on {where}: {answer['refusal']}"
+    worst = max(loops, key=lambda loop: (VERDICTS.index(loop["verdict"]), loop["memory"]["most"]))
+    text = _describe_fit(worst, answer["card"]["bytes"]) + (f" ({worst['name']})" if len(loops) > 1 else "")
+    if answer["hours"] is None:
+        return f"{text}, on {where}"
+    parts = [f"{format_bounds(answer['hours'], '{:.1f}' if answer['hours']['low'] >= 1 else '{:.2f}')} h"]
+    price = answer["price"]["on_demand"]
+    if price is not None:
+        total = {key: value * price["usd_per_hour"] for key, value in answer["hours"].items()}
+        parts.append(f"{format_bounds(total, '{:,.0f}')} USD")
+    else:
+        parts.append("no price known")
+    return f"{text}; {', '.join(parts)} on {where}"
+
+
+def _describe_fit(loop: Mapping[str, Any], card_bytes: float) -> str:
+    """Describe whether a loop fits, and with which batch."""
+    memory, batch = loop["memory"], loop["per_device_train_batch_size"]
+    most, least = (max(memory[key], memory[other] or 0) for key, other in (("most", "measuring_most"), ("least", "measuring")))
+    if loop["verdict"] == "fits":
+        return f"fits at {batch} with {(card_bytes - most) / GIB:.1f} GiB to spare"
+    usable = f"{loop['fitting_batch']} surely fits" if loop["fitting_batch"] else "no batch surely fits"
+    need = f"it needs {least / GIB:.1f} to {most / GIB:.1f} of {card_bytes / GIB:.1f} GiB"
+    return f"{loop['verdict']} at {batch}: {need}; {usable}"
+
+
+def describe_comparison(answers: Sequence[Mapping[str, Any]]) -> str:
+    """Name the cheapest and the fastest of the machines on which a recipe fits."""
+    fitting = [answer for answer in answers if answer["hours"] is not None and all(loop["verdict"] == "fits" for loop in answer["loops"])]
+    if not fitting:
+        return "fits surely on none of these machines"
+    fastest = min(fitting, key=lambda answer: float(answer["hours"]["middle"]))
+    priced = [answer for answer in fitting if answer["price"]["on_demand"] is not None]
+    parts = [f"fastest that fits: {fastest['hardware']}, {format_bounds(fastest['hours'], '{:.1f}')} h"]
+    if priced:
+        cheapest = min(priced, key=_compute_cost)
+        cost = {key: value * cheapest["price"]["on_demand"]["usd_per_hour"] for key, value in cheapest["hours"].items()}
+        parts.insert(0, f"cheapest that fits: {cheapest['hardware']}, {format_bounds(cost, '{:,.0f}')} USD")
+        equal = [answer["hardware"] for answer in priced if answer is not cheapest and _compute_cost(answer, "low") <= cost["high"]]
+        if equal:
+            parts.insert(1, f"not surely cheaper than {', '.join(equal)}")
+    return "; ".join(parts)
+
+
+def _compute_cost(answer: Mapping[str, Any], bound: str = "middle") -> float:
+    return float(answer["hours"][bound] * answer["price"]["on_demand"]["usd_per_hour"])
+
+
+def format_bounds(bounds: Mapping[str, float], spec: str) -> str:
+    """Format a value and its bounds: 11.9 (10.2–14.0)."""
+    low, middle, high = (spec.format(bounds[key]) for key in ("low", "middle", "high"))
+    return middle if low == high else f"{middle} ({low}–{high})"
