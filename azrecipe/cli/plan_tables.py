@@ -182,7 +182,7 @@ def show_pipeline_comparison(estimates: Sequence[Sequence[Mapping[str, Any]]]) -
 
 
 def _show_unknown_cards(answers: Sequence[Mapping[str, Any]], console: TerminalConsole) -> None:
-    """Say first on which cards no run is known: their times are the least certain."""
+    """Say on which cards no run is known."""
     cards = dict.fromkeys(answer["card"]["name"] for answer in answers if any("none on" in loop["rests_on"] for loop in answer["loops"]))
     if cards:
         console.print(f"no run on {', '.join(cards)} is known: the times rest on other cards")

@@ -1,4 +1,4 @@
-"""The first sentence of a plan: does it fit, how long does it take, what does it cost."""
+"""The first sentence of a plan: whether it fits, hours and price."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _describe_fit(loop: Mapping[str, Any], card_bytes: float) -> str:
 
 
 def describe_comparison(answers: Sequence[Mapping[str, Any]]) -> str:
-    """Name the cheapest and the fastest of the machines on which a recipe fits."""
+    """Name the cheapest and the fastest machines on which a recipe fits."""
     fitting = [answer for answer in answers if answer["hours"] is not None and all(loop["verdict"] == "fits" for loop in answer["loops"])]
     if not fitting:
         return "fits surely on none of these machines"

@@ -176,7 +176,7 @@ def estimate_recipe(request: EstimateRequest, cache: CostCache) -> dict[str, Any
 
 
 def _leave_out_costs(loop: dict[str, Any]) -> dict[str, Any]:
-    """Leave out hours and price of a loop that does not fit: it cannot run."""
+    """Leave out hours and price of a loop that cannot run."""
     return {**loop, "hours": None, "hours_without_efa": None, "cost": {"on_demand": None, "spot": None}}
 
 
@@ -287,7 +287,7 @@ def _find_best_batch(loop: PlannedLoop, cost: StepCost, placement: Placement) ->
 
 
 def _estimate_time(cost: StepCost, loop: PlannedLoop, batch: int, accumulation: int, placement: Placement) -> StepTime:
-    """Estimate a step's time; with pairs (DPO) the reference model's forward pass is part of it.
+    """Estimate a step's time, with DPO's reference pass.
 
     In units of a forward pass, a step is that one, one for the gradients of activations, one for those of weights (not of an adapter's
     frozen base), and one that is repeated with activation checkpointing.

@@ -51,7 +51,7 @@ class CostCache:
         return [self._get(key) for key in keys]
 
     def load_or_simulate_possible(self, steps: Sequence[tuple[StepSpec, int]]) -> list[StepCost | None]:
-        """Return the cost of each step; None for a step that cannot be simulated."""
+        """Return the cost of each step; None where it cannot be simulated."""
         with contextlib.suppress(CommandError):  # of the first step that cannot; the others are simulated all the same
             self.load_or_simulate(steps)
         costs: list[StepCost | None] = []

@@ -164,9 +164,13 @@ def _replace_kernels(model: PreTrainedModel, spec: StepSpec, tracker: MemoryTrac
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    def attend_without_mask(*arguments: Any, softcap: float | None = None, **options: Any) -> Any:
+        """Gemma 2 caps its scores inside the kernel, which changes no shape."""
+        return sdpa_attention_forward(*arguments, **options)
+
     if spec.attn_implementation != "eager" and not spec.masked:
         # transformers builds a mask wherever it cannot see values, but none for an attention that it has no mask function for
-        AttentionInterface.register(UNMASKED_ATTENTION, sdpa_attention_forward)
+        AttentionInterface.register(UNMASKED_ATTENTION, attend_without_mask)
         model.set_attn_implementation(UNMASKED_ATTENTION)
     kernel_stubs.fuse_layers(model, spec.kernels)
     if spec.head != "logits":
