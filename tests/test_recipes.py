@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ def test_the_published_continued_pretraining() -> None:
     assert [(p.learning_rate, p.max_steps) for p in both.phases] == [(3.2e-3, 5_000), (2.4e-3, 15_000)]
     assert one.data.datasets == two.data.datasets  # or the second could not go on where the first ended
     assert two.data.continue_from is not None
+
+
+def test_the_annealed_recipe_is_the_published_one_with_a_last_tenth_of_its_own() -> None:
+    annealed, both = (load_recipe(RECIPES / f"{name}.yaml").config for name in ("annealed", "cpt"))
+    assert [replace(source, id=None) for source in annealed.data.datasets] == both.data.datasets
+    embeddings, full, anneal = annealed.phases
+    assert embeddings == both.phases[0]
+    assert full.max_steps + anneal.max_steps == both.phases[1].max_steps == 10 * anneal.max_steps
+    assert full.learning_rate == anneal.learning_rate == both.phases[1].learning_rate
+    assert (anneal.lr_scheduler_type, anneal.decay_ratio, anneal.warmup_ratio) == ("warmup_stable_decay", 1, 0)
+    assert annealed.list_weights(full) == both.list_weights(both.phases[1]) == [0.80, 0.05, 0.15]
+    assert annealed.list_weights(anneal) == [0.45, 0.40, 0.15]
 
 
 def test_the_published_tokenizer_and_instruction_tuning() -> None:

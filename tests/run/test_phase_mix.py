@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import sys
 
 import pytest
 
 from azrecipe.training.checkpoints import MARKER
 from tests.conftest import write
-from tests.small import Project, assert_same_weights, fill, weights
+from tests.small import Project, assert_same_weights, called, fill, weights
 
 MIXED = """
 stage: pretrain
@@ -52,6 +54,23 @@ def test_a_run_killed_in_its_second_phase_goes_on_as_if_nothing_had_been(mixed: 
     assert abs(shares[0]["anneal"] - 0.5) < 0.1  # 10 steps of 8 sequences of 32 tokens, in documents of about 700
     assert [mix["weights"] for mix in result["data_end"]["mixes"]] == [[0, 1], [1, 1]]
     assert "phase stable reads ./azerbaijani.jsonl 0.0%, ./english.jsonl 100.0%" in (mixed.folder / "printed.txt").read_text()
+
+
+def test_the_shares_of_each_phase_are_shown_before_and_after(mixed: Project) -> None:
+    def show(*words: str) -> str:
+        done = called([sys.executable, "-m", "azrecipe", *words], mixed.folder)
+        assert done.code == 0, done.text
+        return " ".join(done.text.replace("│", " ").split())
+
+    assert "it reads ./azerbaijani.jsonl 0.0%, ./english.jsonl 100.0%" in show("check", "mixed.yaml")
+    prepared = show("prepare", "mixed.yaml")
+    assert "Share of each source in the text of a phase" in prepared
+    anneal = mixed.result("mixed")["data"][0]["phase_shares"]["anneal"]
+    (shown,) = re.findall(r"azerbaijani.jsonl 0\.0% ([\d.]+)%", prepared)
+    assert abs(float(shown) - 100 * anneal) < 0.1
+    show("report", "runs/small/mixed", "--output", "page.html")
+    page = (mixed.folder / "page.html").read_text()
+    assert page.count("Share of each source in the text of a phase") == 1
 
 
 def test_two_processes_read_the_mixes_that_one_reads(mixed: Project) -> None:
