@@ -81,6 +81,7 @@ class Bundle:
         source_files: File contents by path below the source folder.
         local_sources: The user's files among them, by the same path.
         data_uploads: Local data to upload.
+        unsearched: What of it is not searched for secrets.
         channels: Inputs by channel name: an S3 URI, or a key below the prefix.
         input_runs: Runs of other recipes that this one reads, by channel name.
     """
@@ -90,6 +91,7 @@ class Bundle:
     source_files: dict[str, bytes] = field(default_factory=dict)
     local_sources: dict[str, str] = field(default_factory=dict)
     data_uploads: list[Upload] = field(default_factory=list)
+    unsearched: list[str] = field(default_factory=list)
     channels: dict[str, str] = field(default_factory=dict)
     input_runs: dict[str, InputRun] = field(default_factory=dict)
 
@@ -318,7 +320,7 @@ class _PathRewriter:
             yield f"{problem}, which the job cannot read: {remedy}"
         else:
             outward = list(local_files.describe_outward_links(files.values(), Path(value), self.folders))
-            yield from outward or local_files.describe_data_secrets(files)
+            yield from outward or local_files.describe_data_secrets(files, self.bundle.unsearched)
 
     def _add_channel(self, value: str, source: str, file_name: str) -> str:
         name = f"data{sum(channel.startswith('data') for channel in self.bundle.channels)}"

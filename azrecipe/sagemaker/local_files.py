@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 from azrecipe.data.files import DataFile
 from azrecipe.utils.environment_variables import ALLOW_SECRETS
 from azrecipe.utils.paths import DATA_SUFFIXES
-from azrecipe.utils.secret_scan import MAX_SCANNED_BYTES, WAY_OUT, find_secrets
+from azrecipe.utils.secret_scan import WAY_OUT, SecretMatch, find_secrets
 
 MODEL_FILES = (  # what transformers, tokenizers and PEFT read of a model's folder
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json", "generation_config.json", "tokenizer*.json",
     "*.model", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "new_tokens.json",
     "adapter_config.json",
 )  # fmt: skip
+MAX_SCANNED_BYTES = 32 * 2**20  # of each file, decompressed: some 3 seconds
+WINDOW_BYTES = 2**20
+MAX_SECRETS_SHOWN = 3  # of each file
 UNSCANNED_MODEL_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.safetensors", "*.bin", "*.model")
 
 
@@ -81,33 +86,48 @@ def _normalize(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
-def describe_secrets(file: Path, text: str | None = None, prose: bool = False) -> Iterator[str]:
+def describe_secrets(file: Path, text: str, prose: bool = False) -> Iterator[str]:
     """Describe what looks like a secret in a file.
 
     Args:
         file: The file.
-        text: Its content; None: it is read.
+        text: Its content.
         prose: Whether it is text that a model is trained on.
     """
-    text = file.read_text(encoding="utf-8", errors="replace") if text is None else text
-    for secret in find_secrets(text, prose)[:3]:
-        yield f"{file}:{secret.line}:{secret.column}: looks like a secret ({secret.kind}), which whoever may read the bucket would see: remove it; {WAY_OUT}"
+    yield from (_describe_secret(file, secret) for secret in find_secrets(text, prose)[:MAX_SECRETS_SHOWN])
 
 
-def describe_data_secrets(files: Mapping[str, Path]) -> Iterator[str]:
+def _describe_secret(file: Path, secret: SecretMatch, lines_before: int = 0) -> str:
+    place = f"{file}:{lines_before + secret.line}:{secret.column}"
+    return f"{place}: looks like a secret ({secret.kind}), which whoever may read the bucket would see: remove it; {WAY_OUT}"
+
+
+def describe_data_secrets(files: Mapping[str, Path], unsearched: list[str]) -> Iterator[str]:
     """Describe what looks like a secret in data files or a model's files.
 
-    Of each data file the beginning is read, decompressed. Parquet and weights are not read.
+    Args:
+        files: The files, by name.
+        unsearched: Descriptions of files that are not searched, or only their beginning (decompressed), are added.
     """
     if ALLOW_SECRETS.is_set:
         return
     for name, file in files.items():
         is_data = name.endswith(DATA_SUFFIXES)
         if name.endswith(".parquet") or (not is_data and _matches(file.name, UNSCANNED_MODEL_FILES)):
+            unsearched.append(str(file))
             continue
         try:
             with DataFile(str(file)).open() if is_data else file.open("rb") as stream:
-                text = stream.read(MAX_SCANNED_BYTES).decode("utf-8", "replace")
+                yield from itertools.islice(_describe_stream_secrets(file, stream, is_data), MAX_SECRETS_SHOWN)
+                if stream.read(1):
+                    unsearched.append(f"{file} behind its first {MAX_SCANNED_BYTES // 2**20} MiB")
         except (OSError, EOFError, zlib.error):
             continue  # the run says that the file is damaged
-        yield from describe_secrets(file, text, prose=is_data)
+
+
+def _describe_stream_secrets(file: Path, stream: IO[bytes], is_data: bool) -> Iterator[str]:
+    """Describe secrets in the beginning of a stream, window by window."""
+    lines = size = 0
+    while size < MAX_SCANNED_BYTES and (window := stream.read(WINDOW_BYTES) + stream.readline(WINDOW_BYTES)):
+        yield from (_describe_secret(file, secret, lines) for secret in find_secrets(window.decode("utf-8", "replace"), is_data))
+        lines, size = lines + window.count(b"\n"), size + len(window)

@@ -52,6 +52,7 @@ def describe_uploads(submission: Submission, account: Account) -> dict[str, Any]
     return {
         "code": {"uri": submission.spec.code_uri, "files": files},
         "data": {upload.key: [str(upload.file), upload.size] for upload in bundle.data_uploads},
+        "unsearched": bundle.unsearched,
         "archive": len(bundle.archive),
         "to_upload": {"code": missing.code, "data": len(missing.data)},
     }
@@ -74,9 +75,15 @@ def describe_submission(submission: Submission, account: Account) -> str:
     for key, (file, size) in files_to_upload["data"].items():
         folders.setdefault("/".join(key.split("/")[:2]), []).append((file, size))
     for key, files in folders.items():
-        names = ", ".join(file for file, _ in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        names = _abbreviate([file for file, _ in files])
         lines.append(f"  data: {names} ({sum(size for _, size in files) / 1e6:,.1f} MB) → {spec.root_uri}/{key}/")
+    if spec.bundle.unsearched:
+        lines.append(f"  not searched for secrets: {_abbreviate(spec.bundle.unsearched)}")
     return "\n".join(lines)
+
+
+def _abbreviate(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def format_cost(plan: RecipeEstimate | None, settings: SageMakerSettings) -> str:

@@ -95,12 +95,21 @@ def test_a_folder_that_is_a_link_out_of_the_project_is_refused(
     assert build(RECIPE.format("fine").replace("{path: text.txt}", f"{{path: {outside}}}")).data_uploads  # named itself
 
 
-@pytest.mark.parametrize("kind", sorted(SECRETS.keys() - {"password"}))
+@pytest.mark.parametrize("kind", ["hf", "address", "pem", "bearer", "discord webhook"])
 def test_a_secret_in_data_is_refused_at_its_place(kind: str, build: Callable[..., Bundle]) -> None:
     write("text.txt", "\n".join([*TALES, SECRETS[kind], *TALES]))
     with pytest.raises(RecipeError, match=r"recipe.yaml:6:42: text.txt:5:\d+: looks like a secret .*AZRECIPE_ALLOW_SECRETS=1") as error:
         build()
     assert SECRETS[kind] not in str(error.value)
+
+
+def test_a_large_file_is_searched_in_windows_and_what_is_not_is_said(build: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [TALES[0]] * (5 * 2**20 // len(TALES[0].encode()))
+    write("text.txt", "\n".join([*lines, SECRETS["groq"], TALES[1]]))
+    with pytest.raises(RecipeError, match=rf"text.txt:{len(lines) + 1}:1: looks like a secret"):
+        build()
+    monkeypatch.setattr("azrecipe.sagemaker.local_files.MAX_SCANNED_BYTES", 2**20)
+    assert build().unsearched == ["text.txt behind its first 1 MiB"]
 
 
 def test_a_models_folder_sends_the_model(build: Callable[..., Bundle]) -> None:
