@@ -495,7 +495,7 @@ tokenizer: {family: null, vocab_size: null}
         (("first.yaml", *sets("seed=1", "phases[0].max_steps=2")), {}, "runs/p/first holds the run of another recipe. Keys that differ: phases[0].max_steps, seed"),
         (("tok.yaml", *sets("candidates.custom.vocab_size=290")), {}, "Keys that differ: candidates.custom.vocab_size"),
         (("other/first.yaml",), {"other/first.yaml": TOKENIZER.replace("./llama", "../llama")}, "runs/p/first holds the run of another recipe"),
-        (("r.yaml",), {"r.yaml": CONTINUED, "text.txt": "Another text. " * 40}, "r.yaml:2:23: the data cannot go on from there: datasets, weights, validation, seed or tokenizer differ"),
+        (("r.yaml",), {"r.yaml": CONTINUED, "text.txt": "Another text. " * 40}, "r.yaml:2:23: the data cannot go on from there: datasets, validation, seed or tokenizer differ"),
         (("r.yaml", *sets("seed=1")), {"r.yaml": CONTINUED}, "r.yaml:2:23: the data cannot go on from there"),
         (("r.yaml", *sets("data.continue_from=tok.yaml")), {"r.yaml": CONTINUED}, "tok.yaml is a tokenizer recipe, which leaves no position in its text to go on from"),
         (("r.yaml", *sets("model.output_of=tok.yaml")), {"r.yaml": CONTINUED}, "--set model.output_of=tok.yaml: tok.yaml is a tokenizer recipe, which leaves no model"),
