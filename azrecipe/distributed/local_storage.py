@@ -47,17 +47,17 @@ def is_writer(main: bool) -> bool:
     return main or (storage_is_local() and os.environ.get("LOCAL_RANK", "0") == "0")
 
 
-def all_gather_object(value: Value) -> list[Value]:
+def all_gather_object(value: Value, group: Any = None) -> list[Value]:
     """Return the values of all processes, in the order of ranks.
 
-    Without a process group it is the value of this process alone. A collective.
+    Without a process group it is the value of this process alone. A collective, of `group` or of all processes.
     """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -12,6 +12,7 @@ from azrecipe.utils import environment_variables
 from azrecipe.utils.process_watch import STACKS_FOLDER
 
 LONG_TIMEOUT_SECONDS = 7200.0
+_checkpoint_groups: list[Any] = []  # at most one, for all phases of a run
 
 
 def check_shared_storage(path: Path, text: str) -> None:
@@ -48,16 +49,31 @@ def start_process_group() -> Any:
     return PartialState(timeout=timedelta(seconds=LONG_TIMEOUT_SECONDS)) if is_distributed else PartialState()
 
 
+def get_checkpoint_group() -> Any:
+    """Return the group of threads that write checkpoints. A collective at first.
+
+    It is gloo's, as a thread's operations on NCCL would mix with those of training. It keeps the long timeout: disks are slow.
+    """
+    import torch.distributed as dist
+
+    if not _checkpoint_groups:
+        timeout = timedelta(seconds=LONG_TIMEOUT_SECONDS)
+        _checkpoint_groups.append(dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoints"))
+    return _checkpoint_groups[0]
+
+
 def set_timeout(seconds: float) -> None:
     """Set how long collective operations may take from now on.
 
-    Operations that have begun keep their timeout. Without a process group nothing happens.
+    Operations that have begun keep their timeout, and so does the group that writes checkpoints. Without a process group nothing happens.
     """
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
         return
     for group in list(dist.distributed_c10d._world.pg_map):
+        if group in _checkpoint_groups:
+            continue
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

@@ -190,6 +190,11 @@ def _list_limits(recipe: Recipe, placement: Placement) -> Iterator[str]:
         )
     if config.training.torch_compile:
         yield "torch_compile: what its kernels move is counted, the memory that they spare is not"
+    if getattr(config.training, "async_sharded_checkpoints", False):
+        yield (
+            "async_sharded_checkpoints: the copies in main memory (weights and optimizer state, shared by all processes) and the time that "
+            "they save are not counted"
+        )
     if config.training.trainer_arguments:
         yield f"training.trainer_arguments are left out: {', '.join(config.training.trainer_arguments)}"
     if placement.context_parallel_size > 1:

@@ -221,14 +221,15 @@ class TrainingMonitor(TrainerCallback):  # type: ignore[misc]
         self.trainer.accelerator.wait_for_everyone()
         checkpoint, main = folder / f"checkpoint-{state.global_step}", self.backend.main
         writer = self.trainer.checkpoint_writer if isinstance(self.trainer, TrainerExtension) else None
-        in_background = main and writer is not None  # a thread writes the main process' files and lists them
+        # A thread writes the main process' files, or those of every process, and lists them
+        in_background = writer is not None and (main or writer.is_collective)
         local_sizes = checkpoints.sync_checkpoint(checkpoint, self.backend) if local_storage.is_writer(main) and not in_background else {}
         sizes = local_storage.merge_file_sizes(local_sizes)
         if main and not in_background:
             checkpoints.write_marker(checkpoint, sizes)
             checkpoints.rotate(folder, self.keep_last)
         checkpoints.mirror_deletions(folder, main)
-        if main and writer is not None:
+        if writer is not None and in_background:
             writer.start_writing(checkpoint, self.keep_last, sizes)
         self.trainer.accelerator.wait_for_everyone()
 

@@ -31,7 +31,7 @@ from azrecipe.recipe.types import PretrainConfig
 from azrecipe.runs.run_dir import RunDir
 from azrecipe.training import checkpoints, main_process_loading, precision, throughput
 from azrecipe.training import trainer as training_trainer
-from azrecipe.training.async_checkpoint import AsyncCheckpointMixin, AsyncCheckpointWriter
+from azrecipe.training.async_checkpoint import AsyncCheckpointMixin, create_checkpoint_writer
 from azrecipe.training.bad_step_guard import BadStepGuard, BadStepGuardMixin
 from azrecipe.training.learning_rates import LearningRatesMixin
 from azrecipe.training.monitor import LoopUnits
@@ -165,7 +165,7 @@ class TextTrainer(AsyncCheckpointMixin, BadStepGuardMixin, LearningRatesMixin):
         self.loss_arguments = liger_kernels.build_loss_arguments(self.model)  # of the model's forward, beside a batch
         self.add_callback(guard)
         self.guard, guard.trainer = guard, self
-        self.checkpoint_writer = None if job.backend.sharded else AsyncCheckpointWriter(job.backend)
+        self.checkpoint_writer = create_checkpoint_writer(self, job.backend, job.config.training.async_sharded_checkpoints)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """Return a step's batches, and the number of labels on all processes."""

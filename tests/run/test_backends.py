@@ -23,7 +23,7 @@ from tests.conftest import write
 from tests.small import Project, copied, weights
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
-# Accumulation, gradients summed after every batch, activation checkpointing and measurements between steps
+# Accumulation, gradients summed after every batch, activation checkpointing, measurements between steps and checkpoints beside them
 EVERYTHING = (
     "--set",
     "training.per_device_train_batch_size=2",
@@ -33,6 +33,8 @@ EVERYTHING = (
     "training.eval_steps=5",
     "--set",
     "training.sync_each_batch=true",
+    "--set",
+    "training.async_sharded_checkpoints=true",
 )
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

@@ -98,6 +98,7 @@ class Training:
 @dataclass(frozen=True, kw_only=True)
 class PretrainTraining(Training):
     on_bad_loss: str
+    async_sharded_checkpoints: bool
     loss_spike_factor: float | None = None
     fused_linear_cross_entropy: str | None = None
 

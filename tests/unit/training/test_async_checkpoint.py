@@ -1,8 +1,9 @@
-"""Checkpoints that a thread writes: the state of their moment, equal to those written at once, and disks that fail."""
+"""Checkpoints that a thread writes: the state of their moment, equal to those written at once, and disks that fail; shards too."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from azrecipe.errors import CannotRun, explain_error
 from azrecipe.training import checkpoints
 from azrecipe.training.async_checkpoint import AsyncCheckpointWriter, copy_to_cpu
 from azrecipe.training.monitor import TrainingMonitor
+from tests.conftest import ROOT, Done
+from tests.small import called
 from tests.unit.training.small_trainer import (
     SINGLE,
     UNITS,
@@ -26,6 +29,8 @@ from tests.unit.training.small_trainer import (
     copy_weights,
 )
 
+WORKER = Path(__file__).with_name("sharded_checkpoint_worker.py")
+needs_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -179,3 +184,40 @@ def test_a_model_that_is_saved_by_name_is_written_at_once(tmp_path: Path) -> Non
     trainer.save_model(str(tmp_path / "final"))
     assert load_file(tmp_path / "final" / "model.safetensors").keys()
     assert trainer.checkpoint_writer is not None and not trainer.checkpoint_writer.pending
+
+
+def start(mode: str, folder: Path) -> Done:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER), mode, str(folder)]
+    return called(command, ROOT)
+
+
+def read_answers(done: Done) -> list[dict[str, Any]]:
+    assert done.code == 0, done.text
+    answers: list[dict[str, Any]] = json.loads(done.out.splitlines()[-1])
+    return answers
+
+
+@needs_cpu
+@pytest.mark.long
+def test_a_sharded_checkpoint_is_the_one_written_at_once(tmp_path: Path) -> None:
+    """And a kill while one is written, which a FIFO without a reader makes last for ever, leaves the one before."""
+    for answer in read_answers(start("whole", tmp_path)):
+        assert answer == {
+            "same": True, "complete": ["checkpoint-2", "checkpoint-4", "checkpoint-6"], "checkpoints": 3, "resumed": True, "timeout": 7200,
+        }  # fmt: skip
+    killed = start("killed", tmp_path)
+    assert killed.code != 0
+    assert (tmp_path / "killed" / "checkpoints" / "checkpoint-4").exists()
+    assert '"step": 5' in (tmp_path / "killed" / "metrics.jsonl").read_text()  # training went on
+    for answer in read_answers(start("resumed", tmp_path)):
+        assert answer == {"newest": "checkpoint-2", "same": True}
+
+
+@needs_cpu
+def test_a_full_disk_under_a_shard_ends_every_process_at_the_next_step(tmp_path: Path) -> None:
+    """/dev/full answers the second process' writes as a full disk does; the checkpoint before stays."""
+    for answer in read_answers(start("full", tmp_path)):
+        name, message = answer["error"]
+        assert name == "CannotRun" and "the disk is full" in message
+        assert answer["left"] == ["checkpoint-2"]
+    assert not (tmp_path / "full" / "checkpoints" / "checkpoint-4").exists()
