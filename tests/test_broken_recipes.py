@@ -264,6 +264,16 @@ CASES = [
     ("child", "  max_length: 256", "  max_length: ${lenght}", "5:15: variable 'lenght' is not defined"),
     ("child", "  rate: 1e-5", "  rate: [1e-5]", "3:9: variables.rate must be text or a number or true or false, not a list"),
     ("child", "  eval_steps: 5", "  eval_step: null", "7:3: unknown key 'eval_step'; did you mean 'eval_steps'?"),
+    # recipes that take their own output or a later step's, names that cannot be told apart
+    ("pretrain", "  output_of: tokenizer.yaml", "  output_of: pretrain.yaml", "8:14: pretrain.yaml takes its own output"),
+    ("sft", "  output_of: pretrain.yaml", "  output_of: sft.yaml", "4:14: sft.yaml takes its own output"),
+    ("evaluate", "answers: {output_of: sft.yaml, max_conversations: 10}", "answers: {output_of: evaluate.yaml}", "14:22: evaluate.yaml takes its own output"),
+    ("tokenizer", "  baseline: {kind: baseline}", "  lowest_fertility: {kind: baseline}", "11:3: a candidate cannot be called lowest_fertility"),
+    ("tokenizer", "  baseline: {kind: baseline}", "  Custom: {kind: baseline}", "12:3: candidate 'custom' differs from 'Custom' in case only"),
+    ("pipeline", "  small: {pretrain.yaml: {seed: 1}}", "  Large: {pretrain.yaml: {seed: 1}}", "10:3: cell 'large' differs from 'Large' in case only"),
+    ("pipeline", "  small: {pretrain.yaml: {seed: 1}}", "  small: {pretrain.yaml: {seed: 2}}", "10:3: cell 'large' changes the same as cell 'small'"),
+    ("pipeline", "  small: {pretrain.yaml: {seed: 1}}", "  small: {pretrain.yaml: {extends: a.yaml}}", "9:27: extends cannot be changed from outside"),
+    ("pipeline", "  sft.yaml: {lora.r: 8}", "  sft.yaml: {fragment: true}", "7:14: fragment cannot be changed from outside"),
     # pipelines
     ("pipeline", "  text: text.txt", "  texts: text.txt", "4:3: variable 'texts' is declared by no step"),
     ("pipeline", "  sft.yaml: {lora.r: 8}", "  stf.yaml: {lora.r: 8}", "7:3: 'stf.yaml' is no step; did you mean 'sft.yaml'?"),
@@ -283,6 +293,9 @@ CASES = [
 OVERRIDES = [
     ("pretrain", "seed=1,5", "seed must be a whole number, not text (\"1,5\"): write 1.5"),
     ("pretrain", "sead=1", "unknown key 'sead'; did you mean 'seed'?"),
+    ("pretrain", "extends=child.yaml", "extends cannot be changed from outside: write it in the file"),
+    ("pretrain", "fragment=true", "fragment cannot be changed from outside"),
+    ("pipeline", "sft.yaml:extends=child.yaml", "extends cannot be changed from outside"),
     ("pretrain", "sead=null", "unknown key 'sead'; did you mean 'seed'?"),
     ("pretrain", "data.packing=yes", "data.packing must be true or false, not text (\"yes\"): write true"),
     ("pretrain", "data.datasets[5].weight=1", "there is no element [5]: it has 2"),
@@ -366,6 +379,13 @@ def test_a_broken_line_is_refused_at_its_place(name: str, line: str, broken: str
 def test_a_broken_override_is_refused_as_it_was_typed(name: str, change: str, message: str) -> None:
     messages = list_messages(name, change)
     assert any(told.startswith(f"--set {change}: ") and message in told for told in messages), messages
+
+
+@pytest.mark.usefixtures("restored")
+def test_steps_in_the_wrong_order_are_refused() -> None:
+    write("pipeline.yaml", PIPELINE.replace("[tokenizer.yaml, pretrain.yaml, sft.yaml,", "[tokenizer.yaml, sft.yaml, pretrain.yaml,"))
+    expected = "sft.yaml:4:14: pretrain.yaml runs after sft.yaml, which takes its output: move it before this step"
+    assert expected in list_messages("pipeline")
 
 
 @pytest.mark.parametrize(("line", "message"), SETTINGS, ids=[line for line, _ in SETTINGS])

@@ -150,6 +150,11 @@ def compose_recipe(
         merged = merge_nodes(merged, node)
     problems: list[Problem] = []
     for override in overrides:
+        if override.keys[0] in ("extends", "fragment"):  # they are read from the file, before it is changed
+            problems.append(
+                Problem(override.node.entry_location, f"{override.keys[0]} cannot be changed from outside: write it in the file")
+            )
+            continue
         try:
             merged = set_at_path(merged, override.keys, override.node)
         except RecipeError as error:

@@ -122,12 +122,21 @@ def _load_cells(root: YamlNode, keys: list[str]) -> tuple[list[MatrixCell], list
     """
     matrix = root.get("matrix")
     cells, problems = [], []
+    plain: dict[str, object] = {}
     for name, node in matrix.value.items() if matrix and isinstance(matrix.value, dict) else ():
         assert isinstance(node.value, dict)
         if not node.value:
             message = f"cell '{name}' changes no step: name the first one that it repeats. Steps: {list_choices(keys)}"
             problems.append(Problem(node.entry_location, message))
         first = min((keys.index(key) for key in node.value if key in keys), default=len(keys))
+        equal = next((other for other, changes in plain.items() if changes == node.to_plain()), None)
+        if equal is not None and node.value:
+            problems.append(Problem(node.entry_location, f"cell '{name}' changes the same as cell '{equal}': remove one of them"))
+        similar = next((other for other in plain if other.lower() == name.lower()), None)
+        if similar is not None:
+            message = f"cell '{name}' differs from '{similar}' in case only, and both name folders: give one another name"
+            problems.append(Problem(node.entry_location, message))
+        plain[name] = node.to_plain()
         cells.append(MatrixCell(name, frozenset(Path(key).stem for key in keys[first:])))
     return cells, problems
 

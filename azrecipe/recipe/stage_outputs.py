@@ -165,6 +165,9 @@ def check_references(recipe: Recipe, find_output: FindOutput, earlier: Sequence[
         earlier: The pipeline's recipes before this one, for advice.
     """
     for reference in list_references(recipe):
+        if Path(reference.file).stem == recipe.name:
+            yield Problem(recipe.locate(*reference.keys), f"{recipe.path.name} takes its own output: name a recipe that runs before it")
+            continue
         output = find_output(reference.file)
         if output is None:
             continue
@@ -253,7 +256,15 @@ def check_steps(recipes: Iterable[Recipe]) -> Iterator[Problem]:
         recipes: The steps' recipes, in the order in which they run; each knows its cell.
     """
     earlier: list[Recipe] = []
-    for recipe, find_output in follow_steps(recipes):
+    recipes = list(recipes)
+    keys = [(recipe.cell.name if recipe.cell else None, recipe.name) for recipe in recipes]
+    for i, (recipe, find_output) in enumerate(follow_steps(recipes)):
+        for reference in list_references(recipe):
+            stem = Path(reference.file).stem
+            key, later = (recipe.find_cell(stem), stem), keys[i + 1 :]
+            if key not in keys[:i] and (key in later or (recipe.cell is None and stem in (name for _, name in later))):
+                message = f"{Path(reference.file).name} runs after {recipe.path.name}, which takes its output: move it before this step"
+                yield Problem(recipe.locate(*reference.keys), message)
         yield from check_references(recipe, find_output, earlier)
         earlier.append(recipe)
 

@@ -189,7 +189,15 @@ def _check_candidates(root: YamlNode) -> Iterator[Problem]:
     candidates, select = root.get("candidates"), root.get("select")
     entries = candidates.value if candidates and isinstance(candidates.value, dict) else {}
     needs = {"baseline": (set(), set()), "custom": ({"vocab_size"}, {"pre_tokenizer"}), "extension": ({"new_tokens"}, {"protect"})}
+    lower: dict[str, str] = {}
     for name, candidate in entries.items():
+        if name == "lowest_fertility":
+            message = "a candidate cannot be called lowest_fertility: select: lowest_fertility takes the best one. Give it another name"
+            yield Problem(candidate.entry_location, message)
+        if name.lower() in lower:
+            message = f"candidate '{name}' differs from '{lower[name.lower()]}' in case only, and both name folders: give one another name"
+            yield Problem(candidate.entry_location, message)
+        lower.setdefault(name.lower(), name)
         kind = candidate.get("kind")
         if kind is None or not isinstance(kind.value, str) or kind.value not in needs or not isinstance(candidate.value, dict):
             continue

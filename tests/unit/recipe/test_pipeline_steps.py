@@ -140,7 +140,7 @@ def test_another_tokenizer_drops_the_inherited_candidate() -> None:
         ("candidate: baseline", "candidate: basline", "study.yaml:6:39: tok.yaml has no candidate 'basline'; did you mean 'baseline'? Candidates: baseline, custom"),
         ("candidate: small", "candidate: smal", "study.yaml:8:102: tok.yaml has no candidate 'smal'; did you mean 'small'? Candidates: baseline, custom, small"),
         ("tokenizer.candidate: baseline", "tokenizer: {name_or_path: ./llama, candidate: a}", "study.yaml:6:53: candidate is one of a tokenizer recipe's: it goes with output_of"),
-        ("tokenizer.candidate: baseline", "tokenizer: {output_of: more.yaml, candidate: a}", None),
+        ("tokenizer.candidate: baseline", "tokenizer: {output_of: more.yaml, candidate: a}", "study.yaml:6:41: more.yaml runs after cpt.yaml, which takes its output"),
         ("dataset: other", "dataset: othr", "study.yaml:9:20: cell 'a' has no validation set 'othr' to be compared on; did you mean 'other'? Validation sets: other, target"),
         ("dataset: other", "metric: loss", 'study.yaml:9:19: compare.metric = "loss" is not known. Allowed: bpb'),
         ("dataset: other", "price_per_hour: 0", "study.yaml:9:27: compare.price_per_hour = 0 is too small: it must be above 0"),
