@@ -24,6 +24,19 @@ def build_number_type(kind: type[int] | type[float], low: float, high: float) ->
     return parse_number
 
 
+def parse_hours(text: str) -> float:
+    """Parse a time for argparse: `24h`, `3d`, or hours without a unit."""
+    units = {"h": 1.0, "d": 24.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        hours = float(number) * unit
+    except ValueError:
+        hours = 0.0
+    if not 0 < hours < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a time, as in 24h or 3d, not '{text}'")
+    return hours
+
+
 parse_positive_int = build_number_type(int, 1, float("inf"))
 
 

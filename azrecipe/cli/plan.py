@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import asdict
 
 from azrecipe.cli import plan_tables
 from azrecipe.errors import EXIT_SUCCESS, CannotRun, CommandError
+from azrecipe.operations.machine_ranking import rank_machines
 from azrecipe.operations.plan import PlanReport, plan_recipes
 from azrecipe.planning import calibrate
-from azrecipe.utils.console import print_line
+from azrecipe.utils.console import print_line, print_progress
 
 
 def plan_recipe_or_pipeline(arguments: Namespace) -> int:
@@ -21,6 +23,10 @@ def plan_recipe_or_pipeline(arguments: Namespace) -> int:
         raise CommandError("--compare names the machines: leave --hardware out, or add it to the list")
     if arguments.recipe is None:
         raise CommandError("which recipe? azrecipe plan RECIPE --hardware NAME")
+    if (arguments.within is not None or arguments.provider is not None) and not arguments.cheapest:
+        raise CommandError("--within and --provider are for --cheapest")
+    if arguments.cheapest:
+        return _rank_machines(arguments)
     report = plan_recipes(
         arguments.recipe,
         hardware=arguments.compare.split(",") if arguments.compare else [arguments.hardware] if arguments.hardware else [],
@@ -39,6 +45,37 @@ def plan_recipe_or_pipeline(arguments: Namespace) -> int:
     _print_report(arguments, report)
     if report.problems:
         raise CannotRun("\n".join(report.problems))
+    return EXIT_SUCCESS
+
+
+def _rank_machines(arguments: Namespace) -> int:
+    """`azrecipe plan --cheapest`: rank machines by price."""
+    refused = [name for name in ("hardware", "compare", "price_per_hour", "largest_batch") if getattr(arguments, name)]
+    if refused:
+        raise CommandError(f"--cheapest ranks all machines with a known price: leave --{refused[0].replace('_', '-')} out")
+    print_progress("estimating all machines with a known price")
+    ranking = rank_machines(
+        arguments.recipe,
+        nodes=arguments.nodes,
+        overrides=arguments.set,
+        runs_dir=arguments.runs_dir,
+        step=arguments.step,
+        cell=arguments.cell,
+        accelerate_config=arguments.accelerate_config,
+        config_json=arguments.config_json,
+        vocab_size=arguments.vocab_size,
+        hardware_file=arguments.hardware_file,
+        within_hours=arguments.within,
+        providers=[name.strip() for name in arguments.provider.split(",")] if arguments.provider else [],
+    )
+    if arguments.json:
+        print_line(json.dumps({"machines": [asdict(one) for one in ranking.machines], "left_out": ranking.left_out}, indent=2))
+    else:
+        plan_tables.show_machine_ranking(ranking)
+    if not ranking.machines:
+        raise CannotRun(
+            f"{ranking.recipe}: no machine is left: {', '.join(f'{count} {reason}' for reason, count in ranking.left_out.items())}"
+        )
     return EXIT_SUCCESS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from azrecipe.cli.option_types import parse_positive_int
+from azrecipe.cli.option_types import parse_hours, parse_positive_int
 
 
 def add_plan_verb(verbs: Any) -> Any:
@@ -23,6 +23,9 @@ def add_plan_verb(verbs: Any) -> Any:
     )
     plan.add_argument("--nodes", type=parse_positive_int, default=1, metavar="N", help="machines (default: 1)")
     plan.add_argument("--compare", metavar="NAME,NAME,…", help="the same on several machines, side by side")
+    plan.add_argument("--cheapest", action="store_true", help="rank all machines with a known price by what the recipe costs on them")
+    plan.add_argument("--within", type=parse_hours, metavar="TIME", help="with --cheapest: leave out what may take longer: 24h, 3d")
+    plan.add_argument("--provider", metavar="NAME,…", help="with --cheapest: only machines of these: aws,gcp,lambda")
     plan.add_argument("--largest-batch", action="store_true", help="print only the largest batch of each loop: surely, and perhaps")
     plan.add_argument("--no-levers", action="store_true", help="leave out what single changes would do")
     plan.add_argument("--json", action="store_true", help="as JSON")

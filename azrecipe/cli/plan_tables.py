@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from azrecipe.hardware import GIB
-from azrecipe.planning.decision import describe_comparison
+from azrecipe.operations.machine_ranking import MachineRanking
+from azrecipe.planning.decision import describe_comparison, format_bounds
 from azrecipe.planning.estimate import sum_pipeline
 from azrecipe.planning.estimate_types import Bounds
 from azrecipe.utils.console import print_line
@@ -160,6 +161,37 @@ def show_machine_comparison(answers: Sequence[Mapping[str, Any]]) -> None:
     for note in dict.fromkeys(note for answer in answers for note in answer["notes"]):
         console.print(f"note: {note}")
     console.print(UNVERIFIED_NOTE)
+
+
+def show_machine_ranking(ranking: MachineRanking) -> None:
+    """Print machines, cheapest first."""
+    console = open_console(WIDTH)
+    sold = [one for one in ranking.machines if one.unit == "USD"]
+    if sold:
+        fastest = min(sold, key=lambda one: one.hours["middle"])
+        console.print(
+            f"{ranking.recipe}: cheapest that fits: {sold[0].name}, {_format_money(sold[0].cost)} USD; "
+            f"fastest: {fastest.name}, {_format_hours(fastest.hours)} h, {_format_money(fastest.cost)} USD"
+        )
+    table = Table(title="Machines on which it fits, cheapest first", title_justify="left")
+    for name in ("machines", "provider", "batch", "hours", "cost", "price of", "runs known"):
+        table.add_column(name, justify="right" if name in ("batch", "hours", "cost") else "left", overflow="fold")
+    for one in ranking.machines:
+        batches = ", ".join(map(str, dict.fromkeys(one.batches)))
+        cost = f"{_format_money(one.cost)} {one.unit}"
+        known = "none on this chip" if "none on" in one.rests_on else "on this chip"
+        table.add_row(one.name, one.provider, batches, _format_hours(one.hours), cost, one.priced, known)
+    console.print(table)
+    for reason, count in ranking.left_out.items():
+        console.print(f"{count} machines are left out: {reason}")
+    console.print(
+        "Prices are list prices of one region on one day, without storage, transfer and taxes. Prices of spot machines are not ranked."
+    )
+    console.print(UNVERIFIED_NOTE)
+
+
+def _format_money(bounds: Mapping[str, float]) -> str:
+    return format_bounds(bounds, "{:,.0f}" if bounds["low"] >= 10 else "{:,.2f}")
 
 
 def show_pipeline_comparison(estimates: Sequence[Sequence[Mapping[str, Any]]]) -> None:

@@ -106,15 +106,8 @@ def plan_recipes(
         CommandError: A machine is not known, the recipe trains nothing, or its only recipe cannot be estimated.
         CannotRun: The hub is needed and cannot be reached.
     """
-    selection = select_recipes(recipe, overrides=overrides, step=step, cell=cell)
-    recipes = selection.recipes
-    siblings = [s.recipe for s in load_pipeline(selection.path, parse_overrides(overrides))[1]] if step else recipes
-    launch = _read_launch(accelerate_config)
-    training = [one for one in recipes if one.stage in preflight.TRAINING_STAGES]
-    if not training:
-        raise CommandError(
-            f"{recipes[0].path}: {'an' if recipes[0].stage == 'evaluate' else 'a'} {recipes[0].stage} recipe. azrecipe plan takes pretrain and sft recipes, and pipelines with some"
-        )
+    training, siblings = select_training_recipes(recipe, overrides, step, cell)
+    launch = read_launch(accelerate_config)
     if not hardware:
         raise CommandError(
             "which machine? --hardware p5.48xlarge, or cards: --hardware 'h100-80g x8'; several: --compare p4d.24xlarge,p5.48xlarge"
@@ -132,7 +125,34 @@ def plan_recipes(
     return planner.estimate_recipes()
 
 
-def _read_launch(name: str | None) -> Placement | None:
+def select_training_recipes(
+    recipe: str | Path, overrides: Sequence[str], step: str | None, cell: str | None
+) -> tuple[list[Recipe], Sequence[Recipe]]:
+    """Select the recipes that train, and all recipes of their pipeline.
+
+    Args:
+        recipe: The path of a recipe or pipeline.
+        overrides: KEY=VALUE, as `--set` takes them.
+        step: The only step of a pipeline.
+        cell: The only cell of a matrix.
+
+    Raises:
+        CommandError: No recipe trains.
+    """
+    selection = select_recipes(recipe, overrides=overrides, step=step, cell=cell)
+    recipes = selection.recipes
+    siblings = [s.recipe for s in load_pipeline(selection.path, parse_overrides(overrides))[1]] if step else recipes
+    training = [one for one in recipes if one.stage in preflight.TRAINING_STAGES]
+    if not training:
+        stage = recipes[0].stage
+        raise CommandError(
+            f"{recipes[0].path}: {'an' if stage == 'evaluate' else 'a'} {stage} recipe. azrecipe plan takes pretrain and sft recipes, "
+            "and pipelines with some"
+        )
+    return training, siblings
+
+
+def read_launch(name: str | None) -> Placement | None:
     """Read an accelerate config as a placement without machines."""
     if name is None:
         return None

@@ -83,6 +83,16 @@ def build_request(recipe: Recipe, lookup: ModelLookup, placement: Placement, wit
     return EstimateRequest(recipe, placement, model, planned, lengths, longest, with_alternatives, tuple(notes))
 
 
+def change_recipe(request: EstimateRequest, recipe: Recipe) -> EstimateRequest:
+    """Return a request for the same model and machines with another recipe.
+
+    The recipe must have the same loops, as with other batches on a card.
+    """
+    placement = request.placement
+    planned = plan_loops(recipe, request.model, placement.backend, reshard=placement.reshard, card=placement.machine.card)
+    return replace(request, recipe=recipe, loops=planned)
+
+
 def _fit_global_batch(recipe: Recipe, placement: Placement) -> tuple[Recipe, list[str]]:
     """Take the nearest global batch that divides over the processes, and a note."""
     training, processes = recipe.config.training, placement.backend.data_parallel_size
@@ -332,7 +342,7 @@ def _estimate_batch(loop: PlannedLoop, cost: StepCost, placement: Placement, *, 
     """Estimate what the best batch changes against the recipe's batch."""
     changed = replace(loop, batch=best.batch * loop.pairs, step=replace(loop.step, accumulates=best.accumulation > 1))
     options = f"--set training.per_device_train_batch_size={best.batch}"
-    alternative = Alternative(f"{best.batch} sequences at once", options, changed, placement)
+    alternative = Alternative(f"{best.batch} sequence{'s' if best.batch > 1 else ''} at once", options, changed, placement)
     estimate = _estimate_alternative(alternative, cost, base, best)
     return {**estimate, "faster": best.rate["middle"] / base["tokens_per_second"]["middle"] - 1 if best.rate else None}
 

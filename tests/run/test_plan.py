@@ -256,3 +256,23 @@ def test_what_cannot_run_has_no_hours_and_no_price(tiny: Path) -> None:
     answer = asked(tiny, "r.yaml", "--hardware", "t4", *huge, "--set", "training.precision=float32", "--no-levers", code=3)
     assert answer["decision"].startswith("does not fit at 64: it needs ")
     assert answer["hours"] is None and all(loop["cost"] == {"on_demand": None, "spot": None} for loop in answer["loops"])
+
+
+def test_machines_are_ranked_by_price(tiny: Path) -> None:
+    ranking = asked(tiny, "r.yaml", "--cheapest")
+    machines = ranking["machines"]
+    sold = [one["cost"]["middle"] for one in machines if one["unit"] == "USD"]
+    assert len(sold) > 40 and sold == sorted(sold)
+    assert [one["unit"] for one in machines] == ["USD"] * len(sold) + ["node-hours"] * (len(machines) - len(sold))
+    assert {"aws", "lambda"} <= {one["provider"] for one in machines}
+    of_aws = asked(tiny, "r.yaml", "--cheapest", "--provider", "aws")["machines"]
+    assert of_aws == [one for one in machines if one["provider"] == "aws"]
+    limit = sorted(one["hours"]["high"] for one in of_aws)[3]
+    quick = asked(tiny, "r.yaml", "--cheapest", "--provider", "aws", "--within", f"{limit}h")
+    assert quick["machines"] == [one for one in of_aws if one["hours"]["high"] <= limit]
+    printed = plan(tiny, "r.yaml", "--cheapest", "--provider", "lambda")
+    assert "r.yaml: cheapest that fits: gpu_" in printed and "none on this chip" in printed
+    assert "did you mean 'lambda'?" in plan(tiny, "r.yaml", "--cheapest", "--provider", "lamda", code=2)
+    assert "leave --hardware out" in plan(tiny, "r.yaml", "--cheapest", "--hardware", "l4", code=2)
+    assert "must be a time, as in 24h or 3d, not 'soon'" in plan(tiny, "r.yaml", "--cheapest", "--within", "soon", code=2)
+    assert "are for --cheapest" in plan(tiny, "r.yaml", "--hardware", "l4", "--within", "3d", code=2)
