@@ -68,14 +68,14 @@ def _hand(dealer: random.Random, kind: str, number: int) -> list[Case]:
     return [_case(kind, n, {name: values[n] for name, values in dealt.items()}) for n in range(number)]
 
 
-def _case(kind: str, number: int, drawn: dict[str, Any]) -> Case:
+def _case(kind: str, number: int, drawn: dict[str, Any], processes: int = 2) -> Case:
     tuned = drawn["trains"] in ("lora", "tuning")
     drawn["length"] += 64 * tuned  # a conversation begins with a system prompt
     drawn["fused"] = None if tuned else drawn["fused"]
     if (kind, drawn["trains"], drawn["precision"]) == ("fsdp2", "lora", "bf16_mixed"):
         drawn["accumulation"] = 1  # FSDP 2 fails there: TRL takes the head whole, past it, and no forward pass has gathered it (torch 2.13)
     name = f"{kind}-{number:02d}"
-    per_step = drawn["batch"] * drawn["accumulation"] * (2 if kind == "fsdp2" else 1)
+    per_step = drawn["batch"] * drawn["accumulation"] * (1 if kind == "single" else processes)
     training = {
         "global_batch_size": per_step, "per_device_train_batch_size": drawn["batch"], "precision": drawn["precision"],
         "activation_checkpointing": drawn["activation_checkpointing"], "max_grad_norm": drawn["max_grad_norm"], "optim": drawn["optim"],
@@ -108,6 +108,21 @@ def _case(kind: str, number: int, drawn: dict[str, Any]) -> Case:
     if drawn["fused"]:
         training["fused_linear_cross_entropy"] = drawn["fused"]
     return Case(name, kind, drawn, recipe)
+
+
+PLAIN: dict[str, Any] = {
+    "trains": "all", "model_type": "llama", "precision": "float32", "activation_checkpointing": False, "layers": 6, "batch": 2, "length": 64,
+    "vocabulary": 512, "tied": True, "kv_heads": 2, "packing": True, "attn_implementation": "sdpa", "fused": None, "accumulation": 1,
+    "max_grad_norm": 1.0, "optim": "adamw_torch", "targets": "all-linear",
+}  # fmt: skip
+
+
+def list_sharded_cases(kind: str, processes: int) -> list[Case]:
+    """Configurations of one backend with so many processes, none of them drawn."""
+    changes: list[dict[str, Any]] = [{}, {"precision": "bf16_pure"}, {"length": 128, "batch": 4}]
+    if kind == "fsdp2":
+        changes = [{"trains": "lora", "precision": precision} for precision in ("float32", "bf16_mixed", "bf16_pure")]
+    return [_case(kind, number, PLAIN | change, processes) for number, change in enumerate(changes)]
 
 
 def config_of(drawn: dict[str, Any]) -> dict[str, Any]:
@@ -285,8 +300,8 @@ def measure(case: Case, folder: Path, backend: Any) -> dict[str, Any]:
     return dict(seen.found)
 
 
-def main(folder: Path, seed: int) -> None:
-    """Measure each case of this process' backend."""
+def main(folder: Path, seed: int | None) -> None:
+    """Measure each case of this process' backend; without a seed those of list_sharded_cases."""
     from azrecipe.distributed import backend as backends
     from azrecipe.pipeline.worker import _silence_libraries
 
@@ -297,11 +312,12 @@ def main(folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # what was imported need not be looked through again and again
-    found = {case.name: measure(case, folder, backend) for case in draw(seed) if case.kind == backend.strategy}
+    cases = list_sharded_cases(backend.strategy, backend.world_size) if seed is None else draw(seed)
+    found = {case.name: measure(case, folder, backend) for case in cases if case.kind == backend.strategy}
     (folder / f"measured-{backend.strategy}-{backend.rank}.json").write_text(json.dumps(found))
     if backend.world_size > 1:
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
