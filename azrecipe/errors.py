@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +175,21 @@ def list_choices(choices: Iterable[str]) -> str:
     return ", ".join(sorted(choices))
 
 
+@contextmanager
+def name_written_path(path: object) -> Iterator[None]:
+    """Give an exception of the block the path that is written.
+
+    Libraries, and writing to an open file, do not name it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "written_path"):  # the innermost is the most precise
+            with suppress(AttributeError):
+                error.written_path = str(path)  # type: ignore[attr-defined]
+        raise
+
+
 def get_first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its class name."""
     text = str(error).strip()
@@ -194,9 +210,16 @@ def explain_error(error: BaseException) -> AzrecipeError | None:
         return error
     text = str(error)
     if (reason := _explain_full_disk(error)) is not None:
-        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        written = getattr(error, "written_path", None) or (error.filename if isinstance(error, OSError) else None)
+        where = f" ({written})" if written else ""
         return CannotRun(
             f"{reason}{where}. What was being written is discarded and the last complete checkpoint is kept: free space, then run the same command again"
+        )
+    if isinstance(error, MemoryError):  # Python's own: main memory, not that of a GPU
+        return CannotRun(
+            f"out of memory: {text.splitlines()[0] if text else 'this machine has no main memory left for it'}\n"
+            "  Free main memory, or use a machine with more. Where text was read or tokenised: data with shorter documents, or a lower "
+            "max_document_bytes"
         )
     if is_out_of_memory(error):
         return CannotRun(

@@ -124,7 +124,18 @@ def read_pieces(source: DataSource, columns: Sequence[str] | None = None) -> Ite
         yield from _read_hub_pieces(source, columns)
         return
     for file in list_files(source):
-        yield from _read_parquet_pieces(file, source, columns) if file.format == "parquet" else _read_byte_pieces(file, source)
+        try:
+            yield from _read_parquet_pieces(file, source, columns) if file.format == "parquet" else _read_byte_pieces(file, source)
+        except MemoryError as error:
+            raise explain_memory(f"{source.location}: {file}", error) from None
+
+
+def explain_memory(place: str, error: MemoryError) -> CannotRun:
+    """Build the error for text that does not fit into main memory."""
+    return CannotRun(
+        f"{place}: out of main memory while this text was read or tokenised ({get_first_line(error)}): lower max_document_bytes, or use a "
+        "machine with more memory"
+    )
 
 
 def list_files(source: DataSource) -> list[DataFile]:

@@ -261,6 +261,9 @@ def _tokenize_piece(file: str, piece: readers.SourcePiece, limit: int | None = N
         tokens = encoder(texts)
     except UnencodableTextError as error:
         raise reader.source.error(f"{locations[error.index]}: {error}") from None
+    except MemoryError as error:
+        place = f"{reader.source.location}: {locations[0]} and the {len(texts) - 1} documents behind it"
+        raise readers.explain_memory(place, error) from None
     records["length"] = [len(ids) for ids in tokens]
     stats.documents, stats.tokens, stats.bytes = len(texts), int(records["length"].sum()), int(records["size"].sum())
     arrays = [np.concatenate([np.zeros(0, np.uint32), *tokens]), records]

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from azrecipe.errors import DamagedFileError
+from azrecipe.errors import DamagedFileError, name_written_path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with tmp.open("w", encoding="utf-8") as file:
+        with name_written_path(path), tmp.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -114,8 +114,9 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     tmp = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True)
     try:
-        yield tmp
-        sync_tree(tmp)
+        with name_written_path(path):
+            yield tmp
+            sync_tree(tmp)
         if path.exists() and replace:
             old = tmp.with_suffix(".old")
             path.replace(old)
@@ -138,7 +139,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     _remove_abandoned(path)
     tmp = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        yield tmp
+        with name_written_path(path):
+            yield tmp
         with tmp.open("rb") as file:
             os.fsync(file.fileno())
         tmp.replace(path)
@@ -209,7 +211,7 @@ def append_json_lines(path: Path, rows: Iterable[Any]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with name_written_path(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

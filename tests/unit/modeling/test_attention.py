@@ -170,6 +170,13 @@ def test_memory_that_is_out_is_told_as_that(text: str) -> None:
     assert "training.per_device_train_batch_size" in str(known)
 
 
+def test_main_memory_is_no_matter_of_the_batch() -> None:
+    known = errors.explain_error(MemoryError())
+    assert known is not None and known.exit_code == 3
+    assert str(known).startswith("out of memory: this machine has no main memory left")
+    assert "batch" not in str(known) and "max_document_bytes" in str(known)
+
+
 def meta(model_type: str, **fields: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
