@@ -110,7 +110,7 @@ REFUSED_BY_READING = [
     Case("not UTF-8", b"stage: sft\n# \xc9\n", ("r.yaml:2:3: not UTF-8: byte 0xc9; save the file as UTF-8",)),
     Case("UTF-16", "stage: sft\n".encode("utf-16"), ("r.yaml:1:1: not UTF-8",)),
     # the stage
-    Case("no stage", "project: p\n", ("r.yaml:1:1: missing key 'stage': one of tokenizer, pretrain, sft, evaluate, pipeline",)),
+    Case("no stage", "project: p\n", ("r.yaml:1:1: missing key 'stage': one of tokenizer, pretrain, sft, merge, evaluate, pipeline",)),
     Case("unknown stage", "stage: pretrian\n", ("r.yaml:1:8: there is no stage 'pretrian'; did you mean 'pretrain'? Stages: evaluate",)),
     Case("unlike any stage", "stage: xyz\n", ("r.yaml:1:8: there is no stage 'xyz'. Stages: evaluate",)),
     Case("stage no text", "stage: [sft]\n", ("r.yaml:1:8: there is no stage",)),
@@ -188,7 +188,7 @@ REFUSED_BY_READING = [
     Case("set: wrong", PIPELINE + "set: {sft.yaml: {lora.rank: 1}}\n", ("r.yaml:4:18: unknown key 'rank'. Allowed here: lora_alpha",), files=STEPS),
     Case("pipeline in a pipeline", PIPELINE.replace("cpt.yaml", "q.yaml"), ("r.yaml:3:9: a pipeline cannot be a step of a pipeline",), files={**STEPS, "q.yaml": PIPELINE}),
     Case("variable of no step", PIPELINE + "variables: {language: kk}\n", ("r.yaml:4:13: variable 'language' is declared by no step. Declared: none",), files=STEPS),
-    Case("output of a later step", PIPELINE.replace("cpt.yaml, sft.yaml", "sft.yaml, cpt.yaml"), ("sft.yaml:3:20: takes the output of cpt.yaml, which is no earlier step of r.yaml",), files=STEPS),
+    Case("output of a later step", PIPELINE.replace("cpt.yaml, sft.yaml", "sft.yaml, cpt.yaml"), ("sft.yaml:3:20: cpt.yaml runs after sft.yaml, which takes its output: move it before this step",), files=STEPS),
     Case("wrong step", PIPELINE, ("r.yaml: there is no step 'stf.yaml'; did you mean 'sft.yaml'? Steps: cpt.yaml, sft.yaml",), args=("--step", "stf.yaml"), files=STEPS),
     Case("wrong recipe in a pipeline", PIPELINE, ("cpt.yaml:10:1: unknown key 'sede'", "sft.yaml:7:1: unknown key 'lroa'"), files={"cpt.yaml": PRETRAIN + "sede: 1\n", "sft.yaml": SFT + "lroa: {}\n"}),
     Case("cell for no step", PIPELINE + "matrix: {a: {stf.yaml: {seed: 1}}}\n", ("r.yaml:4:14: 'stf.yaml' is no step; did you mean 'sft.yaml'? Steps: cpt.yaml, sft.yaml",), files=STEPS),

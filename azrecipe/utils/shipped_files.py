@@ -16,7 +16,7 @@ RUNTIME_FILES = (
         "common", "evaluate", "hardware", "merge", "pipeline", "plan", "pretrain", "result", "sagemaker", "sft", "tokenizer",
     )),
     *(f"accelerate_configs/{name}.yaml" for name in ("context", "cpu", "ddp", "fsdp", "hsdp", "zero2", "zero3")),
-    *(f"hardware/{name}.yaml" for name in ("calibration", "hardware", "models")),
+    *(f"hardware/{name}.yaml" for name in ("calibration", "efficiencies", "hardware", "models")),
 )  # fmt: skip
 _PACKAGE = Path(azrecipe.__file__).resolve().parent
 

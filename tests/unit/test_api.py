@@ -67,6 +67,7 @@ def test_the_import_is_light_and_lists_its_functions() -> None:
         azrecipe.checks  # type: ignore[attr-defined] # noqa: B018
 
 
+@pytest.mark.long
 def test_torch_stays_out_of_the_notebook(project: Project) -> None:
     code = (
         "import azrecipe, sys\nazrecipe.check('base.yaml')\nazrecipe.plan('base.yaml', 'l4', with_alternatives=False)\n"
@@ -223,7 +224,8 @@ def broken(project: Project, base: Any) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_run_that_fails_raises_its_message(broken: str, num_processes: int) -> None:
     with pytest.raises(RunFailed, match="the loss is nan at step") as caught:
         azrecipe.run(broken, runs_dir=f"failed in {num_processes}", num_processes=num_processes)

@@ -224,7 +224,7 @@ phases: [{name: all, trainable_parameters: [all], learning_rate: 1e-3, max_steps
     ("old", "new", "message"),
     [
         ("project: p", 'project: "p\\n"', 'r.yaml:2:10: project = "p\\n" must be letters, digits'),
-        ("target:", '"target\\n":', "r.yaml:4:67: 'target\\n' is no name to use here"),
+        ("target:", '"target\\n":', "r.yaml:4:67: a key with a line break or another control character"),
         ("name: all", 'name: "all\\n"', 'r.yaml:5:17: phases[0].name = "all\\n" must be letters'),
         ("name_or_path: owner/model", 'output_of: "a.yaml\\n"', 'r.yaml:3:20: model.output_of = "a.yaml\\n" must be the file name of a recipe'),
         ("project: p", f"project: {'p' * 300}", "r.yaml:2:10: project has 300 characters: at most 100"),
