@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from azrecipe.distributed import meeting
 from azrecipe.errors import CannotRun
 from azrecipe.utils import environment_variables
 from azrecipe.utils.process_watch import STACKS_FOLDER
@@ -41,11 +42,19 @@ def check_shared_storage(path: Path, text: str) -> None:
 def start_process_group() -> Any:
     """Start the process group once; return Accelerate's PartialState.
 
-    The timeout covers the work of the main process while the others wait: merging, saving, syncing to slow disks.
+    The timeout covers the work of the main process while the others wait: merging, saving, syncing to slow disks. It does not cover
+    the wait for processes to come, which is shorter.
+
+    Raises:
+        RunFailed: A process has ended, or did not come.
+        CannotRun: The launch's store cannot be reached.
     """
+    import torch.distributed as dist
     from accelerate import PartialState
 
     is_distributed = "WORLD_SIZE" in os.environ
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        meeting.meet_processes()
     return PartialState(timeout=timedelta(seconds=LONG_TIMEOUT_SECONDS)) if is_distributed else PartialState()
 
 
@@ -60,6 +69,17 @@ def get_checkpoint_group() -> Any:
         timeout = timedelta(seconds=LONG_TIMEOUT_SECONDS)
         _checkpoint_groups.append(dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoints"))
     return _checkpoint_groups[0]
+
+
+def announce_failure(message: str) -> None:
+    """Tell the other processes that this one ends, before they have met.
+
+    Afterwards they notice it by themselves.
+    """
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        meeting.announce_failure(message)
 
 
 def set_timeout(seconds: float) -> None:

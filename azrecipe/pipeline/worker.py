@@ -140,6 +140,7 @@ class _WorkerProcess:
         """
         if not self.main:
             try:
+                _announce_failure(message)
                 time.sleep(3)
             except (Interrupted, KeyboardInterrupt):
                 return
@@ -147,6 +148,8 @@ class _WorkerProcess:
         print_progress(message)
         if self.folder is not None:
             self.folder.write_reason(self.rank, message)
+        if self.main:
+            _announce_failure(message)
 
     def _record_forced_end(self, exit_code: int, message: str) -> None:
         """Record that the watch ends this process; called in its thread."""
@@ -207,6 +210,15 @@ def _silence_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def _announce_failure(message: str) -> None:
+    """Tell the processes of other machines, which may wait for this one."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    from azrecipe.distributed import process_group
+
+    process_group.announce_failure(message.removeprefix("azrecipe: "))
 
 
 def _format_error(error: AzrecipeError) -> str:

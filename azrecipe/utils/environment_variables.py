@@ -88,6 +88,13 @@ ALLOW_CODE = EnvironmentVariable(
     "none",
     "`1`: functions that a recipe's own task files name are run, as with `--allow-code` (docs/evaluation.md)",
 )
+START_TIMEOUT = EnvironmentVariable(
+    "AZRECIPE_START_TIMEOUT",
+    "7200",
+    "7200",
+    "How long the processes of a run wait for each other before training begins, in seconds. Then the run ends, and names those that did not "
+    "come (docs/training.md)",
+)
 STEP_TIMEOUT = EnvironmentVariable(
     "AZRECIPE_STEP_TIMEOUT",
     "600",
@@ -116,6 +123,7 @@ VARIABLES = (
     EXIT_CODES,
     PAGE,
     SERVE_SETTINGS,
+    START_TIMEOUT,
     STEP_TIMEOUT,
     STOP_TIMEOUT,
     STORAGE,

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from azrecipe.errors import CannotRun
-from azrecipe.utils.parent_watch import ParentProbe, ParentWatch
+from azrecipe.utils.parent_watch import end_with_parent
 
 MIN_POOL_CHARACTERS = 1_000_000  # this process finishes less text sooner than other processes start
 CHUNK_CHARACTERS = 500_000  # characters in a chunk
@@ -127,4 +127,4 @@ def _initialize_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    ParentWatch(ParentProbe(parent), lambda: os._exit(1))
+    end_with_parent(parent)

@@ -18,6 +18,7 @@ from azrecipe.errors import CommandError
 from azrecipe.planning.simulation.step_cost import StepCost, parse_step_cost
 from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.utils.atomic_files import read_json, write_json
+from azrecipe.utils.parent_watch import end_with_parent
 from azrecipe.utils.process_pool import count_cores
 
 GROUPED_PRODUCTS = "Expected inputs of BF16 type"  # of torch.nn.functional.grouped_mm on fake tensors
@@ -97,7 +98,7 @@ def _read(key: str) -> StepCost | None:
 
 def _simulate_in_new_process(steps: list[tuple[StepSpec, int]]) -> list[StepCost | CommandError]:
     """Simulate steps in a new process, which alone loads torch."""
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, get_context("fork"), end_with_parent, (os.getpid(),)) as pool:
         return pool.submit(_simulate_in_parallel, steps).result()
 
 
@@ -109,7 +110,7 @@ def _simulate_in_parallel(steps: list[tuple[StepSpec, int]]) -> list[StepCost | 
     workers = min(count_cores(), len(steps))
     if workers == 1:
         return [_simulate(spec, length) for spec, length in steps]
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(workers, get_context("fork"), end_with_parent, (os.getpid(),)) as pool:
         return list(pool.map(_simulate, [spec for spec, _ in steps], [length for _, length in steps]))
 
 
