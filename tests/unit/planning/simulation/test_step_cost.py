@@ -167,6 +167,14 @@ def test_zero_splits_the_optimizer_s_temporaries_and_its_peak_is_looked_for_agai
     assert ("gradients" in kinds) is (split["gradients"] < whole["gradients"] / 2)
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_deepspeed_s_bucket_is_allocated_whole(strategy: str) -> None:
+    spec = replace(PLAIN, strategy=strategy, shards=2 if strategy == "zero3" else 1)
+    cost = step_simulation.measure_step(spec, 16)
+    width = cost.parameters.trainable_bytes / cost.parameters.trainable
+    assert compute_memory_budget(cost, spec, 4, 2).parts["communication"] >= 500_000_000 * width  # the model itself has some MB
+
+
 @pytest.mark.parametrize(("adapter_dtype", "size"), [(None, 4), ("bfloat16", 2)])
 def test_an_adapter_s_numbers_have_the_size_that_trl_gives_them(adapter_dtype: str | None, size: int) -> None:
     cost = step_simulation.measure_step(replace(PLAIN, lora=LORA, quantized=True, head="trl", adapter_dtype=adapter_dtype, cuda=False), 64)
