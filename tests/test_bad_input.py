@@ -595,7 +595,11 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.usefixtures("project")
-@pytest.mark.parametrize("base", [PRETRAIN, FIRST, SFT, TOKENIZER, EVALUATE, PIPELINE], ids=lambda text: text.split()[1])
+@pytest.mark.parametrize(
+    "base",
+    [PRETRAIN, SFT, EVALUATE, *(pytest.param(text, marks=pytest.mark.long) for text in (FIRST, TOKENIZER, PIPELINE))],
+    ids=lambda text: text.split()[1],
+)
 def test_no_value_in_any_place_ends_in_a_traceback(base: str) -> None:
     for name, text in STEPS.items():
         write(name, text)

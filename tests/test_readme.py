@@ -52,7 +52,8 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
         assert steps or recipe.stage != "pipeline"
     elif arguments.verb == "plan" and arguments.calibrate is None:
         open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)
-        for name in arguments.compare.split(",") if arguments.compare else [arguments.hardware]:
+        names = arguments.compare.split(",") if arguments.compare else [arguments.hardware]
+        for name in names if not arguments.cheapest else []:
             find_machine(name)
     elif arguments.verb == "sagemaker" and arguments.action in ("submit", "pack"):
         open_recipe(arguments.recipe, parse_overrides(arguments.set), arguments.step)

@@ -22,7 +22,6 @@ from typing import IO, Any, ParamSpec, TypeVar
 
 import azrecipe
 from azrecipe.errors import EXIT_SIGTERM, AzrecipeError, CannotRun, Interrupted, RunFailed
-from azrecipe.utils.parent_watch import ParentProbe, ParentWatch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +33,7 @@ sys.path.insert(0, sys.argv[1])
 import azrecipe
 del sys.path[0]
 from azrecipe.operations import isolation
-isolation.serve_request(int(sys.argv[2]), int(sys.argv[3]))
+isolation.serve_request(int(sys.argv[2]))
 """
 
 
@@ -64,7 +63,7 @@ class _Answer:
 def run_isolated(function: Callable[P, T], /, *args: P.args, **arguments: P.kwargs) -> T:
     """Call a function in a process of its own.
 
-    What it prints appears as usual. Ctrl-C interrupts it. It ends with this process, however that ends.
+    What it prints appears as usual. Ctrl-C interrupts it.
 
     Args:
         function: A function of a module of azrecipe.
@@ -97,7 +96,7 @@ def _call(function: Callable[..., T], arguments: dict[str, Any], *, output: IO[b
     request = _Request(function.__module__, function.__qualname__, arguments)
     reader, writer = os.pipe()
     root = str(Path(azrecipe.__file__).resolve().parents[1])
-    command = [sys.executable, "-P", "-c", BOOTSTRAP, root, str(writer), str(os.getpid())]
+    command = [sys.executable, "-P", "-c", BOOTSTRAP, root, str(writer)]
     try:
         try:
             child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[writer])
@@ -179,22 +178,16 @@ def _read_output(output: IO[bytes] | None) -> str:
     return f"\nIt printed:\n{output.read().decode(errors='replace')}"
 
 
-def serve_request(writer: int, parent: int) -> None:
+def serve_request(writer: int) -> None:
     """Answer the request on stdin through a pipe. The child's main function.
 
-    Where the parent dies, this process ends as after SIGTERM: a training saves a checkpoint.
-
-    Args:
-        writer: The pipe's file descriptor.
-        parent: The parent's process id.
+    `writer` is the pipe's file descriptor.
     """
     os.set_inheritable(writer, False)  # a process that outlives this one must not hold the pipe open
-    with ParentWatch(ParentProbe(parent), lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        content = pickle.dumps(_answer_request(sys.stdin.buffer.read()))
-    with contextlib.suppress(BrokenPipeError):  # the parent has died
-        sys.stdout.flush()
-        with os.fdopen(writer, "wb") as pipe:
-            pipe.write(content)
+    content = pickle.dumps(_answer_request(sys.stdin.buffer.read()))
+    sys.stdout.flush()
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(content)
 
 
 def _answer_request(content: bytes) -> _Answer:

@@ -170,6 +170,7 @@ def test_two_machines_train_what_two_processes_train_and_each_keeps_its_own_part
         assert not second.exists()
 
 
+@pytest.mark.long
 def test_two_machines_with_two_processes_each_train_what_one_process_trains(machines: Machines, finished: Project) -> None:
     machines.run("ddp", "--set", "training.report_to=[tensorboard]", processes=2)
     shutil.copytree(machines.runs[0], machines.project.path("cpt"))

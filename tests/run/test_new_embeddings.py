@@ -67,6 +67,7 @@ def test_killed_once_the_vectors_are_there_it_ends_in_the_same_model(padded: Pro
     assert_same_weights(padded.path("cpt", "again") / "final", padded.path("cpt") / "final")
 
 
+@pytest.mark.long
 def test_two_processes_start_from_the_embeddings_of_one(padded: Project) -> None:
     padded.run("cpt", *FOCUS, "--num-processes", "2", runs="two")
     one, two = (padded.result("cpt", runs) for runs in ("runs", "two"))

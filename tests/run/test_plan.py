@@ -95,6 +95,7 @@ def test_the_largest_batch_is_the_last_one_that_fits(tiny: Path) -> None:
         assert answer["loops"][1]["verdict"] == verdict
 
 
+@pytest.mark.long
 def test_what_single_changes_do_is_said_best_first(tiny: Path) -> None:
     masked = ("--set", "model.attn_implementation=sdpa")
     answer = asked(tiny, "r.yaml", "--hardware", "l4", *masked)

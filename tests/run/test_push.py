@@ -333,6 +333,7 @@ def test_a_card_that_the_hub_does_not_take_is_told_in_its_words(project: Project
     assert hub.commits == 0
 
 
+@pytest.mark.long
 def test_a_hub_that_refuses_or_is_not_there_is_told_in_words(project: Project, hub: Hub) -> None:
     expected = {401: "token is not valid", 403: "may not write", 500: "500"}
     for code, words in expected.items():

@@ -158,6 +158,7 @@ def test_every_step_that_ships_can_be_read_in_the_container(recipe: str, monkeyp
         assert ("sacrebleu" in names) == (step.recipe.stage == "evaluate") and "\ntorch>" not in names
 
 
+@pytest.mark.long
 def test_the_command_line_wins_over_the_settings_of_a_step(here: Path, cli: Callable[..., Done]) -> None:
     write(
         "settings.yaml",

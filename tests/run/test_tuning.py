@@ -162,7 +162,11 @@ def test_preferences_are_learnt_by_dpo(tuned: Project, adapter: str) -> None:
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator here: these runs are for the CPU")
 @pytest.mark.parametrize(
-    "config, what", [("fsdp", "data: {packing: true}"), ("zero3", "method: dpo\ndata: {datasets: [{path: pairs.jsonl}]}")]
+    "config, what",
+    [
+        ("fsdp", "data: {packing: true}"),
+        pytest.param("zero3", "method: dpo\ndata: {datasets: [{path: pairs.jsonl}]}", marks=pytest.mark.long),
+    ],
 )
 def test_sharded_tuning_gives_the_weights_of_one_process(tuned: Project, config: str, what: str) -> None:
     if config == "zero3":

@@ -141,6 +141,7 @@ def test_a_check_of_sft_shows_the_first_example(project: Project, llama: Path) -
     assert preview.steps == 12
 
 
+@pytest.mark.long
 def test_a_plan_is_the_answer_of_the_command_line(project: Project) -> None:
     report = azrecipe.plan("base.yaml", "l4")
     printed = command(project.folder, "plan", "base.yaml", "--hardware", "l4", "--json")
@@ -201,6 +202,7 @@ def test_a_pipeline_is_run_and_its_steps_read(project: Project, base: Any) -> No
     assert "candidates" in record.steps[1].run.result
 
 
+@pytest.mark.long
 def test_a_run_that_is_refused_raises_the_class_of_its_exit_code(project: Project) -> None:
     with pytest.raises(CommandError, match="there is no accelerate config 'fsdq'"):
         azrecipe.run("base.yaml", accelerate_config="fsdq", num_processes=2)

@@ -95,11 +95,3 @@ def ignore_interrupts(marker: str) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         time.sleep(0.1)
-
-
-def save_when_terminated(marker: str) -> str:
-    signal.signal(signal.SIGTERM, lambda *_: _begin(marker, 1))
-    _begin(marker, 0)
-    while not Path(f"{marker}1").exists():
-        time.sleep(0.1)
-    return "saved"

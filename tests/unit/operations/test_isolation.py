@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from azrecipe import errors
@@ -168,22 +167,3 @@ def test_arguments_are_checked_by_type() -> None:
     untyped: Any = run_isolated
     with pytest.raises(IsolatedCallError, match="unexpected keyword"):
         untyped(functions.print_lines, colour="red")
-
-
-@pytest.mark.parametrize("function", ["wait_for_ever", "save_when_terminated"])
-def test_a_call_ends_with_the_process_that_made_it(tmp_path: Path, function: str) -> None:
-    """Also where that is killed; what can be saved is saved."""
-    code = (
-        "from azrecipe.operations.isolation import run_isolated\nfrom tests.unit.operations import isolated_functions\n"
-        f"run_isolated(isolated_functions.{function}, marker={str(tmp_path / 'begun')!r})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    while not (tmp_path / "begun0").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    child = psutil.Process(int((tmp_path / "begun0").read_text()))
-    process.kill()
-    process.wait()
-    psutil.wait_procs([child], timeout=30)
-    assert not child.is_running()
-    assert (tmp_path / "begun1").exists() == (function == "save_when_terminated")
