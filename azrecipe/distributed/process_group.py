@@ -43,7 +43,7 @@ def start_process_group() -> Any:
     """Start the process group once; return Accelerate's PartialState.
 
     The timeout covers the work of the main process while the others wait: merging, saving, syncing to slow disks. It does not cover
-    the wait for processes to come, which is shorter.
+    the wait for processes to come (AZRECIPE_START_TIMEOUT).
 
     Raises:
         RunFailed: A process has ended, or did not come.

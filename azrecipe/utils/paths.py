@@ -1,11 +1,17 @@
-"""Tests whether a path in a recipe names a local file."""
+"""What a path in a recipe names, and where the user's cache is."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 DATA_SUFFIXES = (".jsonl", ".txt", ".parquet", ".jsonl.gz", ".txt.gz", ".jsonl.zst", ".txt.zst")
+
+
+def get_user_cache() -> Path:
+    """Return $XDG_CACHE_HOME/azrecipe, by default ~/.cache/azrecipe."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "azrecipe"
 
 
 def is_file(path: str | Path) -> bool:

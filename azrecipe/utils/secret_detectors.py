@@ -41,6 +41,13 @@ class _TokenDetector(RegexBasedDetector):
                 yield token
 
 
+class _ValueDetector(RegexBasedDetector):
+    """Finds values by what is before them, unless they stand for another."""
+
+    def analyze_string(self, string: str, **_: Any) -> Generator[str, None, None]:
+        yield from (value for value in super().analyze_string(string) if not is_placeholder(value))
+
+
 class HubTokenDetector(_TokenDetector):
     secret_type = "a Hugging Face token"
     denylist = (re.compile(_BEFORE + r"(?:hf|api_org)_[A-Za-z0-9]{30,}"),)
@@ -160,7 +167,7 @@ class TwilioKeyDetector(RegexBasedDetector):
     denylist = (re.compile(r"(?i:twilio\w{0,30})\W{1,5}((?:SK)?[0-9a-f]{32})(?![0-9a-f])"),)
 
 
-class AuthorizationDetector(RegexBasedDetector):
+class AuthorizationDetector(_ValueDetector):
     secret_type = "an authorization header"
     denylist = (
         re.compile(r"(?i:authorization['\"]?[ \t]*[:=][ \t]*['\"]?(?:bearer|basic|token)[ \t]+)([A-Za-z0-9+/._~=-]{12,})"),
@@ -168,7 +175,7 @@ class AuthorizationDetector(RegexBasedDetector):
     )
 
     def analyze_string(self, string: str, **_: Any) -> Generator[str, None, None]:
-        yield from (value for value in super().analyze_string(string) if not is_placeholder(value) and is_random(value))
+        yield from (value for value in super().analyze_string(string) if is_random(value))
 
 
 class KaggleKeyDetector(RegexBasedDetector):
@@ -179,20 +186,14 @@ class KaggleKeyDetector(RegexBasedDetector):
     )
 
 
-class NetrcDetector(RegexBasedDetector):
+class NetrcDetector(_ValueDetector):
     secret_type = "a password of a netrc file"
     denylist = (re.compile(r"\bmachine\s{1,20}\S{1,200}\s{1,20}(?:login\s{1,20}\S{1,200}\s{1,20})?(?:account\s{1,20}\S{1,200}\s{1,20})?password\s{1,20}(\S{4,})"),)  # fmt: skip
 
-    def analyze_string(self, string: str, **_: Any) -> Generator[str, None, None]:
-        yield from (value for value in super().analyze_string(string) if not is_placeholder(value))
 
-
-class AddressPasswordDetector(RegexBasedDetector):
+class AddressPasswordDetector(_ValueDetector):
     secret_type = "a password in an address"
     denylist = (re.compile(r"://[^\s/:@'\"<>]{0,200}:([^\s/@'\"<>]{1,200})@[^\s/@]"),)
-
-    def analyze_string(self, string: str, **_: Any) -> Generator[str, None, None]:
-        yield from (value for value in super().analyze_string(string) if not is_placeholder(value))
 
 
 class ProseAddressPasswordDetector(AddressPasswordDetector):

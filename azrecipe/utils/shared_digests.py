@@ -12,6 +12,7 @@ from pathlib import Path
 
 from azrecipe.utils.atomic_files import hold_lock, write_text
 from azrecipe.utils.console import format_disk_size, print_progress
+from azrecipe.utils.paths import get_user_cache
 
 LARGE_BYTES = 64 << 20  # smaller files are read sooner than a digest is shared
 READ_BYTES = 8 << 20
@@ -22,7 +23,7 @@ KEPT_SECONDS = 30 * 86_400.0
 
 def get_digest_folder() -> Path:
     """Return $XDG_CACHE_HOME/azrecipe/digests, by default ~/.cache/azrecipe/digests."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "azrecipe" / "digests"
+    return get_user_cache() / "digests"
 
 
 def hash_large_file(path: Path) -> str:
