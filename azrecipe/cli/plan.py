@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from dataclasses import asdict
+from typing import Any
 
 from azrecipe.cli import plan_tables
 from azrecipe.errors import EXIT_SUCCESS, CannotRun, CommandError
@@ -30,15 +31,7 @@ def plan_recipe_or_pipeline(arguments: Namespace) -> int:
     report = plan_recipes(
         arguments.recipe,
         hardware=arguments.compare.split(",") if arguments.compare else [arguments.hardware] if arguments.hardware else [],
-        nodes=arguments.nodes,
-        overrides=arguments.set,
-        runs_dir=arguments.runs_dir,
-        step=arguments.step,
-        cell=arguments.cell,
-        accelerate_config=arguments.accelerate_config,
-        config_json=arguments.config_json,
-        vocab_size=arguments.vocab_size,
-        hardware_file=arguments.hardware_file,
+        **_collect_options(arguments),
         price_per_hour=arguments.price_per_hour,
         with_alternatives=not (arguments.compare or arguments.largest_batch or arguments.no_levers),
     )
@@ -46,6 +39,12 @@ def plan_recipe_or_pipeline(arguments: Namespace) -> int:
     if report.problems:
         raise CannotRun("\n".join(report.problems))
     return EXIT_SUCCESS
+
+
+def _collect_options(arguments: Namespace) -> dict[str, Any]:
+    """Collect the options that say what is planned."""
+    names = ("nodes", "runs_dir", "step", "cell", "accelerate_config", "config_json", "vocab_size", "hardware_file")
+    return {"overrides": arguments.set, **{name: getattr(arguments, name) for name in names}}
 
 
 def _rank_machines(arguments: Namespace) -> int:
@@ -56,15 +55,7 @@ def _rank_machines(arguments: Namespace) -> int:
     print_progress("estimating all machines with a known price")
     ranking = rank_machines(
         arguments.recipe,
-        nodes=arguments.nodes,
-        overrides=arguments.set,
-        runs_dir=arguments.runs_dir,
-        step=arguments.step,
-        cell=arguments.cell,
-        accelerate_config=arguments.accelerate_config,
-        config_json=arguments.config_json,
-        vocab_size=arguments.vocab_size,
-        hardware_file=arguments.hardware_file,
+        **_collect_options(arguments),
         within_hours=arguments.within,
         providers=[name.strip() for name in arguments.provider.split(",")] if arguments.provider else [],
     )

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from azrecipe.hardware import GIB
 from azrecipe.operations.machine_ranking import MachineRanking
-from azrecipe.planning.decision import describe_comparison, format_bounds
+from azrecipe.planning.decision import compute_cost, describe_comparison, format_bounds, format_hours
 from azrecipe.planning.estimate import sum_pipeline
 from azrecipe.planning.estimate_types import Bounds
 from azrecipe.utils.console import print_line
@@ -127,7 +127,7 @@ def _show_price(answer: Mapping[str, Any], console: TerminalConsole) -> None:
     console.print(f"{_format_hours(hours)} hours in all, without start, checkpoints and measuring")
     for name, price in answer["price"].items():
         if price:
-            total = {key: value * price["usd_per_hour"] for key, value in hours.items()}
+            total = compute_cost(hours, price)
             region, day = price["region"] or "your own", f", {price['as_of']}" if price["as_of"] else ""
             console.print(
                 f"  {name.replace('_', ' ')}: {_format_range(total, '{:,.0f}')} USD at {price['usd_per_hour']:,.2f} an hour ({region} price{day})"
@@ -179,7 +179,7 @@ def show_machine_ranking(ranking: MachineRanking) -> None:
     for one in ranking.machines:
         batches = ", ".join(map(str, dict.fromkeys(one.batches)))
         cost = f"{_format_money(one.cost)} {one.unit}"
-        known = "none on this chip" if "none on" in one.rests_on else "on this chip"
+        known = "on this chip" if one.card_is_known else "none on this chip"
         table.add_row(one.name, one.provider, batches, _format_hours(one.hours), cost, one.priced, known)
     console.print(table)
     for reason, count in ranking.left_out.items():
@@ -206,8 +206,8 @@ def show_pipeline_comparison(estimates: Sequence[Sequence[Mapping[str, Any]]]) -
         table.add_column(name, justify="left" if name == "machines" else "right")
     totals = [sum_pipeline(answers) for answers in zip(*estimates, strict=True)]
     for total in totals:
-        price, hours = total["price"]["on_demand"], total["hours"]
-        cost = {key: value * price["usd_per_hour"] for key, value in hours.items()} if price and hours else None
+        hours = total["hours"]
+        cost = compute_cost(hours, total["price"]["on_demand"])
         table.add_row(total["hardware"], _format_hours(hours) if hours else "a step does not fit", _format_range(cost, "{:,.0f}"))
     console.print(table)
     console.print(f"The whole pipeline: {describe_comparison(totals)}")
@@ -215,7 +215,7 @@ def show_pipeline_comparison(estimates: Sequence[Sequence[Mapping[str, Any]]]) -
 
 def _show_unknown_cards(answers: Sequence[Mapping[str, Any]], console: TerminalConsole) -> None:
     """Say on which cards no run is known."""
-    cards = dict.fromkeys(answer["card"]["name"] for answer in answers if any("none on" in loop["rests_on"] for loop in answer["loops"]))
+    cards = dict.fromkeys(answer["card"]["name"] for answer in answers if not all(loop["card_is_known"] for loop in answer["loops"]))
     if cards:
         console.print(f"no run on {', '.join(cards)} is known: the times rest on other cards")
 
@@ -248,11 +248,8 @@ def _format_gib(size: float) -> str:
 
 
 def _format_hours(bounds: Mapping[str, float] | None) -> str:
-    return _format_range(bounds, "{:.1f}" if bounds and bounds["low"] >= 1 else "{:.2f}")
+    return format_hours(bounds) if bounds else "–"
 
 
 def _format_range(bounds: Mapping[str, float] | None, spec: str) -> str:
-    if not bounds:
-        return "–"
-    low, middle, high = (spec.format(bounds[key]) for key in ("low", "middle", "high"))
-    return middle if low == high else f"{middle} ({low}–{high})"
+    return format_bounds(bounds, spec) if bounds else "–"

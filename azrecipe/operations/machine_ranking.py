@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from azrecipe.errors import AzrecipeError, CommandError, suggest_choices
 from azrecipe.hardware import Machine
 from azrecipe.operations.plan import read_launch, select_training_recipes
 from azrecipe.planning import estimate
+from azrecipe.planning.decision import compute_cost
 from azrecipe.planning.estimate import EstimateRequest
-from azrecipe.planning.model_config import ModelLookup
 from azrecipe.planning.placement import build_placement
 from azrecipe.planning.simulation.cost_cache import CostCache
 
@@ -34,6 +33,7 @@ class RankedMachine:
         unit: USD or node-hours.
         priced: Region and day of the price.
         rests_on: What the time rests on.
+        card_is_known: Whether a published run on such a card is known.
     """
 
     name: str
@@ -44,6 +44,7 @@ class RankedMachine:
     unit: str
     priced: str
     rests_on: str
+    card_is_known: bool
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ def rank_machines(
         RecipeError: A recipe is wrong.
         CannotRun: The hub is needed and cannot be reached.
     """
-    training, siblings = select_training_recipes(recipe, overrides, step, cell)
+    selected = select_training_recipes(
+        recipe, overrides=overrides, step=step, cell=cell, runs_dir=runs_dir, config_json=config_json, vocab_size=vocab_size
+    )
     launch = read_launch(accelerate_config)
     ranking = _Ranking(CostCache())
     requests: list[tuple[Machine, list[EstimateRequest]]] = []
@@ -104,16 +107,9 @@ def rank_machines(
             continue
         try:
             placement = build_placement(machine, nodes, launch)
-            of_machine = [
-                estimate.build_request(
-                    one,
-                    ModelLookup(runs_dir, {s.name: s for s in siblings if s.cell in (None, one.cell)}, config_json, vocab_size),
-                    placement,
-                    with_alternatives=False,
-                )
-                for one in training
-            ]
-            requests.append((machine, of_machine))
+            requests.append(
+                (machine, [estimate.build_request(one, lookup, placement, with_alternatives=False) for one, lookup in selected])
+            )
         except CommandError as error:
             last_refusal = error
             ranking.leave_out("the recipe cannot run on it")
@@ -123,7 +119,7 @@ def rank_machines(
     for machine, of_machine in requests:
         ranking.add(machine, of_machine, within_hours)
     ordered = sorted(ranking.ranked, key=lambda one: (one.unit != "USD", one.cost["middle"]))
-    return MachineRanking(training[0].path, tuple(ordered), ranking.left_out)
+    return MachineRanking(selected[0][0].path, tuple(ordered), ranking.left_out)
 
 
 def _list_machines(hardware_file: Path | None, providers: Sequence[str]) -> list[Machine]:
@@ -149,8 +145,7 @@ class _Ranking:
 
     def simulate(self, requests: Sequence[EstimateRequest]) -> None:
         """Simulate the steps of all machines in parallel; many share one."""
-        with contextlib.suppress(CommandError):
-            self._cache.load_or_simulate([step for request in requests for step in request.steps])
+        self._cache.load_or_simulate_possible([step for request in requests for step in request.steps])
 
     def add(self, machine: Machine, requests: Sequence[EstimateRequest], within_hours: float | None) -> None:
         """Estimate a machine, and rank it if every step fits on it."""
@@ -186,17 +181,16 @@ class _Ranking:
 
 
 def _rank(machine: Machine, nodes: int, total: Mapping[str, Any]) -> RankedMachine:
-    hours = total["hours"]
-    price = total["price"]["on_demand"]
+    hours, price = total["hours"], total["price"]["on_demand"]
     by_node_hours = machine.billed_in == NODE_HOURS
-    rate = nodes if by_node_hours else price["usd_per_hour"]
     return RankedMachine(
         name=total["hardware"],
         provider=machine.provider or "your own",
         batches=tuple(loop["per_device_train_batch_size"] for loop in total["loops"]),
         hours=hours,
-        cost={key: value * rate for key, value in hours.items()},
+        cost={key: value * nodes for key, value in hours.items()} if by_node_hours else compute_cost(hours, price) or {},
         unit="node-hours" if by_node_hours else "USD",
         priced="" if by_node_hours else ", ".join(part for part in (price["region"], price["as_of"]) if part),
         rests_on=total["loops"][0]["rests_on"],
+        card_is_known=total["loops"][0]["card_is_known"],
     )

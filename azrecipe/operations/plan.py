@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,7 +105,9 @@ def plan_recipes(
         CommandError: A machine is not known, the recipe trains nothing, or its only recipe cannot be estimated.
         CannotRun: The hub is needed and cannot be reached.
     """
-    training, siblings = select_training_recipes(recipe, overrides, step, cell)
+    training = select_training_recipes(
+        recipe, overrides=overrides, step=step, cell=cell, runs_dir=runs_dir, config_json=config_json, vocab_size=vocab_size
+    )
     launch = read_launch(accelerate_config)
     if not hardware:
         raise CommandError(
@@ -119,22 +120,31 @@ def plan_recipes(
     placements = [build_placement(_find_machine(name.strip(), hardware_file, price_per_hour), nodes, launch) for name in hardware]
     is_single = len(training) == 1
     planner = _Planner(placements, with_alternatives and is_single and len(placements) == 1, is_single)
-    for one in training:
-        by_name = {sibling.name: sibling for sibling in siblings if sibling.cell in (None, one.cell)}
-        planner.add_recipe(one, ModelLookup(runs_dir, by_name, config_json, vocab_size))
+    for one, lookup in training:
+        planner.add_recipe(one, lookup)
     return planner.estimate_recipes()
 
 
 def select_training_recipes(
-    recipe: str | Path, overrides: Sequence[str], step: str | None, cell: str | None
-) -> tuple[list[Recipe], Sequence[Recipe]]:
-    """Select the recipes that train, and all recipes of their pipeline.
+    recipe: str | Path,
+    *,
+    overrides: Sequence[str],
+    step: str | None,
+    cell: str | None,
+    runs_dir: Path,
+    config_json: Path | None,
+    vocab_size: int | None,
+) -> list[tuple[Recipe, ModelLookup]]:
+    """Select the recipes that train, each with where its model is looked for.
 
     Args:
         recipe: The path of a recipe or pipeline.
         overrides: KEY=VALUE, as `--set` takes them.
         step: The only step of a pipeline.
         cell: The only cell of a matrix.
+        runs_dir: The folder of run directories.
+        config_json: The base model's config.json, where the hub cannot be reached.
+        vocab_size: The size of the vocabulary, whatever the recipe's tokenizer will have.
 
     Raises:
         CommandError: No recipe trains.
@@ -149,7 +159,10 @@ def select_training_recipes(
             f"{recipes[0].path}: {'an' if stage == 'evaluate' else 'a'} {stage} recipe. azrecipe plan takes pretrain and sft recipes, "
             "and pipelines with some"
         )
-    return training, siblings
+    return [
+        (one, ModelLookup(runs_dir, {s.name: s for s in siblings if s.cell in (None, one.cell)}, config_json, vocab_size))
+        for one in training
+    ]
 
 
 def read_launch(name: str | None) -> Placement | None:
@@ -220,8 +233,7 @@ class _Planner:
 
         A step that cannot be simulated is refused later, with its recipe.
         """
-        with contextlib.suppress(CommandError):
-            self._cache.load_or_simulate([step for request in requests for step in request.steps])
+        self._cache.load_or_simulate_possible([step for request in requests for step in request.steps])
 
     def _find_problems(self, estimates: dict[int, tuple[RecipeEstimate, ...]]) -> list[str]:
         """Describe the loops that fit on no machine, and what makes them fit."""

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from azrecipe.hardware import GIB
-
-VERDICTS = ("fits", "may fit", "does not fit")  # best first
+from azrecipe.planning.memory_budget import VERDICTS
 
 
 def describe_decision(answer: Mapping[str, Any]) -> str:
@@ -22,14 +21,9 @@ def describe_decision(answer: Mapping[str, Any]) -> str:
     text = _describe_fit(worst, answer["card"]["bytes"]) + (f" ({worst['name']})" if len(loops) > 1 else "")
     if answer["hours"] is None:
         return f"{text}, on {where}"
-    parts = [f"{format_bounds(answer['hours'], '{:.1f}' if answer['hours']['low'] >= 1 else '{:.2f}')} h"]
-    price = answer["price"]["on_demand"]
-    if price is not None:
-        total = {key: value * price["usd_per_hour"] for key, value in answer["hours"].items()}
-        parts.append(f"{format_bounds(total, '{:,.0f}')} USD")
-    else:
-        parts.append("no price known")
-    return f"{text}; {', '.join(parts)} on {where}"
+    cost = compute_cost(answer["hours"], answer["price"]["on_demand"])
+    priced = "no price known" if cost is None else f"{format_bounds(cost, '{:,.0f}')} USD"
+    return f"{text}; {format_hours(answer['hours'])} h, {priced} on {where}"
 
 
 def _describe_fit(loop: Mapping[str, Any], card_bytes: float) -> str:
@@ -49,20 +43,26 @@ def describe_comparison(answers: Sequence[Mapping[str, Any]]) -> str:
     if not fitting:
         return "fits surely on none of these machines"
     fastest = min(fitting, key=lambda answer: float(answer["hours"]["middle"]))
-    priced = [answer for answer in fitting if answer["price"]["on_demand"] is not None]
-    parts = [f"fastest that fits: {fastest['hardware']}, {format_bounds(fastest['hours'], '{:.1f}')} h"]
+    parts = []
+    costs = [(answer["hardware"], compute_cost(answer["hours"], answer["price"]["on_demand"])) for answer in fitting]
+    priced = [(name, cost) for name, cost in costs if cost is not None]
     if priced:
-        cheapest = min(priced, key=_compute_cost)
-        cost = {key: value * cheapest["price"]["on_demand"]["usd_per_hour"] for key, value in cheapest["hours"].items()}
-        parts.insert(0, f"cheapest that fits: {cheapest['hardware']}, {format_bounds(cost, '{:,.0f}')} USD")
-        equal = [answer["hardware"] for answer in priced if answer is not cheapest and _compute_cost(answer, "low") <= cost["high"]]
+        cheapest, cost = min(priced, key=lambda one: one[1]["middle"])
+        parts.append(f"cheapest that fits: {cheapest}, {format_bounds(cost, '{:,.0f}')} USD")
+        equal = [name for name, other in priced if other is not cost and other["low"] <= cost["high"]]
         if equal:
-            parts.insert(1, f"not surely cheaper than {', '.join(equal)}")
-    return "; ".join(parts)
+            parts.append(f"not surely cheaper than {', '.join(equal)}")
+    return "; ".join([*parts, f"fastest that fits: {fastest['hardware']}, {format_bounds(fastest['hours'], '{:.1f}')} h"])
 
 
-def _compute_cost(answer: Mapping[str, Any], bound: str = "middle") -> float:
-    return float(answer["hours"][bound] * answer["price"]["on_demand"]["usd_per_hour"])
+def compute_cost(hours: Mapping[str, float] | None, price: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Compute what hours cost in USD; None where either is unknown."""
+    return {key: value * price["usd_per_hour"] for key, value in hours.items()} if hours and price else None
+
+
+def format_hours(hours: Mapping[str, float]) -> str:
+    """Format hours and their bounds, short times more precisely."""
+    return format_bounds(hours, "{:.1f}" if hours["low"] >= 1 else "{:.2f}")
 
 
 def format_bounds(bounds: Mapping[str, float], spec: str) -> str:

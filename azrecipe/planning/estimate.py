@@ -10,7 +10,7 @@ from azrecipe.distributed import requirements
 from azrecipe.distributed.requirements import check_quantized
 from azrecipe.planning import memory_budget, step_time
 from azrecipe.planning.alternatives import Alternative, list_alternatives
-from azrecipe.planning.decision import describe_decision
+from azrecipe.planning.decision import compute_cost, describe_decision
 from azrecipe.planning.evaluation_memory import compute_evaluation_budget, find_fitting_eval_batch, get_verdict
 from azrecipe.planning.model_config import ModelLookup, ModelShape, resolve_model_shape
 from azrecipe.planning.placement import Placement
@@ -364,10 +364,7 @@ def _scale_prices(placement: Placement) -> dict[str, Any]:
 
 def _compute_price(duration: dict[str, float] | None, placement: Placement) -> dict[str, dict[str, float] | None]:
     """Compute the price of a duration in hours, in USD."""
-    prices: dict[str, dict[str, float] | None] = {}
-    for name, price in _scale_prices(placement).items():
-        prices[name] = {key: value * price["usd_per_hour"] for key, value in duration.items()} if duration and price else None
-    return prices
+    return {name: compute_cost(duration, price) for name, price in _scale_prices(placement).items()}
 
 
 def sum_pipeline(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

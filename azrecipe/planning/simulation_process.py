@@ -97,7 +97,7 @@ class BackgroundSimulation:
 
 def _main() -> None:
     """Simulate the steps that `simulate_in_subprocess` writes to stdin."""
-    ParentWatch(ParentProbe(), lambda: os.killpg(0, signal.SIGKILL))  # this session: with the processes that it started
+    ParentWatch(ParentProbe(), lambda: os.killpg(0, signal.SIGKILL))  # this process' group: with the processes that it started
     steps = [(_parse_step(step), length) for step, length in json.load(sys.stdin)]
     print_line(json.dumps([cost.to_dict() for cost in cost_cache.load_or_simulate_costs(steps)]))
 

@@ -19,6 +19,7 @@ from azrecipe.planning.simulation.step_cost import StepCost, parse_step_cost
 from azrecipe.planning.simulation.step_spec import StepSpec
 from azrecipe.utils.atomic_files import read_json, write_json
 from azrecipe.utils.parent_watch import end_with_parent
+from azrecipe.utils.paths import get_user_cache
 from azrecipe.utils.process_pool import count_cores
 
 GROUPED_PRODUCTS = "Expected inputs of BF16 type"  # of torch.nn.functional.grouped_mm on fake tensors
@@ -27,7 +28,7 @@ SIMULATED_SHARDS = 8  # every sharded model is simulated with as many processes:
 
 def get_cache_folder() -> Path:
     """Return $XDG_CACHE_HOME/azrecipe/plan, by default ~/.cache/azrecipe/plan."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "azrecipe" / "plan"
+    return get_user_cache() / "plan"
 
 
 class CostCache:
@@ -42,6 +43,15 @@ class CostCache:
         Costs that are not cached are simulated, in parallel. Raises CommandError for a model that cannot be built, or for patterns that
         match none of its parameters; the costs of the other steps are cached then.
         """
+        return [self._get(key) for key in self._fill(steps)]
+
+    def load_or_simulate_possible(self, steps: Sequence[tuple[StepSpec, int]]) -> list[StepCost | None]:
+        """Return the cost of each step; None where it cannot be simulated."""
+        results = [self._results[key] for key in self._fill(steps)]
+        return [result if isinstance(result, StepCost) else None for result in results]
+
+    def _fill(self, steps: Sequence[tuple[StepSpec, int]]) -> list[str]:
+        """Load or simulate what is missing; return the key of each step."""
         specs = [spec.to_simulated(SIMULATED_SHARDS) for spec, _ in steps]
         keys = [spec.get_cache_key(length) for spec, (_, length) in zip(specs, steps, strict=True)]
         self._results |= {key: cost for key in keys if key not in self._results and (cost := _read(key)) is not None}
@@ -49,19 +59,7 @@ class CostCache:
         if missing:
             self._results |= zip(missing, _simulate_in_new_process(list(missing.values())), strict=True)
             self._write(missing)
-        return [self._get(key) for key in keys]
-
-    def load_or_simulate_possible(self, steps: Sequence[tuple[StepSpec, int]]) -> list[StepCost | None]:
-        """Return the cost of each step; None where it cannot be simulated."""
-        with contextlib.suppress(CommandError):  # of the first step that cannot; the others are simulated all the same
-            self.load_or_simulate(steps)
-        costs: list[StepCost | None] = []
-        for step in steps:
-            try:
-                costs += self.load_or_simulate([step])
-            except CommandError:
-                costs.append(None)
-        return costs
+        return keys
 
     def _write(self, keys: Iterable[str]) -> None:
         with contextlib.suppress(OSError):  # where nothing can be written, the next plan takes longer
