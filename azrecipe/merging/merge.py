@@ -16,6 +16,8 @@ from azrecipe.merging.shard_writer import ShardWriter
 from azrecipe.merging.token_rows import TokenRows, align_tokens
 from azrecipe.merging.weight_files import WeightFiles, list_weight_names
 from azrecipe.modeling.loading import WEIGHT_DTYPES
+from azrecipe.modeling.parameter_groups import list_token_parameters
+from azrecipe.modeling.weight_checks import is_finite
 from azrecipe.recipe.types import MergeConfig
 
 if TYPE_CHECKING:
@@ -88,8 +90,7 @@ def _check_end_of_turn(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToke
 
 def _list_token_names(model: PreTrainedModel) -> frozenset[str]:
     """List the names of the weights that have a row for each token."""
-    matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
-    parameters = {id(parameter) for module in matrices if module is not None for parameter in module.parameters()}
+    parameters = {id(parameter) for parameter in list_token_parameters(model, ("embeddings", "head"))}
     return frozenset(name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in parameters)
 
 
@@ -138,7 +139,7 @@ def write_merged_weights(
     names = [name for name in sorted(list_weight_names(plan.model)) if name in target.files]
     for count, name in enumerate(names, 1):
         merged = _merge_weight(plan, files, name).to(plan.dtype)
-        if merged.is_floating_point() and merged.numel() and not torch.isfinite(torch.stack(torch.aminmax(merged))).all():
+        if not is_finite(merged):
             raise CommandError(f"{name}: the merged weight has numbers that are NaN, infinite or too large for {plan.dtype}")
         writer.add(name, merged)
         if on_tensor is not None:

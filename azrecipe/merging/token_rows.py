@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from azrecipe.modeling.vocabulary_swap import find_shared_tokens
+from azrecipe.modeling.vocabulary_swap import find_shared_tokens, list_special_tokens
 from azrecipe.tokenization.tokenizer import count_embedding_rows
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ def align_tokens(
     pairs: Sequence[tuple[int, int]] = ()
     if special_tokens_from is not None:
         old = tokenizers[special_tokens_from]
-        special = {token.content for token in old.added_tokens_decoder.values() if token.special} | set(old.all_special_tokens)
         old_ids, new_ids = old.get_vocab(), new.get_vocab()
-        pairs = sorted((new_ids[token], old_ids[token]) for token in special if token in new_ids and token in old_ids)
+        pairs = sorted((new_ids[token], old_ids[token]) for token in list_special_tokens(old) if token in new_ids and token in old_ids)
     return TokenRows(
         torch.tensor(merged, dtype=torch.long),
         {name: torch.tensor([ids[i] for i in merged], dtype=torch.long) for name, ids in shared.items()},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from azrecipe.errors import CommandError
-from azrecipe.modeling.weight_checks import KNOWN_BUFFERS, find_weight_files, read_tensor_shapes
+from azrecipe.modeling.weight_checks import KNOWN_BUFFERS, find_weight_files, is_finite, read_tensor_shapes
 from azrecipe.utils.output_checksums import check_output_files
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class WeightFiles:
         name = name if name in self.files else self.aliases[name]
         with safe_open(self.files[name], "pt") as tensors:
             tensor: torch.Tensor = tensors.get_tensor(name)
-        low, high = torch.aminmax(tensor) if tensor.numel() else (tensor, tensor)
-        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        if not is_finite(tensor):
             raise CommandError(f"{self.folder}: {name} has numbers that are NaN or infinite")
         return tensor
 

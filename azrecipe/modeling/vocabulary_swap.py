@@ -78,7 +78,7 @@ def find_shared_tokens(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
     Tokens are matched by spelling, special ones by name. If only one of the two is byte-level, a spelling beyond ASCII means different
     things in them ("Ä" is a letter in one and the byte C4 in the other). Then only ASCII and special tokens are shared.
     """
-    old_ids, special = old.get_vocab(), _list_special_tokens(new)
+    old_ids, special = old.get_vocab(), list_special_tokens(new)
     same_kind = is_byte_level_bpe(old) == is_byte_level_bpe(new)
     return {
         i: old_ids[token] for token, i in new.get_vocab().items() if token in old_ids and (same_kind or token.isascii() or token in special)
@@ -139,7 +139,8 @@ def _list_matrices(model: PreTrainedModel) -> list[torch.Tensor]:
     return matrices
 
 
-def _list_special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def list_special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """List the texts of a tokenizer's special tokens."""
     return set(tokenizer.all_special_tokens) | {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
@@ -149,7 +150,7 @@ def _split_new_tokens(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase
     Shared and special tokens are left out. Both vocabularies spell tokens in the same byte alphabet, so the old merges split the spelling
     itself. Text would lose tokens that are half a character. Added tokens are spelled as text.
     """
-    tokenize, special = old.backend_tokenizer.model.tokenize, _list_special_tokens(new)
+    tokenize, special = old.backend_tokenizer.model.tokenize, list_special_tokens(new)
     added_tokens = {token.content for token in new.added_tokens_decoder.values()}
     pieces: dict[int, list[int]] = {}
     for token, i in new.get_vocab().items():

@@ -171,12 +171,13 @@ def check_finite(path: str, model: torch.nn.Module) -> None:
     Raises:
         CommandError: Some are; the message has their names.
     """
-    broken = [name for name, tensor in model.named_parameters() if not _is_finite(tensor.detach())]
+    broken = [name for name, tensor in model.named_parameters() if not is_finite(tensor.detach())]
     if broken:
         raise CommandError(f"{path}: weights that are NaN or infinite ({len(broken)}): {_list_names(broken)}")
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite, in one pass."""
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)  # a NaN anywhere makes both NaN; ten times as fast as isfinite of each number
