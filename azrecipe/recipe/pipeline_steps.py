@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from azrecipe.errors import CommandError, Problem, RecipeError, list_choices, suggest_choices
 from azrecipe.recipe import matrix, stage_outputs
@@ -122,23 +123,30 @@ def _load_cells(root: YamlNode, keys: list[str]) -> tuple[list[MatrixCell], list
     """
     matrix = root.get("matrix")
     cells, problems = [], []
-    plain: dict[str, object] = {}
+    by_changes: dict[object, str] = {}
+    by_folder: dict[str, str] = {}  # names in small letters
     for name, node in matrix.value.items() if matrix and isinstance(matrix.value, dict) else ():
         assert isinstance(node.value, dict)
         if not node.value:
             message = f"cell '{name}' changes no step: name the first one that it repeats. Steps: {list_choices(keys)}"
             problems.append(Problem(node.entry_location, message))
         first = min((keys.index(key) for key in node.value if key in keys), default=len(keys))
-        equal = next((other for other, changes in plain.items() if changes == node.to_plain()), None)
-        if equal is not None and node.value:
+        equal = by_changes.setdefault(_freeze(node.to_plain()), name)
+        if equal != name and node.value:
             problems.append(Problem(node.entry_location, f"cell '{name}' changes the same as cell '{equal}': remove one of them"))
-        similar = next((other for other in plain if other.lower() == name.lower()), None)
-        if similar is not None:
+        similar = by_folder.setdefault(name.lower(), name)
+        if similar != name:
             message = f"cell '{name}' differs from '{similar}' in case only, and both name folders: give one another name"
             problems.append(Problem(node.entry_location, message))
-        plain[name] = node.to_plain()
         cells.append(MatrixCell(name, frozenset(Path(key).stem for key in keys[first:])))
     return cells, problems
+
+
+def _freeze(value: Any) -> Any:
+    """Return plain data that can be a key; equal data are equal keys."""
+    if isinstance(value, dict):
+        return frozenset((key, _freeze(item)) for key, item in value.items())
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
 def _order_steps(cells: Sequence[MatrixCell], keys: Sequence[str]) -> Iterator[tuple[MatrixCell | None, str]]:

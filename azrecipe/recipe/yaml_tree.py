@@ -36,6 +36,11 @@ class YamlNode:
         """The key's location, or the value's if there is no key."""
         return self.key_location or self.location
 
+    @property
+    def number(self) -> float | None:
+        """The value as a number; None for true, false and all else."""
+        return self.value if isinstance(self.value, int | float) and not isinstance(self.value, bool) else None
+
     def get(self, *keys: Key) -> YamlNode | None:
         """Return the node at a path of keys, or None."""
         node: YamlNode | None = self

@@ -59,7 +59,7 @@ def _check_mean(method: str, models: YamlNode, entries: Mapping[str, YamlNode]) 
     """Check the weights of a mean: none negative, not all 0."""
     weights: list[float] = []
     for name, entry in entries.items():
-        numbers = [(node, value) for node in _list_weights(entry) if (value := _read_number(node)) is not None]
+        numbers = [(node, value) for node in _list_weights(entry) if (value := node.number) is not None]
         weights += [value for _, value in numbers] or [1.0]
         for node, value in numbers:
             if value < 0:
@@ -75,10 +75,6 @@ def _list_weights(entry: YamlNode) -> list[YamlNode]:
     groups, weight = entry.get("weights"), entry.get("weight")
     nodes = list(groups.value.values()) if groups is not None and isinstance(groups.value, dict) else []
     return [*nodes, *([weight] if weight is not None and weight.value is not None else [])]
-
-
-def _read_number(node: YamlNode) -> float | None:
-    return float(node.value) if isinstance(node.value, int | float) and not isinstance(node.value, bool) else None
 
 
 def _check_weights(entry: YamlNode) -> Iterator[Problem]:

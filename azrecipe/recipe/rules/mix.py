@@ -38,11 +38,7 @@ def _read_weights(phase: YamlNode) -> Mapping[str, YamlNode]:
     """Read a phase's weights by id, without those that are no numbers."""
     node = phase.get("data", "weights")
     entries = node.value.items() if node is not None and isinstance(node.value, dict) else ()
-    return {str(name): weight for name, weight in entries if _is_number(weight)}
-
-
-def _is_number(node: YamlNode) -> bool:
-    return isinstance(node.value, int | float) and not isinstance(node.value, bool)
+    return {str(name): weight for name, weight in entries if weight.number is not None}
 
 
 def _check_temperature(sources: Sequence[YamlNode], phases: Sequence[YamlNode]) -> Iterator[Problem]:
