@@ -6,18 +6,9 @@ python -m torch.distributed.run --nproc-per-node 2 main_process_worker.py FOLDER
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
-
-os.environ |= {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
 
 import psutil
 import torch
@@ -25,14 +16,14 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
-from azrecipe.distributed.backend import set_up_backend
 from azrecipe.distributed.local_storage import all_gather_object
 from azrecipe.errors import CommandError
 from azrecipe.training import main_process_loading
 from azrecipe.training.trainer import gather_state_dict
+from tests.unit.training.fsdp_worker import set_up_fsdp
 from tests.unit.training.small_trainer import VOCABULARY, build_model, build_rows, build_trainer
 
-BACKEND = set_up_backend()
+BACKEND = set_up_fsdp()
 LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}  # 4 bytes x 15 million
 
 

@@ -12,29 +12,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ |= {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
-
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
 from azrecipe.distributed import process_group
-from azrecipe.distributed.backend import set_up_backend
 from azrecipe.distributed.local_storage import all_gather_object
 from azrecipe.errors import explain_error
 from azrecipe.training import checkpoints
 from azrecipe.training.async_checkpoint import SHARDED_FOLDERS, create_checkpoint_writer
 from azrecipe.training.monitor import TrainingMonitor
 from azrecipe.training.trainer import gather_state_dict
+from tests.unit.training.fsdp_worker import set_up_fsdp
 from tests.unit.training.small_trainer import UNITS, AtStep, SmallTrainer, build_model, build_rows, build_trainer
 
-BACKEND = set_up_backend()
+BACKEND = set_up_fsdp()
 
 
 def train(folder: Path, *, background: bool, resume: Path | None = None, extra: tuple[AtStep, ...] = ()) -> SmallTrainer:
